@@ -1,0 +1,61 @@
+//! Q4_1: 32 weights of 4 bits above a minimum. `w = d · q + m`.
+
+use super::float::{f16_to_f32, f32_to_f16};
+use super::{inverse, min_max, nibble, pack_nibbles};
+use bytemuck::{Pod, Zeroable};
+
+/// 32 weights in 20 bytes.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub struct BlockQ4_1 {
+    /// Scale, an F16.
+    pub d: [u8; 2],
+    /// Minimum, an F16: the value of code 0.
+    pub m: [u8; 2],
+    /// Codes 0..=15: byte `i` has weight `i` in its low half and weight `i + 16` in its high half.
+    pub qs: [u8; 16],
+}
+
+/// Writes the block's 32 weights.
+pub fn dequantize_block(block: &BlockQ4_1, out: &mut [f32]) {
+    let d = f16_to_f32(block.d);
+    let m = f16_to_f32(block.m);
+    for i in 0..32 {
+        out[i] = d * f32::from(nibble(&block.qs, i)) + m;
+    }
+}
+
+/// Rounds 32 weights to the nearest of 16 steps between their least and their greatest.
+pub fn quantize_block(x: &[f32]) -> BlockQ4_1 {
+    let (min, max) = min_max(x);
+    let (d, m) = (f32_to_f16((max - min) / 15.0), f32_to_f16(min));
+    let (inv, base) = (inverse(f16_to_f32(d)), f16_to_f32(m));
+    BlockQ4_1 { d, m, qs: pack_nibbles(|i| ((x[i] - base) * inv).round().clamp(0.0, 15.0) as u8) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn code_zero_is_the_minimum() {
+        let mut block = BlockQ4_1 { d: f32_to_f16(-2.0), m: f32_to_f16(7.0), qs: [0; 16] };
+        block.qs[15] = 0x1f;
+        let mut out = [0.0; 32];
+        dequantize_block(&block, &mut out);
+        for i in 0..32 {
+            let expected = [(15, -23.0), (31, 5.0)].iter().find(|e| e.0 == i).map_or(7.0, |e| e.1);
+            assert_eq!(out[i], expected, "weight {i}");
+        }
+    }
+
+    #[test]
+    fn scale_and_minimum_may_be_zero_or_huge() {
+        let mut out = [1.0; 32];
+        dequantize_block(&BlockQ4_1::zeroed(), &mut out);
+        assert_eq!(out, [0.0; 32]);
+        let block = BlockQ4_1 { d: f32_to_f16(65504.0), m: f32_to_f16(65504.0), qs: [0xff; 16] };
+        dequantize_block(&block, &mut out);
+        assert_eq!(out, [1048064.0; 32]);
+    }
+}
