@@ -1,0 +1,175 @@
+//! Activation rows as the integer kernels read them: 8-bit codes with two levels of scale.
+//!
+//! A super-block is 256 columns with one float `d`; each 32 columns have a five-bit integer sub-scale `s`, so that a
+//! value is `code · d · s`. One scale per 32 columns halves the error of one per 256, and because the sub-scale is an
+//! integer it folds into the integer scales of a K-quant: a whole super-block is then one exact 32-bit sum.
+
+/// Columns of a super-block.
+pub const SUPER: usize = 256;
+
+/// The largest sub-scale. With it the sum of a Q5_K super-block, `31·127·256·63·32`, still fits 32 bits.
+pub const MAX_SCALE: i16 = 32;
+
+/// The largest code: symmetric, so that a code can always be negated.
+pub const MAX_CODE: f32 = 127.0;
+
+/// 256 quantized activations, and the sums and products that kernels would otherwise compute again for every row.
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(32))]
+pub struct Q8Block {
+    /// -127..=127; column `c` is worth `codes[c] · d · scales[c / 32]`.
+    pub(crate) codes: [i8; SUPER],
+    /// `scales`, each twice: a broadcast of four bytes fills every 16-bit lane.
+    pub(crate) scale_pairs: [[i16; 2]; 8],
+    /// Sum of the codes of every 16 columns.
+    pub(crate) half_sums: [i16; 16],
+    /// Sub-scale of every 32 columns, 0..=32.
+    pub(crate) scales: [i16; 8],
+    /// Sum of the codes of every 32 columns.
+    pub(crate) sums: [i16; 8],
+    /// `d · scales[j]`.
+    pub(crate) block_d: [f32; 8],
+    /// `(d · scales[j]) · sums[j]`: what a constant weight of 1 adds to the dot product.
+    pub(crate) block_sum: [f32; 8],
+    /// Scale of the super-block; NaN where an input was not finite, so that every output that depends on it is NaN.
+    pub(crate) d: f32,
+}
+
+impl Q8Block {
+    /// A block of zeros.
+    pub const ZERO: Q8Block = Q8Block {
+        codes: [0; SUPER],
+        scale_pairs: [[0; 2]; 8],
+        half_sums: [0; 16],
+        scales: [0; 8],
+        sums: [0; 8],
+        block_d: [0.0; 8],
+        block_sum: [0.0; 8],
+        d: 0.0,
+    };
+
+    /// The block that makes NaN of every product it takes part in.
+    pub(crate) const NAN: Q8Block = {
+        let mut b = Q8Block::ZERO;
+        b.d = f32::NAN;
+        b.block_d = [f32::NAN; 8];
+        b.block_sum = [f32::NAN; 8];
+        b
+    };
+
+    /// Fills the derived fields from `d`, `scales` and `half_sums`.
+    #[inline(always)]
+    pub(crate) fn derive(&mut self) {
+        for j in 0..8 {
+            self.scale_pairs[j] = [self.scales[j]; 2];
+            self.sums[j] = self.half_sums[2 * j] + self.half_sums[2 * j + 1];
+            self.block_d[j] = self.d * f32::from(self.scales[j]);
+            self.block_sum[j] = self.block_d[j] * f32::from(self.sums[j]);
+        }
+    }
+
+    /// The 256 values that the codes stand for.
+    pub fn dequantize(&self) -> [f32; SUPER] {
+        std::array::from_fn(|c| f32::from(self.codes[c]) * self.block_d[c / 32] + (self.d - self.d))
+    }
+}
+
+/// The scale of a super-block whose largest magnitude is `amax`, or `None` where all codes are zero: the largest
+/// value gets code 127 and sub-scale 32. Values so small that `d` would be subnormal count as zero.
+#[inline(always)]
+pub(crate) fn super_scale(amax: f32) -> Option<f32> {
+    let d = amax / (MAX_CODE * MAX_SCALE as f32);
+    (d >= f32::MIN_POSITIVE).then_some(d)
+}
+
+/// The sub-scale of 32 columns with largest magnitude `amax` under the super-block's scale `d`.
+#[inline(always)]
+pub(crate) fn sub_scale(amax: f32, d: f32) -> i16 {
+    if amax == 0.0 { 0 } else { ((amax / (MAX_CODE * d)).ceil() as i16).clamp(1, MAX_SCALE) }
+}
+
+/// Quantized activation rows of one width. Memory is kept when the shape changes, so the steady state allocates
+/// nothing.
+#[derive(Debug, Default)]
+pub struct Q8Rows {
+    blocks: Vec<Q8Block>,
+    n_rows: usize,
+    n_cols: usize,
+}
+
+impl Q8Rows {
+    /// No rows yet.
+    pub fn new() -> Q8Rows {
+        Q8Rows::default()
+    }
+
+    /// Gives the rows a new shape. Contents are unspecified until each row is quantized.
+    pub fn resize(&mut self, n_rows: usize, n_cols: usize) {
+        let n = n_rows * n_cols.div_ceil(SUPER);
+        if self.blocks.len() < n {
+            self.blocks.resize(n, Q8Block::ZERO);
+        }
+        (self.n_rows, self.n_cols) = (n_rows, n_cols);
+    }
+
+    /// Rows held.
+    pub fn n_rows(&self) -> usize {
+        self.n_rows
+    }
+
+    /// Columns of a row, not counting the zeros that pad it to whole super-blocks.
+    pub fn n_cols(&self) -> usize {
+        self.n_cols
+    }
+
+    fn blocks_per_row(&self) -> usize {
+        self.n_cols.div_ceil(SUPER)
+    }
+
+    /// Row `i`, as super-blocks.
+    pub fn row(&self, i: usize) -> &[Q8Block] {
+        assert!(i < self.n_rows, "row {i} of {} activation rows", self.n_rows);
+        let n = self.blocks_per_row();
+        &self.blocks[i * n..][..n]
+    }
+
+    /// Row `i`, to be written by [`Kernels::quantize_row`](super::Kernels::quantize_row).
+    pub fn row_mut(&mut self, i: usize) -> &mut [Q8Block] {
+        assert!(i < self.n_rows, "row {i} of {} activation rows", self.n_rows);
+        let n = self.blocks_per_row();
+        &mut self.blocks[i * n..][..n]
+    }
+
+    /// A handle through which several threads can each write their own rows.
+    pub fn shared(&mut self) -> SharedQ8Rows<'_> {
+        let blocks_per_row = self.blocks_per_row();
+        SharedQ8Rows { ptr: self.blocks.as_mut_ptr(), blocks_per_row, n_rows: self.n_rows, rows: Default::default() }
+    }
+}
+
+/// Write access to [`Q8Rows`] for many threads, each for rows of its own.
+#[derive(Clone, Copy, Debug)]
+pub struct SharedQ8Rows<'a> {
+    ptr: *mut Q8Block,
+    blocks_per_row: usize,
+    n_rows: usize,
+    rows: std::marker::PhantomData<&'a mut [Q8Block]>,
+}
+
+// SAFETY: the handle borrows its rows exclusively and gives access only through `row`, whose caller promises that no
+// row is used by two threads at a time.
+unsafe impl Send for SharedQ8Rows<'_> {}
+// SAFETY: as for `Send`.
+unsafe impl Sync for SharedQ8Rows<'_> {}
+
+impl<'a> SharedQ8Rows<'a> {
+    /// Row `i` for writing.
+    ///
+    /// # Safety
+    /// While the returned slice lives, nobody else may ask for the same row.
+    pub unsafe fn row(self, i: usize) -> &'a mut [Q8Block] {
+        assert!(i < self.n_rows, "row {i} of {} activation rows", self.n_rows);
+        // SAFETY: row `i` lies within the borrowed blocks by the assertion; the caller rules out aliases.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr.add(i * self.blocks_per_row), self.blocks_per_row) }
+    }
+}

@@ -1,0 +1,364 @@
+//! Every matrix kernel of every instruction set: against the exact values of golden blocks, against the portable
+//! kernels bit for bit, and against itself with other tokens and rows around.
+
+use apr_core::qtype::GgmlType;
+use apr_cpu::kernels::{Isa, Kernels, Out, PanelScratch, Q8Rows, WeightRows};
+
+/// A small generator (SplitMix64), so that every run sees the same data.
+struct Rng(u64);
+
+impl Rng {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ z >> 31
+    }
+
+    fn below(&mut self, n: usize) -> usize {
+        (self.next() % n as u64) as usize
+    }
+
+    /// Roughly normal, with a heavy column now and then as in real activations.
+    fn activation(&mut self) -> f32 {
+        let unit = |r: u64| (r >> 40) as f32 / (1 << 24) as f32 - 0.5;
+        let v = (0..4).map(|_| unit(self.next())).sum::<f32>();
+        if self.below(61) == 0 { v * 30.0 } else { v }
+    }
+
+    fn activations(&mut self, n: usize) -> Vec<f32> {
+        (0..n).map(|_| self.activation()).collect()
+    }
+}
+
+/// One tensor of the golden file: its bytes.
+fn golden(name: &str) -> Vec<u8> {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../fixtures/qtypes-8x256.safetensors");
+    let file = std::fs::read(path).expect("the golden file is in the repository");
+    let header_len = u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
+    let header = std::str::from_utf8(&file[8..8 + header_len]).unwrap();
+    let entry = header.split_once(&format!("\"{name}\"")).unwrap_or_else(|| panic!("no golden {name}")).1;
+    let offsets =
+        entry.split_once("\"data_offsets\":").unwrap().1.split_once('[').unwrap().1.split_once(']').unwrap().0;
+    let mut offsets = offsets.split(',').map(|n| 8 + header_len + n.trim().parse::<usize>().unwrap());
+    file[offsets.next().unwrap()..offsets.next().unwrap()].to_vec()
+}
+
+/// A weight matrix made of golden blocks in random order, and its exact values.
+struct Matrix {
+    qtype: GgmlType,
+    n_cols: usize,
+    bytes: Vec<u8>,
+    values: Vec<f32>,
+}
+
+impl Matrix {
+    fn random(qtype: GgmlType, n_rows: usize, n_cols: usize, rng: &mut Rng) -> Matrix {
+        let (blocks, values) = match qtype {
+            GgmlType::F32 => (golden("source"), golden("source")),
+            _ => (golden(&format!("{qtype}.blocks")), golden(&format!("{qtype}.values"))),
+        };
+        let values: Vec<f32> = values.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+        let (len, size) = (qtype.block_len(), qtype.block_bytes());
+        let mut m = Matrix { qtype, n_cols, bytes: Vec::new(), values: Vec::new() };
+        for _ in 0..n_rows * n_cols / len {
+            let i = rng.below(values.len() / len);
+            m.bytes.extend(&blocks[i * size..(i + 1) * size]);
+            m.values.extend(&values[i * len..(i + 1) * len]);
+        }
+        m
+    }
+
+    fn rows(&self) -> WeightRows<'_> {
+        WeightRows::new(self.qtype, &self.bytes, self.n_cols)
+    }
+}
+
+fn tables() -> Vec<&'static Kernels> {
+    Isa::ALL.into_iter().filter_map(Kernels::for_isa).collect()
+}
+
+fn quantize(k: &Kernels, x: &[f32], n_cols: usize) -> Q8Rows {
+    let mut rows = Q8Rows::new();
+    rows.resize(x.len() / n_cols, n_cols);
+    for (i, row) in x.chunks_exact(n_cols).enumerate() {
+        k.quantize_row(row, rows.row_mut(i));
+    }
+    rows
+}
+
+/// The product of all rows with the tokens `x_rows`, in the order of `x_rows`.
+fn product(k: &Kernels, w: WeightRows<'_>, x: &[f32], x_rows: &[u32]) -> Vec<f32> {
+    let mut out = vec![f32::NAN; x_rows.len() * w.n_rows()];
+    let out_rows: Vec<u32> = (0..x_rows.len() as u32).collect();
+    let mut to = Out::new(&mut out, w.n_rows());
+    if w.qtype().is_float() {
+        k.matmul_f32(w, x, x_rows, &mut to, &out_rows);
+    } else {
+        let q8 = quantize(k, x, w.n_cols());
+        k.matmul_q8(w, &q8, x_rows, &mut to, &out_rows, &mut PanelScratch::new());
+    }
+    out
+}
+
+fn assert_same_bits(got: &[f32], want: &[f32], what: impl Fn() -> String) {
+    assert_eq!(got.len(), want.len());
+    for (i, (g, w)) in got.iter().zip(want).enumerate() {
+        let same = g.to_bits() == w.to_bits() || (g.is_nan() && w.is_nan());
+        assert!(same, "{}: value {i} is {g:e}, expected {w:e}", what());
+    }
+}
+
+fn widths(qtype: GgmlType) -> &'static [usize] {
+    match qtype.block_len() {
+        1 => &[256, 512, 96, 576, 1, 7, 33, 259],
+        32 => &[256, 512, 32, 96, 576],
+        _ => &[256, 512, 768],
+    }
+}
+
+fn quantized() -> impl Iterator<Item = GgmlType> {
+    GgmlType::ALL.into_iter().filter(|q| !q.is_float())
+}
+
+#[test]
+fn products_are_those_of_the_exact_values() {
+    let mut rng = Rng(1);
+    for qtype in GgmlType::ALL {
+        for &n_cols in widths(qtype) {
+            let m = Matrix::random(qtype, 9, n_cols, &mut rng);
+            let x = rng.activations(3 * n_cols);
+            for k in tables() {
+                let values: Vec<f32> = if qtype.is_float() {
+                    x.clone()
+                } else {
+                    let rows = quantize(k, &x, n_cols);
+                    let row = |t| rows.row(t).iter().flat_map(|b| b.dequantize()).take(n_cols);
+                    (0..3).flat_map(row).collect()
+                };
+                let got = product(k, m.rows(), &x, &[0, 1, 2]);
+                for (t, x) in values.chunks_exact(n_cols).enumerate() {
+                    for (r, w) in m.values.chunks_exact(n_cols).enumerate() {
+                        let terms = w.iter().zip(x).map(|(w, x)| f64::from(*w) * f64::from(*x));
+                        let (want, size): (f64, f64) = (terms.clone().sum(), terms.map(f64::abs).sum());
+                        let got = f64::from(got[t * 9 + r]);
+                        let off = (got - want).abs() / size;
+                        // Q4_K and its like take the difference of two sums that may be several times larger.
+                        assert!(off < 1e-5, "{} {qtype} {n_cols}: {got} is not {want}, off {off:e}", k.isa());
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn quantized_activations_are_close_to_the_floats() {
+    let mut rng = Rng(2);
+    for k in tables() {
+        let mut x = rng.activations(1000);
+        x[512..544].fill(0.0);
+        let rows = quantize(k, &x, 1000);
+        let back: Vec<f32> = rows.row(0).iter().flat_map(|b| b.dequantize()).collect();
+        assert_eq!(back.len(), 1024);
+        assert!(back[1000..].iter().chain(&back[512..544]).all(|v| *v == 0.0));
+        for (s, block) in x.chunks(256).enumerate() {
+            let amax = |x: &[f32]| x.iter().fold(0.0f32, |a, v| a.max(v.abs()));
+            for (j, x) in block.chunks(32).enumerate() {
+                // Half a step of the sub-block's scale, which is rounded up by at most 1/32 of the super-block's.
+                let bound = 0.5 / 127.0 * (amax(x) + amax(block) / 32.0) * 1.0001;
+                for (c, v) in x.iter().enumerate() {
+                    let off = (back[256 * s + 32 * j + c] - v).abs();
+                    assert!(off <= bound, "{}: {v} is off by {off}, allowed {bound}", k.isa());
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn every_instruction_set_gives_the_bits_of_the_portable_kernels() {
+    let mut rng = Rng(3);
+    let scalar = Kernels::for_isa(Isa::Scalar).unwrap();
+    for k in tables() {
+        for qtype in quantized() {
+            for &n_cols in widths(qtype) {
+                for n_rows in [1, 7, 8, 9, 17] {
+                    let m = Matrix::random(qtype, n_rows, n_cols, &mut rng);
+                    let x = rng.activations(33 * n_cols);
+                    for n in (1..=9).chain([33]) {
+                        let tokens: Vec<u32> = (0..n).collect();
+                        let want = product(scalar, m.rows(), &x, &tokens);
+                        let got = product(k, m.rows(), &x, &tokens);
+                        assert_same_bits(&got, &want, || format!("{} {qtype} {n_rows}x{n_cols}, {n} tokens", k.isa()));
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_product_does_not_depend_on_the_tokens_and_rows_around_it() {
+    let mut rng = Rng(4);
+    for k in tables() {
+        for qtype in GgmlType::ALL {
+            for &n_cols in widths(qtype) {
+                let n_rows = 17;
+                let m = Matrix::random(qtype, n_rows, n_cols, &mut rng);
+                let x = rng.activations(12 * n_cols);
+                let alone: Vec<Vec<f32>> = (0..12).map(|t| product(k, m.rows(), &x, &[t])).collect();
+                for n in 1..=9 {
+                    let tokens: Vec<u32> = (0..n).map(|_| rng.below(12) as u32).collect();
+                    let got = product(k, m.rows(), &x, &tokens);
+                    for (got, t) in got.chunks_exact(n_rows).zip(&tokens) {
+                        assert_same_bits(got, &alone[*t as usize], || format!("{} {qtype} token {t}", k.isa()));
+                    }
+                    let first = rng.below(n_rows);
+                    let part = product(k, m.rows().rows(first..n_rows), &x, &tokens);
+                    for (got, t) in part.chunks_exact(n_rows - first).zip(&tokens) {
+                        assert_same_bits(got, &alone[*t as usize][first..], || format!("{} {qtype} rows", k.isa()));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Blocks of random bytes, with the float scales set to finite numbers: every code and scale a file can hold.
+fn random_bytes(qtype: GgmlType, n_blocks: usize, fill: Option<u8>, rng: &mut Rng) -> Vec<u8> {
+    let floats: &[usize] = match qtype {
+        GgmlType::Q4_1 | GgmlType::Q5_1 | GgmlType::Q4_K | GgmlType::Q5_K => &[0, 2],
+        GgmlType::Q2_K => &[80, 82],
+        GgmlType::Q3_K => &[108],
+        GgmlType::Q6_K => &[208],
+        GgmlType::MXFP4 => &[],
+        _ => &[0],
+    };
+    let mut bytes: Vec<u8> =
+        (0..n_blocks * qtype.block_bytes()).map(|_| fill.unwrap_or_else(|| rng.next() as u8)).collect();
+    for block in bytes.chunks_exact_mut(qtype.block_bytes()) {
+        for &at in floats {
+            block[at..at + 2].copy_from_slice(&half::f16::from_f32(rng.activation() * 0.01).to_le_bytes());
+        }
+        if qtype == GgmlType::MXFP4 {
+            block[0] = 100 + (block[0] & 31);
+        }
+    }
+    bytes
+}
+
+#[test]
+fn extreme_codes_and_scales_do_not_saturate() {
+    let mut rng = Rng(5);
+    let scalar = Kernels::for_isa(Isa::Scalar).unwrap();
+    for k in tables() {
+        for qtype in quantized() {
+            for &n_cols in widths(qtype) {
+                for fill in [None, None, Some(0xff), Some(0x00), Some(0x80), Some(0x7f)] {
+                    let n_rows = 9;
+                    let bytes = random_bytes(qtype, n_rows * n_cols / qtype.block_len(), fill, &mut rng);
+                    let w = WeightRows::new(qtype, &bytes, n_cols);
+                    let mut x = vec![3.5f32; 6 * n_cols];
+                    x[n_cols..2 * n_cols].fill(-3.5);
+                    x[2 * n_cols..3 * n_cols].iter_mut().step_by(2).for_each(|v| *v = -3.5);
+                    x[3 * n_cols..].iter_mut().for_each(|v| *v = rng.activation());
+                    for tokens in [&[0u32, 1, 2, 3, 4, 5][..], &[0], &[1], &[2]] {
+                        let want = product(scalar, w, &x, tokens);
+                        let got = product(k, w, &x, tokens);
+                        assert!(want.iter().all(|v| v.is_finite()));
+                        assert_same_bits(&got, &want, || format!("{} {qtype} {n_cols} {fill:x?}", k.isa()));
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn quantized_rows_are_the_same_bits_everywhere() {
+    let mut rng = Rng(6);
+    let scalar = Kernels::for_isa(Isa::Scalar).unwrap();
+    for k in tables() {
+        for n_cols in [1, 16, 31, 32, 96, 255, 256, 257, 576, 1024] {
+            for scale in [1.0, 1e-30, 1e-37, 1e-41, 1e30, 3e38] {
+                let x: Vec<f32> = rng.activations(n_cols).iter().map(|v| (v * scale).clamp(-3e38, 3e38)).collect();
+                let (got, want) = (quantize(k, &x, n_cols), quantize(scalar, &x, n_cols));
+                for (g, w) in got.row(0).iter().zip(want.row(0)) {
+                    assert_eq!(format!("{g:?}"), format!("{w:?}"), "{} {n_cols} {scale}", k.isa());
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_value_that_is_not_finite_makes_nan_of_its_token_only() {
+    let mut rng = Rng(7);
+    for k in tables() {
+        for qtype in GgmlType::ALL {
+            let n_cols = 512;
+            let m = Matrix::random(qtype, 9, n_cols, &mut rng);
+            for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                let mut x = rng.activations(5 * n_cols);
+                x[2 * n_cols + 300] = bad;
+                for tokens in [&[0u32, 1, 2, 3, 4][..], &[2]] {
+                    let got = product(k, m.rows(), &x, tokens);
+                    for (got, t) in got.chunks_exact(9).zip(tokens) {
+                        assert!(got.iter().all(|v| v.is_finite() != (*t == 2)), "{} {qtype} {bad} {got:?}", k.isa());
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn zero_rows_give_zeros() {
+    let mut rng = Rng(8);
+    for k in tables() {
+        for qtype in GgmlType::ALL {
+            let m = Matrix::random(qtype, 9, 256, &mut rng);
+            let got = product(k, m.rows(), &[0.0; 4 * 256], &[0, 1, 2, 3]);
+            assert!(got.iter().all(|v| *v == 0.0), "{} {qtype}", k.isa());
+            assert!(product(k, m.rows(), &[0.0; 256], &[]).is_empty());
+        }
+    }
+}
+
+#[test]
+fn results_go_to_the_rows_and_columns_asked_for() {
+    let mut rng = Rng(9);
+    for k in tables() {
+        for qtype in GgmlType::ALL {
+            let m = Matrix::random(qtype, 12, 256, &mut rng);
+            let x = rng.activations(4 * 256);
+            let want = product(k, m.rows(), &x, &[3, 1, 0, 2]);
+            let mut got = vec![-1.0; 6 * 20];
+            {
+                let shared = apr_cpu::kernels::SharedOut::new(&mut got, 20);
+                let q8 = quantize(k, &x, 256);
+                std::thread::scope(|s| {
+                    for (from, to) in [(0, 5), (5, 12)] {
+                        let (m, x, q8) = (&m, &x, &q8);
+                        s.spawn(move || {
+                            // SAFETY: the two threads take disjoint columns.
+                            let mut out = unsafe { shared.cols(4 + from..4 + to) };
+                            let w = m.rows().rows(from..to);
+                            let (x_rows, out_rows) = (&[3, 1, 0, 2], &[5, 0, 2, 4]);
+                            match qtype.is_float() {
+                                true => k.matmul_f32(w, x, x_rows, &mut out, out_rows),
+                                false => k.matmul_q8(w, q8, x_rows, &mut out, out_rows, &mut PanelScratch::new()),
+                            }
+                        });
+                    }
+                });
+            }
+            let mut expected = vec![-1.0; 6 * 20];
+            for (row, want) in [5, 0, 2, 4].into_iter().zip(want.chunks_exact(12)) {
+                expected[row * 20 + 4..][..12].copy_from_slice(want);
+            }
+            assert_same_bits(&got, &expected, || format!("{} {qtype}", k.isa()));
+        }
+    }
+}
