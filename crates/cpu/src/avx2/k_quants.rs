@@ -1,0 +1,139 @@
+//! Q4_K and Q5_K: four- and five-bit codes, six-bit scales and minima per 32 columns.
+//!
+//! A block is `d` and `dmin` (half floats), twelve bytes of scales and minima, for Q5_K 32 bytes with the codes'
+//! fifth bits (bit `j` of byte `i` belongs to column `32 j + i`), and 128 bytes of nibbles (byte `32 k + i` holds
+//! columns `64 k + i` and, in its high half, `64 k + 32 + i`).
+
+use std::arch::x86_64::*;
+
+use super::load::{half_bits, half_vector, halves, load4, load32, prefetch, store, store8, vector};
+use super::reduce::{sum_half_lanes, sum_lanes, transpose, transpose_halves};
+use super::tile::{self, add_super};
+use super::{Format, Strip};
+use crate::kernels::{Panel, Q8Block, STRIP};
+
+/// Q5_K where `FIVE`, else Q4_K.
+pub(super) struct K45<const FIVE: bool>;
+
+/// The scales (low half) and minima (high half) of a block as sixteen bytes.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn scales_and_mins(block: &[u8]) -> __m128i {
+    // Twelve bytes: six bits of scales 0-3, six bits of minima 0-3, low nibbles of scales and minima 4-7 whose upper
+    // two bits are the top of the first eight bytes.
+    let [a, b, c] = [4, 8, 12].map(|at| load4(block, at) as u32);
+    let low = 0x3f3f_3f3f;
+    let (nibble, top) = (0x0f0f_0f0f, 0x0303_0303);
+    let scales = [a & low, c & nibble | (a >> 6 & top) << 4];
+    let mins = [b & low, c >> 4 & nibble | (b >> 6 & top) << 4];
+    _mm_set_epi32(mins[1] as i32, mins[0] as i32, scales[1] as i32, scales[0] as i32)
+}
+
+/// The integer sums of one row's super-block with a token, not yet reduced: products and minima.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn row_sums<const FIVE: bool>(block: &[u8], x: &Q8Block) -> (__m256i, __m128i) {
+    let scales_mins = _mm256_cvtepu8_epi16(scales_and_mins(block));
+    let x_scales = half_vector(&x.scales);
+    let scales = _mm_mullo_epi16(_mm256_castsi256_si128(scales_mins), x_scales);
+    let mins = _mm_mullo_epi16(_mm256_extracti128_si256::<1>(scales_mins), x_scales);
+    let scales = _mm256_broadcastsi128_si256(scales);
+    let nibble = _mm256_set1_epi8(15);
+    let high = if FIVE { load32(block, 16) } else { nibble };
+    let qs = if FIVE { 48 } else { 16 };
+    let (codes, _) = x.codes.as_chunks::<32>();
+    let mut sum = _mm256_setzero_si256();
+    for k in 0..4 {
+        let q = load32(block, qs + 32 * k);
+        let mut w = [_mm256_and_si256(q, nibble), _mm256_and_si256(_mm256_srli_epi16::<4>(q), nibble)];
+        if FIVE {
+            w = [fifth(w[0], high, 2 * k), fifth(w[1], high, 2 * k + 1)];
+        }
+        for h in 0..2 {
+            let j = (2 * k + h) as i16;
+            let scale = _mm256_shuffle_epi8(scales, _mm256_set1_epi16((2 * j) | (2 * j + 1) << 8));
+            let y = _mm256_maddubs_epi16(w[h], vector(&codes[2 * k + h]));
+            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(y, scale));
+        }
+    }
+    (sum, _mm_madd_epi16(mins, half_vector(&x.sums)))
+}
+
+/// Adds bit `j` of every byte of `high` to nibbles as their fifth bit.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn fifth(nibbles: __m256i, high: __m256i, j: usize) -> __m256i {
+    let bit = _mm256_set1_epi8((1u8 << j) as i8);
+    let set = _mm256_cmpeq_epi8(_mm256_and_si256(high, bit), bit);
+    _mm256_or_si256(nibbles, _mm256_and_si256(set, _mm256_set1_epi8(16)))
+}
+
+impl<const FIVE: bool> K45<FIVE> {
+    const BYTES: usize = if FIVE { 176 } else { 144 };
+}
+
+impl<const FIVE: bool> Format for K45<FIVE> {
+    const TILES_FROM: usize = 3;
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn gemv(strip: &Strip<'_>, x: &[Q8Block]) -> __m256 {
+        let mut acc = _mm256_setzero_ps();
+        let zero = _mm256_setzero_si256();
+        for s in 0..strip.n_blocks / 8 {
+            let (mut sum, mut min) = ([zero; STRIP], [_mm_setzero_si128(); STRIP]);
+            let (mut d, mut m) = ([0; STRIP], [0; STRIP]);
+            for r in 0..STRIP {
+                let block = &strip.rows[r][s * Self::BYTES..][..Self::BYTES];
+                prefetch(block, strip.ahead);
+                prefetch(block, strip.ahead + 64);
+                prefetch(block, strip.ahead + 128);
+                (sum[r], min[r]) = row_sums::<FIVE>(block, &x[s]);
+                (d[r], m[r]) = (half_bits(block, 0), half_bits(block, 2));
+            }
+            acc = add_super(acc, sum_lanes(sum), sum_half_lanes(min), halves(d), halves(m), x[s].d);
+        }
+        acc
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn unpack(strip: &Strip<'_>, s: usize, panel: &mut Panel) {
+        let blocks: [&[u8]; STRIP] = strip.rows.map(|row| &row[s * Self::BYTES..][..Self::BYTES]);
+        let nibble = _mm256_set1_epi8(15);
+        let high = if FIVE { transpose(blocks.map(|b| load32(b, 16))) } else { [nibble; 8] };
+        for k in 0..4 {
+            let q = transpose(blocks.map(|b| load32(b, if FIVE { 48 } else { 16 } + 32 * k)));
+            for i in 0..8 {
+                let mut w = [_mm256_and_si256(q[i], nibble), _mm256_and_si256(_mm256_srli_epi16::<4>(q[i]), nibble)];
+                if FIVE {
+                    w = [fifth(w[0], high[i], 2 * k), fifth(w[1], high[i], 2 * k + 1)];
+                }
+                store(&mut panel.codes[2 * k][i], w[0]);
+                store(&mut panel.codes[2 * k + 1][i], w[1]);
+            }
+        }
+        // Dword 0 and 1 of a row: scales; 2 and 3: minima; as bytes.
+        let [s0, s1, m0, m1] = transpose_halves(blocks.map(|b| scales_and_mins(b)));
+        let bytes = |v: __m256i, from: i32, to: [i32; 2]| {
+            // Bytes `to` of every lane as two 16-bit numbers.
+            let [a, b] = to.map(|i| {
+                _mm256_and_si256(_mm256_srl_epi32(v, _mm_cvtsi32_si128(8 * (from + i))), _mm256_set1_epi32(255))
+            });
+            _mm256_or_si256(a, _mm256_slli_epi32::<16>(b))
+        };
+        for i in 0..4 {
+            store(&mut panel.scales[i as usize], bytes(s0, i, [0, 0]));
+            store(&mut panel.scales[4 + i as usize], bytes(s1, i, [0, 0]));
+        }
+        for i in 0..2 {
+            store(&mut panel.mins[i as usize], bytes(m0, 2 * i, [0, 1]));
+            store(&mut panel.mins[2 + i as usize], bytes(m1, 2 * i, [0, 1]));
+        }
+        panel.d[0] = store8(halves(blocks.map(|b| half_bits(b, 0))));
+        panel.m[0] = store8(halves(blocks.map(|b| half_bits(b, 2))));
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn tile<const N: usize>(panels: &[Panel], _: usize, x: [&[Q8Block]; N]) -> [__m256; N] {
+        if FIVE { tile::super_32::<4, N>(panels, x) } else { tile::super_32::<8, N>(panels, x) }
+    }
+}

@@ -1,0 +1,110 @@
+//! Loads and stores of vectors from slices and arrays: the only places where AVX2 kernels touch memory.
+
+use std::arch::x86_64::*;
+
+/// 32 bytes at `b[at..]`.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn load32(b: &[u8], at: usize) -> __m256i {
+    let b = &b[at..at + 32];
+    // SAFETY: the slice has 32 bytes.
+    unsafe { _mm256_loadu_si256(b.as_ptr().cast()) }
+}
+
+/// 16 bytes at `b[at..]`.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn load16(b: &[u8], at: usize) -> __m128i {
+    let b = &b[at..at + 16];
+    // SAFETY: the slice has 16 bytes.
+    unsafe { _mm_loadu_si128(b.as_ptr().cast()) }
+}
+
+/// Four bytes at `b[at..]` as a number.
+#[inline(always)]
+pub(super) fn load4(b: &[u8], at: usize) -> i32 {
+    i32::from_le_bytes([b[at], b[at + 1], b[at + 2], b[at + 3]])
+}
+
+/// Types without padding whose every bit pattern may be read as an integer.
+pub(super) trait Plain: Copy {}
+impl Plain for u8 {}
+impl Plain for i8 {}
+impl Plain for i16 {}
+impl Plain for f32 {}
+impl<T: Plain, const N: usize> Plain for [T; N] {}
+
+/// The vector that fills `from`.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn vector<T: Plain>(from: &T) -> __m256i {
+    const { assert!(size_of::<T>() == 32) };
+    // SAFETY: `from` has 32 bytes, none of them padding.
+    unsafe { _mm256_loadu_si256((from as *const T).cast()) }
+}
+
+/// Eight floats.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn floats(from: &[f32; 8]) -> __m256 {
+    // SAFETY: `from` has eight floats.
+    unsafe { _mm256_loadu_ps(from.as_ptr()) }
+}
+
+/// The half vector that fills `from`.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn half_vector<T: Plain>(from: &T) -> __m128i {
+    const { assert!(size_of::<T>() == 16) };
+    // SAFETY: `from` has 16 bytes, none of them padding.
+    unsafe { _mm_loadu_si128((from as *const T).cast()) }
+}
+
+/// Dword `i` of `from` in every lane.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn broadcast<T: Plain>(from: &T, i: usize) -> __m256i {
+    assert!(4 * i + 4 <= size_of::<T>());
+    // SAFETY: the dword lies within `from` by the assertion, and is none of it padding.
+    unsafe { _mm256_set1_epi32((from as *const T).cast::<i32>().add(i).read_unaligned()) }
+}
+
+/// Writes a vector over the whole of `to`.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn store<T: Plain>(to: &mut T, v: __m256i) {
+    const { assert!(size_of::<T>() == 32) };
+    // SAFETY: `to` has 32 bytes, and any bits are a valid value of a plain type.
+    unsafe { _mm256_storeu_si256((to as *mut T).cast(), v) }
+}
+
+/// The eight floats of a vector.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn store8(v: __m256) -> [f32; 8] {
+    let mut to = [0.0; 8];
+    // SAFETY: `to` has eight floats.
+    unsafe { _mm256_storeu_ps(to.as_mut_ptr(), v) };
+    to
+}
+
+/// Asks for the cache line `ahead` bytes after the start of `b`, which may lie beyond any allocation.
+#[inline(always)]
+pub(super) fn prefetch(b: &[u8], ahead: usize) {
+    // SAFETY: a prefetch accesses nothing, whatever the address.
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(b.as_ptr().wrapping_add(ahead).cast()) }
+}
+
+/// Eight half floats, given as their bits, as floats.
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+pub(super) fn halves(bits: [i16; 8]) -> __m256 {
+    let [a, b, c, d, e, f, g, h] = bits;
+    _mm256_cvtph_ps(_mm_setr_epi16(a, b, c, d, e, f, g, h))
+}
+
+/// The half float at `b[at..]`, as its bits.
+#[inline(always)]
+pub(super) fn half_bits(b: &[u8], at: usize) -> i16 {
+    i16::from_le_bytes([b[at], b[at + 1]])
+}
