@@ -1,0 +1,390 @@
+//! What a device must be able to do: about a dozen coarse ops that mean something in the model.
+//!
+//! A fused op is a trait method whose default body is the unfused computation, so that the plain meaning of an op can never be lost;
+//! an override must agree with it. Shapes are written as `[rows, columns]`, rows being the tokens of the step.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::batch::Batch;
+use crate::probe::{Probe, View, seen};
+use crate::qtype::GgmlType;
+use crate::rope::Rope;
+use crate::stage::Stage;
+
+pub mod faulty;
+pub mod reference;
+pub mod unfused;
+
+mod decorator;
+
+/// Positions in a KV block, which is also the tile in which attention sums: fixed, so that results do not depend on batching.
+pub const KV_BLOCK: usize = 64;
+
+/// What can go wrong in a backend once a model is loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum BackendError {
+    /// A buffer could not be had.
+    #[error("out of memory: {what} needs {need_bytes} bytes")]
+    OutOfMemory { what: String, need_bytes: usize },
+    /// The weight's type has no kernel on this device.
+    #[error("tensor '{tensor}' has type {qtype}, which {device} cannot multiply")]
+    UnsupportedType { tensor: String, qtype: GgmlType, device: &'static str },
+    /// A saved KV block does not fit the cache it is restored into.
+    #[error("saved KV block has {got} bytes, this cache needs {expected}: it was saved with other settings")]
+    KvRestore { expected: usize, got: usize },
+}
+
+/// Result of a backend op.
+pub type Result<T> = std::result::Result<T, BackendError>;
+
+/// Precision in which a backend multiplies activations, declared so that comparisons know what error to expect.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    /// Activations stay 32-bit floats.
+    F32,
+    /// Activations are 8-bit integers with a scale per 32 where weights are quantized.
+    Int8,
+}
+
+/// How keys and values are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KvType {
+    F32,
+    F16,
+    /// 8-bit integers, one f16 scale per 32 values along the head.
+    Q8_0,
+}
+
+impl KvType {
+    /// Bytes of `n` values, `n` a multiple of 32.
+    pub fn bytes(self, n: usize) -> usize {
+        match self {
+            KvType::F32 => 4 * n,
+            KvType::F16 => 2 * n,
+            KvType::Q8_0 => n / 32 * 34,
+        }
+    }
+}
+
+impl std::str::FromStr for KvType {
+    type Err = String;
+    fn from_str(s: &str) -> std::result::Result<KvType, String> {
+        match s {
+            "f32" => Ok(KvType::F32),
+            "f16" => Ok(KvType::F16),
+            "q8_0" => Ok(KvType::Q8_0),
+            _ => Err(format!("unknown KV type '{s}'; the types are f32, f16 and q8_0")),
+        }
+    }
+}
+
+impl std::fmt::Display for KvType {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            KvType::F32 => "f32",
+            KvType::F16 => "f16",
+            KvType::Q8_0 => "q8_0",
+        })
+    }
+}
+
+/// The sizes of a KV cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvShape {
+    pub n_layer: usize,
+    pub n_head_kv: usize,
+    pub head_dim: usize,
+    pub kv_type: KvType,
+}
+
+impl KvShape {
+    /// Bytes of one block of [`KV_BLOCK`] positions, all layers.
+    pub fn block_bytes(&self) -> usize {
+        2 * self.n_layer * self.n_head_kv * KV_BLOCK * self.kv_type.bytes(self.head_dim)
+    }
+}
+
+/// The sizes of attention's heads. Rows of `qkv` are `n_head` queries, then `n_head_kv` keys, then `n_head_kv` values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Heads {
+    pub n_head: usize,
+    pub n_head_kv: usize,
+    pub head_dim: usize,
+}
+
+impl Heads {
+    /// Columns of the queries in a `qkv` row.
+    pub fn q(&self) -> Range<usize> {
+        0..self.n_head * self.head_dim
+    }
+
+    /// Columns of the keys in a `qkv` row.
+    pub fn k(&self) -> Range<usize> {
+        let at = self.q().end;
+        at..at + self.n_head_kv * self.head_dim
+    }
+
+    /// Columns of the values in a `qkv` row.
+    pub fn v(&self) -> Range<usize> {
+        let at = self.k().end;
+        at..at + self.n_head_kv * self.head_dim
+    }
+
+    /// Columns of a `qkv` row.
+    pub fn n_qkv(&self) -> usize {
+        self.v().end
+    }
+}
+
+/// Bytes that stay where they are, usually in a mapped file.
+#[derive(Clone)]
+pub struct Bytes {
+    owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
+    range: Range<usize>,
+}
+
+impl Bytes {
+    /// The bytes `range` of `owner`. Panics where the owner is shorter.
+    pub fn new(owner: Arc<dyn AsRef<[u8]> + Send + Sync>, range: Range<usize>) -> Bytes {
+        assert!(range.start <= range.end && range.end <= (*owner).as_ref().len(), "bytes {range:?} exist");
+        Bytes { owner, range }
+    }
+
+    /// Bytes owned by the caller, for weights made in memory.
+    pub fn from_vec(v: Vec<u8>) -> Bytes {
+        let range = 0..v.len();
+        Bytes::new(Arc::new(v), range)
+    }
+}
+
+impl std::ops::Deref for Bytes {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        &(*self.owner).as_ref()[self.range.clone()]
+    }
+}
+
+/// A weight tensor as the file stores it: `n_mat` matrices of `n_rows` rows of `n_cols` weights.
+#[derive(Clone)]
+pub struct WeightData {
+    pub name: String,
+    pub qtype: GgmlType,
+    /// Inputs of the matrix (ggml's `ne[0]`), or the length of a vector.
+    pub n_cols: usize,
+    /// Outputs of the matrix; 1 for a vector.
+    pub n_rows: usize,
+    /// Experts; 1 for a plain matrix.
+    pub n_mat: usize,
+    pub bytes: Bytes,
+}
+
+impl WeightData {
+    /// Bytes of one row.
+    pub fn row_bytes(&self) -> usize {
+        self.qtype.row_bytes(self.n_cols)
+    }
+}
+
+/// Weights of a SwiGLU feed-forward block, dense or one per expert.
+pub struct FfnWeights<W> {
+    /// `[n_ff, n_embd]` per matrix
+    pub gate: W,
+    /// `[n_ff, n_embd]` per matrix
+    pub up: W,
+    /// `[n_embd, n_ff]` per matrix
+    pub down: W,
+}
+
+/// Buffers of a feed-forward block. `k` is `n_expert_used`, 1 in a dense block.
+pub struct FfnScratch<T> {
+    /// `[n_tokens, k * n_ff]`
+    pub gate: T,
+    /// `[n_tokens, k * n_ff]`
+    pub up: T,
+    /// `[n_tokens, k * n_embd]`, used by experts only
+    pub down: T,
+}
+
+/// The routing of a step.
+pub struct Routing<T, I> {
+    /// `[n_tokens, n_expert]`
+    pub logits: T,
+    /// `[n_tokens, n_expert_used]`, largest weight first
+    pub ids: I,
+    /// `[n_tokens, n_expert_used]`, positive, summing to 1
+    pub weights: T,
+}
+
+/// A device that can run the ops of the models.
+pub trait Backend: Sized {
+    /// Rows of floats, one per token of the step, resident on the device.
+    type Tensor;
+    /// Rows of expert ids.
+    type Ids;
+    /// A weight tensor in the layout the device wants.
+    type Weight;
+    /// Keys and values of all sequences, in blocks.
+    type KvCache;
+
+    /// Precision of activations in products with quantized weights.
+    fn precision(&self) -> Precision;
+
+    /// Whether the ops as this backend runs them report the stage to a probe.
+    fn shows(&self, stage: Stage) -> bool;
+
+    /// Bytes of weights, keys and values that ops have read since the backend was made; `None` where they are not counted.
+    fn read_bytes(&self) -> Option<u64> {
+        None
+    }
+
+    /// Takes a weight in. The bytes may stay where they are.
+    fn upload(&self, data: &WeightData) -> Result<Self::Weight>;
+
+    /// A tensor of `n_cols` columns, without rows yet. `consumers` are the weights it is multiplied with, which decide the formats
+    /// that ops writing the tensor prepare.
+    fn tensor(&self, n_cols: usize, consumers: &[&Self::Weight]) -> Self::Tensor;
+
+    /// Expert ids of `n_cols` columns, without rows yet.
+    fn ids(&self, n_cols: usize) -> Self::Ids;
+
+    /// Rows and columns of a tensor.
+    fn shape(&self, t: &Self::Tensor) -> (usize, usize);
+
+    /// Copies a tensor to the host.
+    fn read(&self, t: &Self::Tensor, out: &mut Vec<f32>) -> Result<()>;
+
+    /// Fills a tensor from the host: as many rows as `values` has.
+    fn write(&self, t: &mut Self::Tensor, values: &[f32]) -> Result<()>;
+
+    /// Copies one row of a tensor to the host.
+    fn read_row(&self, t: &Self::Tensor, row: usize, out: &mut Vec<f32>) -> Result<()>;
+
+    /// Copies expert ids to the host; their rows and columns are returned.
+    fn read_ids(&self, ids: &Self::Ids, out: &mut Vec<u32>) -> Result<(usize, usize)>;
+
+    /// An empty KV cache.
+    fn kv_cache(&self, shape: KvShape) -> Self::KvCache;
+
+    /// Makes room for blocks `0..n_blocks`.
+    fn kv_reserve(&self, kv: &mut Self::KvCache, n_blocks: usize) -> Result<()>;
+
+    /// Copies a KV block to the host, in the backend's own format.
+    fn kv_save(&self, kv: &Self::KvCache, block: u32, out: &mut Vec<u8>) -> Result<()>;
+
+    /// Writes back what [`kv_save`](Self::kv_save) gave.
+    fn kv_restore(&self, kv: &mut Self::KvCache, block: u32, saved: &[u8]) -> Result<()>;
+
+    /// `out[i] = table[token of row i]`
+    fn embed(&self, out: &mut Self::Tensor, table: &Self::Weight, batch: &Batch) -> Result<()>;
+
+    /// `out = x / rms(x) * w`, with `eps` added to the mean square.
+    fn rms_norm(&self, out: &mut Self::Tensor, x: &Self::Tensor, w: &Self::Weight, eps: f32) -> Result<()>;
+
+    /// `out[:, at..at + n_rows of w] = x wᵀ`; `out` gets the rows of `x`.
+    fn matmul(&self, out: &mut Self::Tensor, at: usize, w: &Self::Weight, x: &Self::Tensor) -> Result<()>;
+
+    /// `x[:, at..] += bias`
+    fn add_bias(&self, x: &mut Self::Tensor, at: usize, bias: &Self::Weight) -> Result<()>;
+
+    /// RMS-normalises every head of `cols` on its own: `x = x / rms(x) * w`, `w` `[head_dim]`.
+    fn head_norm(&self, x: &mut Self::Tensor, cols: Range<usize>, w: &Self::Weight, eps: f32) -> Result<()>;
+
+    /// Rotates every head of `cols` by its row's position.
+    fn rope(&self, x: &mut Self::Tensor, cols: Range<usize>, head_dim: usize, rope: &Rope, batch: &Batch)
+    -> Result<()>;
+
+    /// Stores the keys and values of `qkv` in layer `il` of the cache, then attends: `out[i] = softmax(q_i Kᵀ / √head_dim) V` over
+    /// the positions up to row `i`'s own. `out` is `[n_tokens, n_head * head_dim]`.
+    fn attention<P: Probe<Self>>(
+        &self,
+        out: &mut Self::Tensor,
+        qkv: &Self::Tensor,
+        kv: &mut Self::KvCache,
+        il: usize,
+        heads: Heads,
+        batch: &Batch,
+        probe: &mut P,
+    ) -> Result<()>;
+
+    /// Drops the rows that want no logits.
+    fn keep_rows(&self, x: &mut Self::Tensor, batch: &Batch) -> Result<()>;
+
+    /// Softmax over the router's logits, the largest experts by weight (lower id first on ties), weights renormalised to sum 1.
+    fn route(&self, routing: &mut Routing<Self::Tensor, Self::Ids>) -> Result<()>;
+
+    /// `out[i, s] = w[ids[i, s]] x[i]`, or `x[i, s]` where `x` has a part per slot.
+    fn matmul_experts(&self, out: &mut Self::Tensor, w: &Self::Weight, ids: &Self::Ids, x: &Self::Tensor)
+    -> Result<()>;
+
+    /// `x = x * sigmoid(x)`
+    fn silu(&self, x: &mut Self::Tensor) -> Result<()>;
+
+    /// `x = x * y`
+    fn mul(&self, x: &mut Self::Tensor, y: &Self::Tensor) -> Result<()>;
+
+    /// `out[i] = Σ_s weights[i, s] x[i, s]`, in order of slots.
+    fn weighted_sum(&self, out: &mut Self::Tensor, x: &Self::Tensor, weights: &Self::Tensor) -> Result<()>;
+
+    /// `x = x + y`
+    fn add(&self, x: &mut Self::Tensor, y: &Self::Tensor) -> Result<()>;
+
+    /// A dense SwiGLU block: `out = down (silu(gate x) * up x)`.
+    fn dense_ffn<P: Probe<Self>>(
+        &self,
+        out: &mut Self::Tensor,
+        s: &mut FfnScratch<Self::Tensor>,
+        w: &FfnWeights<Self::Weight>,
+        x: &Self::Tensor,
+        il: usize,
+        probe: &mut P,
+    ) -> Result<()> {
+        self.matmul(&mut s.gate, 0, &w.gate, x)?;
+        seen(probe, self, Stage::FfnGate, il, &s.gate)?;
+        self.matmul(&mut s.up, 0, &w.up, x)?;
+        seen(probe, self, Stage::FfnUp, il, &s.up)?;
+        self.silu(&mut s.gate)?;
+        seen(probe, self, Stage::FfnSilu, il, &s.gate)?;
+        self.mul(&mut s.gate, &s.up)?;
+        seen(probe, self, Stage::FfnSwigl, il, &s.gate)?;
+        self.matmul(out, 0, &w.down, &s.gate)
+    }
+
+    /// The routed experts: `out[i] = Σ_s weights[i, s] FFN_{ids[i, s]}(x[i])`.
+    fn experts_ffn<P: Probe<Self>>(
+        &self,
+        out: &mut Self::Tensor,
+        s: &mut FfnScratch<Self::Tensor>,
+        w: &FfnWeights<Self::Weight>,
+        routing: &Routing<Self::Tensor, Self::Ids>,
+        x: &Self::Tensor,
+        il: usize,
+        probe: &mut P,
+    ) -> Result<()> {
+        self.matmul_experts(&mut s.gate, &w.gate, &routing.ids, x)?;
+        seen(probe, self, Stage::MoeExpertGate, il, &s.gate)?;
+        self.matmul_experts(&mut s.up, &w.up, &routing.ids, x)?;
+        seen(probe, self, Stage::MoeExpertUp, il, &s.up)?;
+        self.silu(&mut s.gate)?;
+        self.mul(&mut s.gate, &s.up)?;
+        seen(probe, self, Stage::MoeExpertSwigl, il, &s.gate)?;
+        self.matmul_experts(&mut s.down, &w.down, &routing.ids, &s.gate)?;
+        seen(probe, self, Stage::MoeExpertOut, il, &s.down)?;
+        self.weighted_sum(out, &s.down, &routing.weights)
+    }
+
+    /// Runs one step; a device may record it once and replay it.
+    fn run_step(&self, step: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        step()
+    }
+}
+
+/// Refuses a saved KV block of another size.
+pub fn check_restore(expected: usize, got: usize) -> Result<()> {
+    if expected == got { Ok(()) } else { Err(BackendError::KvRestore { expected, got }) }
+}
+
+/// Offers the ids of a routing to a probe.
+pub fn seen_ids<B: Backend, P: Probe<B>>(p: &mut P, b: &B, stage: Stage, layer: usize, ids: &B::Ids) -> Result<()> {
+    p.seen(b, stage, layer, View::Ids(ids))
+}
