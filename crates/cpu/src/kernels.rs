@@ -183,7 +183,11 @@ impl<'a> WeightRows<'a> {
     /// `data` as rows of `n_cols` weights. `n_cols` is a multiple of the type's block.
     pub fn new(qtype: GgmlType, data: &'a [u8], n_cols: usize) -> WeightRows<'a> {
         let row_bytes = qtype.row_bytes(n_cols);
-        assert!(row_bytes > 0 && data.len() % row_bytes == 0, "{} bytes are not rows of {row_bytes}", data.len());
+        assert!(
+            row_bytes > 0 && data.len().is_multiple_of(row_bytes),
+            "{} bytes are not rows of {row_bytes}",
+            data.len()
+        );
         WeightRows { qtype, data, n_cols, row_bytes }
     }
 

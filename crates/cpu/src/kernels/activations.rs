@@ -70,7 +70,7 @@ impl Q8Block {
 
     /// The 256 values that the codes stand for.
     pub fn dequantize(&self) -> [f32; SUPER] {
-        std::array::from_fn(|c| f32::from(self.codes[c]) * self.block_d[c / 32] + (self.d - self.d))
+        std::array::from_fn(|c| f32::from(self.codes[c]) * self.block_d[c / 32])
     }
 }
 

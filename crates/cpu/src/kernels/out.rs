@@ -64,7 +64,7 @@ unsafe impl Sync for SharedOut<'_> {}
 impl<'a> SharedOut<'a> {
     /// `data` as rows of `n_cols`.
     pub fn new(data: &'a mut [f32], n_cols: usize) -> SharedOut<'a> {
-        assert!(n_cols > 0 && data.len() % n_cols == 0, "{} values are not rows of {n_cols}", data.len());
+        assert!(n_cols > 0 && data.len().is_multiple_of(n_cols), "{} values are not rows of {n_cols}", data.len());
         SharedOut { ptr: data.as_mut_ptr(), stride: n_cols, n_rows: data.len() / n_cols, data: PhantomData }
     }
 
@@ -79,5 +79,18 @@ impl<'a> SharedOut<'a> {
         // SAFETY: `range.start` lies within the first row, or one past an empty matrix's end at most.
         let ptr = if self.n_rows == 0 { self.ptr } else { unsafe { self.ptr.add(range.start) } };
         Out { ptr, stride: self.stride, n_rows: self.n_rows, n_cols, data: PhantomData }
+    }
+
+    /// Columns `range` of row `i`, for one thread.
+    ///
+    /// # Safety
+    /// While the slice lives, nobody else may reach these cells.
+    pub unsafe fn cells(self, i: usize, range: Range<usize>) -> &'a mut [f32] {
+        assert!(
+            i < self.n_rows && range.start <= range.end && range.end <= self.stride,
+            "row {i}, columns {range:?} exist"
+        );
+        // SAFETY: the cells lie within the borrowed matrix by the assertion; the caller rules out aliases.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr.add(i * self.stride + range.start), range.len()) }
     }
 }

@@ -1,0 +1,396 @@
+//! Float loops of the CPU backend: the small matrix product of attention, exponentials, norms.
+//!
+//! One source for every ISA: the bodies are inlined into functions that enable the ISA's features, one table per ISA. Every sum has an
+//! order of its own that does not depend on how many rows are computed together.
+
+use crate::kernels::Isa;
+
+/// The float loops of one ISA.
+pub struct FloatKernels {
+    gemm: unsafe fn(Gemm<'_>),
+    softmax_tile: unsafe fn(&mut [f32], f32) -> (f32, f32),
+    swiglu: unsafe fn(&mut [f32], &[f32]),
+    normalise: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
+    axpby: unsafe fn(&mut [f32], f32, &[f32], f32),
+}
+
+/// `c = a b` for small row-major matrices: `a` `[m, k]`, `b` `[k, n]`, `c` `[m, n]`.
+pub struct Gemm<'a> {
+    pub m: usize,
+    pub n: usize,
+    pub k: usize,
+    pub a: &'a [f32],
+    /// Distance of the rows of `a`.
+    pub lda: usize,
+    pub b: &'a [f32],
+    pub ldb: usize,
+    pub c: &'a mut [f32],
+    pub ldc: usize,
+}
+
+impl FloatKernels {
+    /// The table of an ISA that this CPU has: [`Kernels`](crate::kernels::Kernels) has checked that.
+    pub(crate) fn for_isa(isa: Isa) -> &'static FloatKernels {
+        match isa {
+            Isa::Scalar => &SCALAR,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => &AVX2,
+            #[cfg(not(target_arch = "x86_64"))]
+            Isa::Avx2 => unreachable!("no kernels were handed out for this ISA"),
+        }
+    }
+
+    /// See [`Gemm`]. Every element is summed over `k` in ascending order.
+    pub fn gemm(&self, g: Gemm<'_>) {
+        assert!(g.m == 0 || (g.m - 1) * g.lda + g.k <= g.a.len() && (g.m - 1) * g.ldc + g.n <= g.c.len());
+        assert!(g.k == 0 || (g.k - 1) * g.ldb + g.n <= g.b.len());
+        // SAFETY: the table is handed out only where the CPU has its ISA; the bounds were checked above.
+        unsafe { (self.gemm)(g) }
+    }
+
+    /// Turns scores into `exp(scale * (score - max))`; returns `scale * max` and the sum.
+    pub fn softmax_tile(&self, scores: &mut [f32], scale: f32) -> (f32, f32) {
+        // SAFETY: the table is handed out only where the CPU has its ISA.
+        unsafe { (self.softmax_tile)(scores, scale) }
+    }
+
+    /// `gate = silu(gate) * up`
+    pub fn swiglu(&self, gate: &mut [f32], up: &[f32]) {
+        assert_eq!(gate.len(), up.len());
+        // SAFETY: the table is handed out only where the CPU has its ISA.
+        unsafe { (self.swiglu)(gate, up) }
+    }
+
+    /// `out = x / rms(x) * w`
+    pub fn normalise(&self, x: &[f32], w: &[f32], eps: f32, out: &mut [f32]) {
+        assert!(x.len() == w.len() && x.len() == out.len());
+        // SAFETY: the table is handed out only where the CPU has its ISA.
+        unsafe { (self.normalise)(x, w, eps, out) }
+    }
+
+    /// `y = a y + b x`
+    pub fn axpby(&self, y: &mut [f32], a: f32, x: &[f32], b: f32) {
+        assert_eq!(y.len(), x.len());
+        // SAFETY: the table is handed out only where the CPU has its ISA.
+        unsafe { (self.axpby)(y, a, x, b) }
+    }
+}
+
+static SCALAR: FloatKernels = FloatKernels {
+    gemm: body::gemm::<false>,
+    softmax_tile: body::softmax_tile::<false>,
+    swiglu: body::swiglu::<false>,
+    normalise: body::normalise::<false>,
+    axpby: body::axpby::<false>,
+};
+
+#[cfg(target_arch = "x86_64")]
+static AVX2: FloatKernels = FloatKernels {
+    gemm: avx2::gemm,
+    softmax_tile: avx2::softmax_tile,
+    swiglu: avx2::swiglu,
+    normalise: avx2::normalise,
+    axpby: avx2::axpby,
+};
+
+#[cfg(target_arch = "x86_64")]
+mod avx2 {
+    use super::{Gemm, body};
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub fn gemm(g: Gemm<'_>) {
+        body::gemm::<true>(g)
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub fn softmax_tile(scores: &mut [f32], scale: f32) -> (f32, f32) {
+        body::softmax_tile::<true>(scores, scale)
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub fn swiglu(gate: &mut [f32], up: &[f32]) {
+        body::swiglu::<true>(gate, up)
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub fn normalise(x: &[f32], w: &[f32], eps: f32, out: &mut [f32]) {
+        body::normalise::<true>(x, w, eps, out)
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub fn axpby(y: &mut [f32], a: f32, x: &[f32], b: f32) {
+        body::axpby::<true>(y, a, x, b)
+    }
+}
+
+/// The loops themselves, written over arrays of eight lanes. `FMA` says whether a fused multiply-add is one instruction.
+mod body {
+    use super::Gemm;
+
+    const LANES: usize = 8;
+    type Lanes = [f32; LANES];
+
+    #[inline(always)]
+    fn mul_add<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
+        if FMA { a.mul_add(b, c) } else { a * b + c }
+    }
+
+    #[inline(always)]
+    fn sum(x: Lanes) -> f32 {
+        ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]))
+    }
+
+    #[inline(always)]
+    pub fn gemm<const FMA: bool>(g: Gemm<'_>) {
+        let Gemm { m, n, k, a, lda, b, ldb, c, ldc } = g;
+        let n_wide = n / (2 * LANES) * (2 * LANES);
+        let mut i = 0;
+        while i < m {
+            let rows = (m - i).min(4);
+            for j in (0..n_wide).step_by(2 * LANES) {
+                let (a, b, c) = (&a[i * lda..], &b[j..], &mut c[i * ldc + j..]);
+                match rows {
+                    4 => gemm_tile::<FMA, 4>(k, a, lda, b, ldb, c, ldc),
+                    3 => gemm_tile::<FMA, 3>(k, a, lda, b, ldb, c, ldc),
+                    2 => gemm_tile::<FMA, 2>(k, a, lda, b, ldb, c, ldc),
+                    _ => gemm_tile::<FMA, 1>(k, a, lda, b, ldb, c, ldc),
+                }
+            }
+            for i in i..i + rows {
+                for j in n_wide..n {
+                    let mut sum = 0.0;
+                    for p in 0..k {
+                        sum = mul_add::<FMA>(a[i * lda + p], b[p * ldb + j], sum);
+                    }
+                    c[i * ldc + j] = sum;
+                }
+            }
+            i += rows;
+        }
+    }
+
+    /// `R` rows by 16 columns, in registers.
+    #[inline(always)]
+    fn gemm_tile<const FMA: bool, const R: usize>(
+        k: usize,
+        a: &[f32],
+        lda: usize,
+        b: &[f32],
+        ldb: usize,
+        c: &mut [f32],
+        ldc: usize,
+    ) {
+        let mut acc = [[[0f32; LANES]; 2]; R];
+        for p in 0..k {
+            let b = &b[p * ldb..p * ldb + 2 * LANES];
+            let (b0, b1): (&Lanes, &Lanes) = (b[..LANES].try_into().unwrap(), b[LANES..].try_into().unwrap());
+            for r in 0..R {
+                let x = a[r * lda + p];
+                for l in 0..LANES {
+                    acc[r][0][l] = mul_add::<FMA>(x, b0[l], acc[r][0][l]);
+                }
+                for l in 0..LANES {
+                    acc[r][1][l] = mul_add::<FMA>(x, b1[l], acc[r][1][l]);
+                }
+            }
+        }
+        for r in 0..R {
+            c[r * ldc..r * ldc + LANES].copy_from_slice(&acc[r][0]);
+            c[r * ldc + LANES..r * ldc + 2 * LANES].copy_from_slice(&acc[r][1]);
+        }
+    }
+
+    /// `e^x` for eight lanes: range reduction by powers of two and a polynomial of degree 6, relative error about 2e-7.
+    /// Arguments below -87 give 0; NaN stays NaN.
+    #[inline(always)]
+    fn exp<const FMA: bool>(x: Lanes) -> Lanes {
+        let mut out = [0.0; LANES];
+        for l in 0..LANES {
+            let v = x[l].min(88.0);
+            // Adding and taking away 1.5 * 2^23 rounds to an integer.
+            let shifted = mul_add::<FMA>(v, std::f32::consts::LOG2_E, 12_582_912.0);
+            let n = shifted - 12_582_912.0;
+            let r = mul_add::<FMA>(n, -0.693_145_75, v);
+            let r = mul_add::<FMA>(n, -1.428_606_8e-6, r);
+            let mut p = 1.0 / 720.0;
+            for c in [1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+                p = mul_add::<FMA>(p, r, c);
+            }
+            let power =
+                f32::from_bits(((shifted.to_bits() as i32).wrapping_sub(0x4B40_0000).wrapping_add(127) << 23) as u32);
+            // `min` drops NaN; the second comparison brings it back.
+            let y = if x[l] < -87.0 { 0.0 } else { p * power };
+            out[l] = if x[l].is_nan() { x[l] } else { y };
+        }
+        out
+    }
+
+    #[inline(always)]
+    pub fn softmax_tile<const FMA: bool>(scores: &mut [f32], scale: f32) -> (f32, f32) {
+        let mut max = [f32::NEG_INFINITY; LANES];
+        let (chunks, tail) = scores.as_chunks_mut::<LANES>();
+        for chunk in chunks.iter() {
+            for l in 0..LANES {
+                max[l] = if chunk[l] > max[l] { chunk[l] } else { max[l] };
+            }
+        }
+        let mut largest = max.iter().chain(tail.iter()).fold(f32::NEG_INFINITY, |m, &v| if v > m { v } else { m });
+        if largest == f32::NEG_INFINITY {
+            // Nothing is comparable: all NaN, which the sum below must show.
+            largest = 0.0;
+        }
+        let mut total = [0f32; LANES];
+        for chunk in chunks.iter_mut() {
+            let mut y = *chunk;
+            for l in 0..LANES {
+                y[l] = (y[l] - largest) * scale;
+            }
+            *chunk = exp::<FMA>(y);
+            for l in 0..LANES {
+                total[l] += chunk[l];
+            }
+        }
+        let mut last = [f32::NEG_INFINITY; LANES];
+        for (y, x) in last.iter_mut().zip(tail.iter()) {
+            *y = (*x - largest) * scale;
+        }
+        let last = exp::<FMA>(last.map(|y| if y == f32::NEG_INFINITY { -1e9 } else { y }));
+        for (l, x) in tail.iter_mut().enumerate() {
+            *x = last[l];
+            total[l] += last[l];
+        }
+        (largest * scale, sum(total))
+    }
+
+    #[inline(always)]
+    pub fn swiglu<const FMA: bool>(gate: &mut [f32], up: &[f32]) {
+        let (g8, g_tail) = gate.as_chunks_mut::<LANES>();
+        let (u8s, u_tail) = up.as_chunks::<LANES>();
+        for (g, u) in g8.iter_mut().zip(u8s) {
+            *g = swiglu8::<FMA>(*g, u);
+        }
+        let (mut g, mut u) = ([0.0; LANES], [0.0; LANES]);
+        g[..g_tail.len()].copy_from_slice(g_tail);
+        u[..u_tail.len()].copy_from_slice(u_tail);
+        let y = swiglu8::<FMA>(g, &u);
+        g_tail.copy_from_slice(&y[..g_tail.len()]);
+    }
+
+    #[inline(always)]
+    fn swiglu8<const FMA: bool>(g: Lanes, u: &Lanes) -> Lanes {
+        let e = exp::<FMA>(g.map(|v| -v));
+        let mut out = [0.0; LANES];
+        for l in 0..LANES {
+            out[l] = g[l] / (1.0 + e[l]) * u[l];
+        }
+        out
+    }
+
+    #[inline(always)]
+    pub fn normalise<const FMA: bool>(x: &[f32], w: &[f32], eps: f32, out: &mut [f32]) {
+        let mut squares = [0f32; LANES];
+        let (chunks, tail) = x.as_chunks::<LANES>();
+        for chunk in chunks {
+            for l in 0..LANES {
+                squares[l] = mul_add::<FMA>(chunk[l], chunk[l], squares[l]);
+            }
+        }
+        for (l, v) in tail.iter().enumerate() {
+            squares[l] = mul_add::<FMA>(*v, *v, squares[l]);
+        }
+        let scale = 1.0 / (sum(squares) / x.len() as f32 + eps).sqrt();
+        for ((o, x), w) in out.iter_mut().zip(x).zip(w) {
+            *o = x * scale * w;
+        }
+    }
+
+    #[inline(always)]
+    pub fn axpby<const FMA: bool>(y: &mut [f32], a: f32, x: &[f32], b: f32) {
+        for (y, x) in y.iter_mut().zip(x) {
+            *y = mul_add::<FMA>(a, *y, b * x);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::Kernels;
+
+    fn tables() -> impl Iterator<Item = &'static FloatKernels> {
+        Isa::ALL.into_iter().filter_map(Kernels::for_isa).map(|k| FloatKernels::for_isa(k.isa()))
+    }
+
+    fn values(n: usize, seed: u32) -> Vec<f32> {
+        let mut state = seed;
+        let mut next = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+        };
+        (0..n).map(|_| next()).collect()
+    }
+
+    #[test]
+    fn gemm_equals_plain_sums_and_does_not_depend_on_its_neighbours() {
+        for t in tables() {
+            for (m, n, k) in [(1, 64, 128), (4, 16, 3), (7, 37, 64), (33, 80, 5), (2, 8, 9)] {
+                let (a, b) = (values(m * k, 1), values(k * n, 2));
+                let mut c = vec![f32::NAN; m * n];
+                t.gemm(Gemm { m, n, k, a: &a, lda: k, b: &b, ldb: n, c: &mut c, ldc: n });
+                for i in 0..m {
+                    let mut alone = vec![f32::NAN; n];
+                    t.gemm(Gemm { m: 1, n, k, a: &a[i * k..], lda: k, b: &b, ldb: n, c: &mut alone, ldc: n });
+                    assert_eq!(alone, c[i * n..(i + 1) * n], "row {i} alone is bitwise the same");
+                    for j in 0..n {
+                        let expected: f64 = (0..k).map(|p| f64::from(a[i * k + p]) * f64::from(b[p * n + j])).sum();
+                        assert!((f64::from(c[i * n + j]) - expected).abs() < 1e-5, "{} at {i},{j}", c[i * n + j]);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn softmax_tile_equals_the_exponential() {
+        for t in tables() {
+            for n in [1, 7, 8, 64, 61] {
+                let before: Vec<f32> = values(n, 3).iter().map(|v| 60.0 * v).collect();
+                let mut x = before.clone();
+                let (max, sum) = t.softmax_tile(&mut x, 0.5);
+                let largest = before.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                assert_eq!(max, 0.5 * largest);
+                let expected: Vec<f64> = before.iter().map(|&v| f64::from((v - largest) * 0.5).exp()).collect();
+                for (x, e) in x.iter().zip(&expected) {
+                    assert!((f64::from(*x) - e).abs() <= 4e-7 * e + 1e-30, "{x} {e}");
+                }
+                assert!((f64::from(sum) / expected.iter().sum::<f64>() - 1.0).abs() < 1e-6);
+            }
+            let mut x = [0.0, f32::NAN, 1.0];
+            assert!(t.softmax_tile(&mut x, 1.0).1.is_nan(), "NaN is not lost");
+        }
+    }
+
+    #[test]
+    fn swiglu_and_norm_equal_their_definitions() {
+        for t in tables() {
+            for n in [1, 8, 29, 256] {
+                let (x, w) = (values(n, 5), values(n, 6));
+                let mut gate: Vec<f32> = x.iter().map(|v| 20.0 * v).collect();
+                let before = gate.clone();
+                t.swiglu(&mut gate, &w);
+                for i in 0..n {
+                    let g = f64::from(before[i]);
+                    let e = g / (1.0 + (-g).exp()) * f64::from(w[i]);
+                    assert!((f64::from(gate[i]) - e).abs() <= 1e-6 * e.abs() + 1e-7, "{} {e}", gate[i]);
+                }
+                let mut out = vec![0.0; n];
+                t.normalise(&x, &w, 1e-6, &mut out);
+                let ms = x.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>() / n as f64;
+                for i in 0..n {
+                    let e = f64::from(x[i]) / (ms + 1e-6).sqrt() * f64::from(w[i]);
+                    assert!((f64::from(out[i]) - e).abs() <= 1e-6, "{} {e}", out[i]);
+                }
+            }
+        }
+    }
+}
