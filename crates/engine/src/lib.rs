@@ -1,6 +1,23 @@
 //! A loaded model you can talk to: device choice, KV cache, tokenizer, chat template, sampler, generation.
+//!
+//! [`Engine`] is the loaded model, a [`Sequence`](session::Sequence) is one timeline on it, and
+//! [`generate`](generate::generate) is what a user asks for. Backends stay inside: nothing outside this crate names one.
 
+pub mod bench;
 pub mod chat_template;
+pub mod device;
+pub mod generate;
+pub mod model_file;
 pub mod sampler;
+pub mod session;
 pub mod text_stream;
 pub mod tokenizer;
+
+mod engine;
+
+pub use apr_core::backend::KvType;
+pub use apr_core::gguf;
+pub use apr_core::hparams::Hparams;
+pub use apr_core::qtype::GgmlType;
+pub use apr_cpu::kernels::Isa;
+pub use engine::{Engine, EngineError, EngineOptions, tokenizer_of};

@@ -1,0 +1,52 @@
+//! Which backend runs a model: the only place that knows them all.
+
+use apr_core::backend::reference::Reference;
+use apr_core::hparams::Hparams;
+use apr_cpu::CpuBackend;
+use apr_cpu::kernels::Isa;
+
+use crate::engine::EngineError;
+use crate::model_file::ModelFile;
+use crate::session::{Runner, Session, SessionSettings};
+
+/// Where to run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Device {
+    /// The host's cores. `None` takes the number of physical cores, and the fastest instruction set.
+    Cpu { n_threads: Option<usize>, isa: Option<Isa> },
+    /// The plain reference computation, slow and exact.
+    Reference,
+    /// A CUDA device.
+    Gpu,
+}
+
+/// More threads than this are taken for a typing error.
+const THREADS_MAX: usize = 1024;
+
+/// Loads the model's weights into a device. The second value says what it runs on.
+pub(crate) fn open(
+    device: Device,
+    file: &ModelFile,
+    h: &Hparams,
+    settings: SessionSettings,
+) -> Result<(Box<dyn Session>, String), EngineError> {
+    match device {
+        Device::Cpu { n_threads, isa } => {
+            let n_threads = n_threads.unwrap_or_else(default_threads);
+            if n_threads == 0 || n_threads > THREADS_MAX {
+                return Err(EngineError::Threads { got: n_threads, max: THREADS_MAX });
+            }
+            let asked = isa.map_or("auto", Isa::name);
+            let backend = CpuBackend::new(n_threads, isa).ok_or(EngineError::Isa(asked))?;
+            let name = format!("cpu ({}, {} threads)", backend.isa(), backend.n_threads());
+            Ok((Box::new(Runner::load(backend, file, h, settings)?), name))
+        }
+        Device::Reference => Ok((Box::new(Runner::load(Reference, file, h, settings)?), "reference".to_string())),
+        Device::Gpu => Err(EngineError::NoGpu),
+    }
+}
+
+/// As many threads as the system lets this process run at once.
+pub fn default_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, |n| n.get()).min(THREADS_MAX)
+}

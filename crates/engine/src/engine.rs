@@ -1,0 +1,190 @@
+//! A loaded model with everything that belongs to it: tokenizer, chat template, device, and the file's own defaults.
+
+use std::path::Path;
+
+use apr_core::backend::KvType;
+use apr_core::gguf::{GgufError, Metadata};
+use apr_core::hparams::{Hparams, HparamsError};
+use apr_core::models::LoadError;
+
+use crate::chat_template::{ChatInput, ChatTemplate, RenderedPiece, TemplateError};
+use crate::device::{self, Device};
+use crate::model_file::{ModelFile, OpenError};
+use crate::sampler::SamplerConfig;
+use crate::session::{Session, SessionSettings};
+use crate::tokenizer::{Piece, Tokenizer, TokenizerError, Vocab};
+
+/// Context length where none is asked for and the file allows more.
+const N_CTX_DEFAULT: usize = 32_768;
+
+/// How to load a model.
+#[derive(Clone, Copy, Debug)]
+pub struct EngineOptions {
+    pub device: Device,
+    pub kv_type: KvType,
+    /// Positions of a sequence; by default the smaller of the file's context and 32,768.
+    pub n_ctx: Option<usize>,
+}
+
+/// A loaded model.
+pub struct Engine {
+    pub file: ModelFile,
+    pub hparams: Hparams,
+    pub tokenizer: Tokenizer,
+    pub template: Option<ChatTemplate>,
+    /// What it runs on, for people.
+    pub device_name: String,
+    pub session: Box<dyn Session>,
+}
+
+/// Why a model cannot be loaded, or a prompt not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    #[error(transparent)]
+    Hparams(#[from] HparamsError),
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    #[error("the file's chat template: {0}")]
+    Template(#[from] TemplateError),
+    #[error("the vocabulary has {got} tokens, but 'token_embd.weight' has {expected} rows")]
+    Vocabulary { expected: usize, got: usize },
+    #[error("--ctx {asked} is more than the {trained} positions the model was trained for")]
+    Context { asked: usize, trained: usize },
+    #[error("8-bit KV needs heads of a multiple of 32 values, this model's have {0}; use --kv f16 or f32")]
+    KvType(usize),
+    #[error("this CPU lacks the instruction set '{0}'; leave --isa out to use the fastest it has")]
+    Isa(&'static str),
+    #[error("{got} threads: expected between 1 and {max}")]
+    Threads { got: usize, max: usize },
+    #[error("no GPU: this build of apr has no GPU backend; leave --gpu out to run on the CPU")]
+    NoGpu,
+    #[error("the file has no chat template; use --raw to give the text to the model as it is")]
+    NoTemplate,
+}
+
+impl EngineError {
+    /// Whether the machine lacks something, as opposed to the file being wrong.
+    pub fn is_resource(&self) -> bool {
+        matches!(self, EngineError::NoGpu | EngineError::Load(LoadError::Backend(_)))
+    }
+
+    /// Whether the request was wrong, as opposed to file or machine.
+    pub fn is_usage(&self) -> bool {
+        use EngineError::*;
+        matches!(self, Context { .. } | KvType(_) | Isa(_) | Threads { .. } | NoTemplate)
+    }
+}
+
+impl Engine {
+    /// Opens, checks and loads a model.
+    ///
+    /// # Errors
+    /// Whatever is wrong with the file, named; or what the device lacks.
+    pub fn load(path: &Path, options: EngineOptions) -> Result<Engine, EngineError> {
+        let file = ModelFile::open(path)?;
+        let hparams = file.hparams()?;
+        let tokenizer = load_tokenizer(&file.gguf.metadata, &hparams)?;
+        let template = load_template(&file.gguf.metadata, &tokenizer)?;
+        let n_ctx = options.n_ctx.unwrap_or(hparams.n_ctx_train.min(N_CTX_DEFAULT));
+        if n_ctx > hparams.n_ctx_train {
+            return Err(EngineError::Context { asked: n_ctx, trained: hparams.n_ctx_train });
+        }
+        if options.kv_type == KvType::Q8_0 && !hparams.heads.head_dim.is_multiple_of(32) {
+            return Err(EngineError::KvType(hparams.heads.head_dim));
+        }
+        let settings = SessionSettings { kv_type: options.kv_type, n_ctx };
+        let (session, device_name) = device::open(options.device, &file, &hparams, settings)?;
+        Ok(Engine { file, hparams, tokenizer, template, device_name, session })
+    }
+
+    /// Tokens of a conversation, by the file's template.
+    ///
+    /// # Errors
+    /// A file without a template, or what the template refuses.
+    pub fn chat_tokens(&self, input: &ChatInput) -> Result<Vec<u32>, EngineError> {
+        let template = self.template.as_ref().ok_or(EngineError::NoTemplate)?;
+        let rendered = template.render(input)?;
+        let pieces = rendered.iter().map(|p| match p {
+            RenderedPiece::Control(text) => Piece::Template(text),
+            RenderedPiece::Text(text) => Piece::Content(text),
+        });
+        let pieces: Vec<Piece<'_>> = pieces.collect();
+        Ok(self.tokenizer.encode(&pieces))
+    }
+
+    /// Tokens of plain text. CONTROL tokens are found in it only with `parse_control`.
+    pub fn text_tokens(&self, text: &[u8], parse_control: bool) -> Vec<u32> {
+        let mut tokens = self.tokenizer.encode_bytes(text, parse_control);
+        if let (true, Some(bos)) = (self.tokenizer.add_bos(), self.tokenizer.bos())
+            && tokens.first() != Some(&bos)
+        {
+            tokens.insert(0, bos);
+        }
+        tokens
+    }
+
+    /// The sampling settings the file recommends (`general.sampling.*`); greedy where it names none.
+    ///
+    /// # Errors
+    /// A key of the wrong type.
+    pub fn sampling_defaults(&self) -> Result<SamplerConfig, EngineError> {
+        let m = &self.file.gguf.metadata;
+        let mut c = SamplerConfig::default();
+        let float = |key: &str| m.f32(&format!("general.sampling.{key}"));
+        let size = |key: &str| m.u32(&format!("general.sampling.{key}"));
+        c.temperature = float("temp")?.unwrap_or(c.temperature);
+        c.top_k = size("top_k")?.unwrap_or(c.top_k);
+        c.top_p = float("top_p")?.unwrap_or(c.top_p);
+        c.min_p = float("min_p")?.unwrap_or(c.min_p);
+        c.repetition_penalty = float("penalty_repeat")?.unwrap_or(c.repetition_penalty);
+        c.repeat_last_n = size("penalty_last_n")?.map_or(c.repeat_last_n, |n| n as usize);
+        Ok(c)
+    }
+}
+
+/// The tokenizer that a file describes.
+///
+/// # Errors
+/// Keys of the wrong type, and whatever [`Tokenizer::new`] refuses.
+pub fn tokenizer_of(m: &Metadata) -> Result<Tokenizer, EngineError> {
+    let key = |name: &str| format!("tokenizer.ggml.{name}");
+    let id = |name: &str| m.u32(&key(name));
+    let vocab = Vocab {
+        model: m.required_string(&key("model"))?.to_string(),
+        pre: m.string(&key("pre"))?.map(str::to_string),
+        tokens: m.required_string_array(&key("tokens"))?.to_vec(),
+        token_types: m.i32_array(&key("token_type"))?,
+        merges: m.required_string_array(&key("merges"))?.to_vec(),
+        bos: id("bos_token_id")?,
+        eos: id("eos_token_id")?,
+        eot: id("eot_token_id")?,
+        eom: id("eom_token_id")?,
+        unk: id("unknown_token_id")?,
+        pad: id("padding_token_id")?,
+        add_bos: m.bool(&key("add_bos_token"))?,
+        add_eos: m.bool(&key("add_eos_token"))?,
+    };
+    Ok(Tokenizer::new(vocab)?)
+}
+
+fn load_tokenizer(m: &Metadata, h: &Hparams) -> Result<Tokenizer, EngineError> {
+    let tokenizer = tokenizer_of(m)?;
+    if tokenizer.n_vocab() > h.n_vocab {
+        return Err(EngineError::Vocabulary { expected: h.n_vocab, got: tokenizer.n_vocab() });
+    }
+    Ok(tokenizer)
+}
+
+fn load_template(m: &Metadata, tokenizer: &Tokenizer) -> Result<Option<ChatTemplate>, EngineError> {
+    let Some(source) = m.string("tokenizer.chat_template")? else { return Ok(None) };
+    let ids = 0..tokenizer.n_vocab() as u32;
+    let control =
+        ids.filter(|&id| tokenizer.is_control(id)).filter_map(|id| tokenizer.token_text(id).map(str::to_string));
+    Ok(Some(ChatTemplate::parse(source, &control.collect::<Vec<_>>())?))
+}

@@ -1,0 +1,196 @@
+//! Generation: prefill, then token by token until an end of turn, a stop string, the limit or a cancellation.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use crate::engine::Engine;
+use crate::sampler::{Sampler, SamplerConfig, SamplerError};
+use crate::session::{Logits, Part, Sequence, StepError};
+use crate::text_stream::TextStream;
+
+/// Tokens of a prompt that go through the model together. More of them share each expert's weights, fewer keep buffers small.
+pub const PREFILL_CHUNK: usize = 512;
+
+/// What to generate.
+#[derive(Clone, Debug)]
+pub struct Request {
+    pub prompt: Vec<u32>,
+    /// Tokens to generate at most; up to the end of the context without it.
+    pub max_tokens: Option<usize>,
+    pub sampler: SamplerConfig,
+    /// Strings that end the answer and do not appear in it.
+    pub stop: Vec<String>,
+    /// Goes on after an end-of-turn token.
+    pub ignore_eos: bool,
+    /// Shows the text of CONTROL tokens.
+    pub show_control: bool,
+}
+
+/// Why generation ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Finish {
+    /// An end-of-turn token, or a stop string.
+    Stop,
+    /// The limit of tokens, or the end of the context.
+    Length,
+    /// Asked to.
+    Cancelled,
+}
+
+impl Finish {
+    /// The name that APIs use.
+    pub fn name(self) -> &'static str {
+        match self {
+            Finish::Stop => "stop",
+            Finish::Length => "length",
+            Finish::Cancelled => "cancelled",
+        }
+    }
+}
+
+/// What was generated, and what it took.
+#[derive(Clone, Debug)]
+pub struct Generated {
+    pub text: String,
+    /// Without the end-of-turn token.
+    pub tokens: Vec<u32>,
+    pub finish: Finish,
+    /// The seed that was used; drawn where none was given.
+    pub seed: u64,
+    pub n_prompt: usize,
+    pub prefill: Duration,
+    /// Time of the steps after the first token.
+    pub decode: Duration,
+    /// Steps in `decode`.
+    pub n_decode_step: usize,
+    /// Bytes read in `decode`, where the backend counts them.
+    pub decode_read_bytes: Option<u64>,
+}
+
+/// Why generation failed.
+#[derive(Debug, thiserror::Error)]
+pub enum GenerateError {
+    #[error("the prompt is empty: there is nothing to continue")]
+    EmptyPrompt,
+    #[error(
+        "the prompt has {n_prompt} tokens and {max_tokens} more are asked for, together {}: the context holds {n_ctx}; \
+         shorten the prompt, ask for less or raise --ctx",
+        n_prompt + max_tokens
+    )]
+    ContextOverflow { n_prompt: usize, max_tokens: usize, n_ctx: usize },
+    #[error(transparent)]
+    Sampler(#[from] SamplerError),
+    #[error(transparent)]
+    Step(#[from] StepError),
+}
+
+/// Generates an answer. `on_text` gets it piece by piece, never half a character; `cancel` is looked at before every step.
+///
+/// # Errors
+/// A request that cannot fit the context, before anything is computed; sampler settings out of range; logits that are not numbers.
+pub fn generate(
+    engine: &mut Engine,
+    request: &Request,
+    cancel: &AtomicBool,
+    on_text: &mut dyn FnMut(&str),
+) -> Result<Generated, GenerateError> {
+    let (n_prompt, n_ctx) = (request.prompt.len(), engine.session.n_ctx());
+    if n_prompt == 0 {
+        return Err(GenerateError::EmptyPrompt);
+    }
+    let max_tokens = request.max_tokens.unwrap_or_else(|| n_ctx.saturating_sub(n_prompt));
+    if n_prompt.saturating_add(max_tokens.max(1)) > n_ctx {
+        return Err(GenerateError::ContextOverflow { n_prompt, max_tokens, n_ctx });
+    }
+    let mut sequence = Sequence::default();
+    let result = run(engine, request, max_tokens, &mut sequence, cancel, on_text);
+    engine.session.release(&mut sequence);
+    result
+}
+
+/// Feeds a prompt in chunks; false when cancelled.
+pub fn prefill(
+    engine: &mut Engine,
+    sequence: &mut Sequence,
+    prompt: &[u32],
+    cancel: &AtomicBool,
+) -> Result<bool, StepError> {
+    let n_chunk = prompt.len().div_ceil(PREFILL_CHUNK);
+    for (i, tokens) in prompt.chunks(PREFILL_CHUNK).enumerate() {
+        if cancel.load(Ordering::Relaxed) {
+            return Ok(false);
+        }
+        let logits = if i + 1 == n_chunk { Logits::Last } else { Logits::None };
+        engine.session.step(&mut [Part { sequence: &mut *sequence, tokens, logits }])?;
+    }
+    Ok(true)
+}
+
+fn run(
+    engine: &mut Engine,
+    request: &Request,
+    max_tokens: usize,
+    sequence: &mut Sequence,
+    cancel: &AtomicBool,
+    on_text: &mut dyn FnMut(&str),
+) -> Result<Generated, GenerateError> {
+    let mut sampler = Sampler::new(request.sampler.clone())?;
+    request.prompt.iter().for_each(|&t| sampler.accept(t));
+    let mut out = Generated {
+        text: String::new(),
+        tokens: Vec::new(),
+        finish: Finish::Length,
+        seed: sampler.seed(),
+        n_prompt: request.prompt.len(),
+        prefill: Duration::ZERO,
+        decode: Duration::ZERO,
+        n_decode_step: 0,
+        decode_read_bytes: None,
+    };
+    let start = Instant::now();
+    if !prefill(engine, sequence, &request.prompt, cancel)? {
+        out.finish = Finish::Cancelled;
+        return Ok(out);
+    }
+    out.prefill = start.elapsed();
+    let (start, read_before) = (Instant::now(), engine.session.read_bytes());
+    let mut stream = TextStream::new(request.stop.clone());
+    let (mut logits, mut bytes) = (Vec::new(), Vec::new());
+    while out.tokens.len() < max_tokens {
+        engine.session.logits(0, &mut logits)?;
+        let token = sampler.sample(&logits)?;
+        sampler.accept(token);
+        if !request.ignore_eos && engine.tokenizer.end_of_turn().contains(&token) {
+            out.finish = Finish::Stop;
+            break;
+        }
+        out.tokens.push(token);
+        bytes.clear();
+        engine.tokenizer.decode_bytes(token, &mut bytes, request.show_control);
+        let delta = stream.push(&bytes);
+        emit(&delta.text, &mut out.text, on_text);
+        if delta.stopped.is_some() {
+            out.finish = Finish::Stop;
+            break;
+        }
+        if cancel.load(Ordering::Relaxed) {
+            out.finish = Finish::Cancelled;
+            break;
+        }
+        if out.tokens.len() < max_tokens {
+            engine.session.step(&mut [Part { sequence: &mut *sequence, tokens: &[token], logits: Logits::Last }])?;
+            out.n_decode_step += 1;
+        }
+    }
+    emit(&stream.finish().text, &mut out.text, on_text);
+    out.decode = start.elapsed();
+    out.decode_read_bytes = engine.session.read_bytes().zip(read_before).map(|(after, before)| after - before);
+    Ok(out)
+}
+
+fn emit(text: &str, all: &mut String, on_text: &mut dyn FnMut(&str)) {
+    if !text.is_empty() {
+        all.push_str(text);
+        on_text(text);
+    }
+}

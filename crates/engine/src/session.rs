@@ -1,0 +1,255 @@
+//! Steps on a loaded model: the one entry to the forward pass, and the KV blocks of the sequences on it.
+
+use apr_core::backend::{Backend, BackendError, KV_BLOCK, KvShape, KvType};
+use apr_core::batch::{Batch, Row};
+use apr_core::hparams::Hparams;
+use apr_core::models::{self, LoadError, Model, State};
+use apr_core::probe::{NoProbe, Probe, Recorder};
+
+use crate::model_file::ModelFile;
+
+/// One timeline of tokens. Its keys and values live in the session's blocks.
+#[derive(Debug, Default)]
+pub struct Sequence {
+    blocks: Vec<u32>,
+    n_tokens: usize,
+}
+
+/// A sequence's keys and values, taken out of a session.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SavedSequence {
+    n_tokens: usize,
+    blocks: Vec<Vec<u8>>,
+}
+
+/// Which rows of a part reach the output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Logits {
+    None,
+    Last,
+    All,
+}
+
+/// New tokens of one sequence in a step.
+pub struct Part<'a> {
+    pub sequence: &'a mut Sequence,
+    pub tokens: &'a [u32],
+    pub logits: Logits,
+}
+
+/// What a session is made with.
+#[derive(Clone, Copy, Debug)]
+pub struct SessionSettings {
+    pub kv_type: KvType,
+    /// Positions that a sequence may have.
+    pub n_ctx: usize,
+}
+
+/// Why a step cannot be run.
+#[derive(Debug, thiserror::Error)]
+pub enum StepError {
+    #[error("{need} tokens do not fit the context of {n_ctx}; shorten the prompt or raise --ctx")]
+    ContextFull { need: usize, n_ctx: usize },
+    #[error("token {token} does not exist: the vocabulary has {n_vocab}")]
+    Token { token: u32, n_vocab: usize },
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+}
+
+/// A loaded model that runs steps. Engines hold it boxed, so that nothing above names a backend.
+pub trait Session: Send {
+    /// Feeds new tokens of some sequences, all in one step. Nothing changes when it fails.
+    fn step(&mut self, parts: &mut [Part<'_>]) -> Result<(), StepError>;
+
+    /// As [`step`](Self::step), with a recorder looking on.
+    fn step_recorded(&mut self, parts: &mut [Part<'_>], recorder: &mut Recorder) -> Result<(), StepError>;
+
+    /// Copies the logits of the `i`-th row that wanted them in the last step.
+    fn logits(&self, i: usize, out: &mut Vec<f32>) -> Result<(), StepError>;
+
+    /// Positions that a sequence may have.
+    fn n_ctx(&self) -> usize;
+
+    /// Gives a sequence's blocks back.
+    fn release(&mut self, sequence: &mut Sequence);
+
+    /// Copies a sequence's keys and values out.
+    fn save(&self, sequence: &Sequence) -> Result<SavedSequence, StepError>;
+
+    /// Makes a sequence of what [`save`](Self::save) gave.
+    fn restore(&mut self, saved: &SavedSequence) -> Result<Sequence, StepError>;
+
+    /// Bytes of weights, keys and values that ops have read so far, where the backend counts them.
+    fn read_bytes(&self) -> Option<u64>;
+
+    /// Bytes of KV cache in use.
+    fn kv_bytes(&self) -> usize;
+}
+
+impl Sequence {
+    /// Tokens fed so far.
+    pub fn n_tokens(&self) -> usize {
+        self.n_tokens
+    }
+
+    /// Forgets the tokens from position `n_tokens` on.
+    pub fn truncate(&mut self, n_tokens: usize) {
+        self.n_tokens = self.n_tokens.min(n_tokens);
+    }
+}
+
+/// Hands out KV blocks.
+#[derive(Default)]
+struct BlockPool {
+    free: Vec<u32>,
+    n_made: u32,
+}
+
+impl BlockPool {
+    fn take(&mut self) -> u32 {
+        self.free.pop().unwrap_or_else(|| {
+            self.n_made += 1;
+            self.n_made - 1
+        })
+    }
+}
+
+/// A model on one backend.
+pub(crate) struct Runner<B: Backend> {
+    backend: B,
+    model: Model<B::Weight>,
+    state: State<B>,
+    kv: B::KvCache,
+    kv_shape: KvShape,
+    blocks: BlockPool,
+    n_ctx: usize,
+    n_vocab: usize,
+}
+
+impl<B: Backend> Runner<B> {
+    /// Uploads a file's weights.
+    pub(crate) fn load(b: B, file: &ModelFile, h: &Hparams, settings: SessionSettings) -> Result<Runner<B>, LoadError> {
+        let model = models::load(&b, &file.gguf, h, &file.parts)?;
+        let state = models::state(&b, h, &model);
+        let (n_head_kv, head_dim) = (h.heads.n_head_kv, h.heads.head_dim);
+        let kv_shape = KvShape { n_layer: h.n_layer, n_head_kv, head_dim, kv_type: settings.kv_type };
+        let kv = b.kv_cache(kv_shape);
+        let blocks = BlockPool::default();
+        Ok(Runner { backend: b, model, state, kv, kv_shape, blocks, n_ctx: settings.n_ctx, n_vocab: h.n_vocab })
+    }
+
+    fn check(&self, parts: &[Part<'_>]) -> Result<(), StepError> {
+        for part in parts {
+            let need = part.sequence.n_tokens + part.tokens.len();
+            if need > self.n_ctx {
+                return Err(StepError::ContextFull { need, n_ctx: self.n_ctx });
+            }
+            if let Some(&token) = part.tokens.iter().find(|&&t| t as usize >= self.n_vocab) {
+                return Err(StepError::Token { token, n_vocab: self.n_vocab });
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives a sequence blocks for `n_tokens` positions.
+    fn grow(&mut self, sequence: &mut Sequence, n_tokens: usize) -> Result<(), StepError> {
+        while sequence.blocks.len() * KV_BLOCK < n_tokens {
+            let block = self.blocks.take();
+            sequence.blocks.push(block);
+            self.backend.kv_reserve(&mut self.kv, self.blocks.n_made as usize)?;
+        }
+        Ok(())
+    }
+
+    fn run<P: Probe<B>>(&mut self, parts: &mut [Part<'_>], probe: &mut P) -> Result<(), StepError> {
+        self.check(parts)?;
+        let (mut rows, mut tables) = (Vec::new(), Vec::new());
+        for part in parts.iter_mut().filter(|p| !p.tokens.is_empty()) {
+            let from = part.sequence.n_tokens;
+            self.grow(part.sequence, from + part.tokens.len())?;
+            let n = part.tokens.len();
+            rows.extend(part.tokens.iter().enumerate().map(|(i, &token)| Row {
+                token,
+                position: (from + i) as u32,
+                sequence: tables.len() as u32,
+                wants_logits: match part.logits {
+                    Logits::None => false,
+                    Logits::Last => i + 1 == n,
+                    Logits::All => true,
+                },
+            }));
+            tables.push(part.sequence.blocks.clone());
+        }
+        if rows.is_empty() {
+            return Ok(());
+        }
+        let batch = Batch::new(rows, tables);
+        models::step(&self.backend, &self.model, &mut self.state, &mut self.kv, &batch, probe)?;
+        parts.iter_mut().for_each(|p| p.sequence.n_tokens += p.tokens.len());
+        Ok(())
+    }
+}
+
+impl<B> Session for Runner<B>
+where
+    B: Backend + Send,
+    B::Tensor: Send,
+    B::Ids: Send,
+    B::Weight: Send,
+    B::KvCache: Send,
+{
+    fn step(&mut self, parts: &mut [Part<'_>]) -> Result<(), StepError> {
+        self.run(parts, &mut NoProbe)
+    }
+
+    fn step_recorded(&mut self, parts: &mut [Part<'_>], recorder: &mut Recorder) -> Result<(), StepError> {
+        self.run(parts, recorder)
+    }
+
+    fn logits(&self, i: usize, out: &mut Vec<f32>) -> Result<(), StepError> {
+        Ok(self.backend.read_row(&self.state.logits, i, out)?)
+    }
+
+    fn n_ctx(&self) -> usize {
+        self.n_ctx
+    }
+
+    fn release(&mut self, sequence: &mut Sequence) {
+        self.blocks.free.append(&mut sequence.blocks);
+        sequence.n_tokens = 0;
+    }
+
+    fn save(&self, sequence: &Sequence) -> Result<SavedSequence, StepError> {
+        let mut blocks = Vec::new();
+        for &block in &sequence.blocks[..sequence.n_tokens.div_ceil(KV_BLOCK)] {
+            let mut bytes = Vec::new();
+            self.backend.kv_save(&self.kv, block, &mut bytes)?;
+            blocks.push(bytes);
+        }
+        Ok(SavedSequence { n_tokens: sequence.n_tokens, blocks })
+    }
+
+    fn restore(&mut self, saved: &SavedSequence) -> Result<Sequence, StepError> {
+        let mut sequence = Sequence::default();
+        let filled = self.grow(&mut sequence, saved.n_tokens).and_then(|()| {
+            let mut pairs = sequence.blocks.iter().zip(&saved.blocks);
+            pairs.try_for_each(|(&b, bytes)| Ok(self.backend.kv_restore(&mut self.kv, b, bytes)?))
+        });
+        match filled {
+            Ok(()) => sequence.n_tokens = saved.n_tokens,
+            Err(e) => {
+                self.release(&mut sequence);
+                return Err(e);
+            }
+        }
+        Ok(sequence)
+    }
+
+    fn read_bytes(&self) -> Option<u64> {
+        self.backend.read_bytes()
+    }
+
+    fn kv_bytes(&self) -> usize {
+        (self.blocks.n_made as usize - self.blocks.free.len()) * self.kv_shape.block_bytes()
+    }
+}
