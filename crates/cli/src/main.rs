@@ -1,1 +1,52 @@
-fn main() {}
+//! The `apr` command: parses the command line, calls the engine, prints. The only crate that reads the environment.
+
+use clap::{Parser, Subcommand};
+
+mod commands;
+mod failure;
+mod options;
+mod print;
+
+use failure::{Done, Failure};
+
+/// Runs and looks inside quantized Mixture-of-Experts language models in GGUF files.
+#[derive(Parser)]
+#[command(name = "apr", version, after_help = EXIT_CODES)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 bad or unsupported model file, \
+4 not enough memory or no such device, 130 interrupted.";
+
+#[derive(Subcommand)]
+enum Command {
+    /// Answer a prompt.
+    Run(commands::run::Args),
+    /// Show what a model file holds: metadata, tensors, quant types, bytes per token, chat template.
+    Inspect(commands::inspect::Args),
+    /// Turn text into the model's tokens.
+    Tokenize(commands::tokenize::Args),
+    /// Measure prefill and decode speed, and the machine's read bandwidth beside them.
+    Bench(commands::bench::Args),
+}
+
+fn main() -> std::process::ExitCode {
+    let result = match Cli::parse().command {
+        Command::Run(args) => commands::run::run(args),
+        Command::Inspect(args) => commands::inspect::run(args),
+        Command::Tokenize(args) => commands::tokenize::run(args),
+        Command::Bench(args) => commands::bench::run(args),
+    };
+    match result {
+        Ok(Done::Ok) => 0.into(),
+        Ok(Done::Interrupted) => failure::INTERRUPTED.into(),
+        // The reader of our output has gone, as in `apr inspect model | head`: nothing to tell anyone.
+        Err(Failure { error, .. }) if failure::is_broken_pipe(&error) => 0.into(),
+        Err(Failure { code, error }) => {
+            eprintln!("error: {error:#}");
+            code.into()
+        }
+    }
+}

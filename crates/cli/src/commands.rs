@@ -1,0 +1,6 @@
+//! One file per command: its arguments and what it does with them.
+
+pub mod bench;
+pub mod inspect;
+pub mod run;
+pub mod tokenize;

@@ -1,0 +1,253 @@
+//! `apr run`: answers a prompt, printing as it goes. stdout carries the answer only.
+
+use std::io::Read;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use apr_engine::Engine;
+use apr_engine::chat_template::ChatInput;
+use apr_engine::generate::{Finish, Generated, Request, generate};
+use apr_engine::sampler::SamplerConfig;
+use serde_json::{Map, Value, json};
+
+use crate::failure::{Done, Failure, INTERRUPTED, Result, usage};
+use crate::options::LoadArgs;
+use crate::print::ModelOut;
+
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    load: LoadArgs,
+    /// The prompt; `-` reads it from standard input, as does leaving it out
+    prompt: Option<String>,
+    /// The prompt
+    #[arg(long = "prompt", short = 'p', value_name = "PROMPT", conflicts_with = "prompt")]
+    prompt_flag: Option<String>,
+    /// Tokens to generate at most [default: to the end of the context]
+    #[arg(long, short = 'n', value_name = "N")]
+    max_tokens: Option<usize>,
+    /// System message
+    #[arg(long, value_name = "TEXT", conflicts_with = "raw")]
+    system: Option<String>,
+    /// Give the prompt to the model as it is, without the chat template
+    #[arg(long)]
+    raw: bool,
+    /// With --raw: read the text of control tokens in the prompt as tokens; also shows them in the answer
+    #[arg(long)]
+    special: bool,
+    /// Let a model that can think before it answers do so, or not
+    #[arg(long, value_name = "BOOL")]
+    enable_thinking: Option<bool>,
+    /// More arguments for the chat template, as a JSON object
+    #[arg(long, value_name = "JSON")]
+    chat_template_kwargs: Option<String>,
+    #[command(flatten)]
+    sampling: SamplingArgs,
+    /// Strings that end the answer
+    #[arg(long, value_name = "TEXT")]
+    stop: Vec<String>,
+    /// Go on after an end of turn
+    #[arg(long)]
+    ignore_eos: bool,
+    /// Print one JSON object: text, tokens, finish reason, timings
+    #[arg(long)]
+    json: bool,
+    /// No timings on stderr
+    #[arg(long, short)]
+    quiet: bool,
+}
+
+/// Sampling; what is left out comes from the file, or is greedy.
+#[derive(clap::Args)]
+struct SamplingArgs {
+    /// 0 is greedy
+    #[arg(long, visible_alias = "temp", value_name = "T")]
+    temperature: Option<f32>,
+    /// Choose among the K most likely tokens; 0 is all
+    #[arg(long, value_name = "K")]
+    top_k: Option<u32>,
+    /// Choose among the most likely tokens that hold P of the probability
+    #[arg(long, value_name = "P")]
+    top_p: Option<f32>,
+    /// Choose among tokens at least P times as likely as the most likely
+    #[arg(long, value_name = "P")]
+    min_p: Option<f32>,
+    /// Divides the logits of recent tokens; 1 is off
+    #[arg(long, visible_alias = "repeat-penalty", value_name = "X")]
+    repetition_penalty: Option<f32>,
+    /// How many tokens are recent
+    #[arg(long, value_name = "N")]
+    repeat_last_n: Option<usize>,
+    /// Taken from a token's logit for every time it occurred
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    frequency_penalty: Option<f32>,
+    /// Taken from the logit of every token that occurred
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    presence_penalty: Option<f32>,
+    /// Same seed, same text [default: a random one]
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
+}
+
+impl SamplingArgs {
+    fn over(&self, mut c: SamplerConfig) -> SamplerConfig {
+        c.temperature = self.temperature.unwrap_or(c.temperature);
+        c.top_k = self.top_k.unwrap_or(c.top_k);
+        c.top_p = self.top_p.unwrap_or(c.top_p);
+        c.min_p = self.min_p.unwrap_or(c.min_p);
+        c.repetition_penalty = self.repetition_penalty.unwrap_or(c.repetition_penalty);
+        c.repeat_last_n = self.repeat_last_n.unwrap_or(c.repeat_last_n);
+        c.frequency_penalty = self.frequency_penalty.unwrap_or(c.frequency_penalty);
+        c.presence_penalty = self.presence_penalty.unwrap_or(c.presence_penalty);
+        c.seed = self.seed.or(c.seed);
+        c
+    }
+}
+
+pub fn run(args: Args) -> Result<Done> {
+    let kwargs = kwargs(args.chat_template_kwargs.as_deref())?;
+    let start = Instant::now();
+    let mut engine = args.load.load()?;
+    let load_s = start.elapsed().as_secs_f64();
+    let text = prompt_text(&args)?;
+    let prompt = prompt_tokens(&engine, &args, text, kwargs)?;
+    let request = Request {
+        prompt,
+        max_tokens: args.max_tokens,
+        sampler: args.sampling.over(engine.sampling_defaults()?),
+        stop: args.stop.clone(),
+        ignore_eos: args.ignore_eos,
+        show_control: args.special,
+    };
+    let cancel = on_ctrl_c()?;
+    let (mut out, mut broken) = (ModelOut::new(), None);
+    let mut print = |text: &str| {
+        if !args.json && broken.is_none() {
+            broken = out.write(text).err();
+            // Nobody reads the answer any more.
+            cancel.fetch_or(broken.is_some(), Ordering::Relaxed);
+        }
+    };
+    let generated = generate(&mut engine, &request, &cancel, &mut print)?;
+    if let Some(e) = broken {
+        return Err(e.into());
+    }
+    if args.json {
+        out.write(&format!("{}\n", report(&engine, &generated, load_s)))?;
+    } else {
+        out.write("\n")?;
+    }
+    if !args.quiet && !args.json {
+        eprintln!("{}", summary(&generated));
+    }
+    Ok(if generated.finish == Finish::Cancelled { Done::Interrupted } else { Done::Ok })
+}
+
+/// The prompt as it was given; standard input is read only where no prompt is given, or for `-`.
+fn prompt_text(args: &Args) -> Result<Vec<u8>> {
+    match args.prompt.as_ref().or(args.prompt_flag.as_ref()) {
+        Some(text) if text != "-" => Ok(text.clone().into_bytes()),
+        _ => {
+            let mut text = Vec::new();
+            std::io::stdin().lock().read_to_end(&mut text)?;
+            // What a shell appends is not part of the prompt.
+            while text.last().is_some_and(|b| *b == b'\n' || *b == b'\r') {
+                text.pop();
+            }
+            Ok(text)
+        }
+    }
+}
+
+fn prompt_tokens(engine: &Engine, args: &Args, text: Vec<u8>, kwargs: Map<String, Value>) -> Result<Vec<u32>> {
+    if args.raw {
+        return Ok(engine.text_tokens(&text, args.special));
+    }
+    let mut messages = Vec::new();
+    if let Some(system) = &args.system {
+        messages.push(json!({"role": "system", "content": system}));
+    }
+    messages.push(json!({"role": "user", "content": String::from_utf8_lossy(&text)}));
+    let token = |id: Option<u32>| id.and_then(|id| engine.tokenizer.token_text(id)).unwrap_or_default().to_string();
+    let input = ChatInput {
+        messages,
+        add_generation_prompt: true,
+        enable_thinking: args.enable_thinking,
+        kwargs,
+        bos_token: token(engine.tokenizer.bos()),
+        eos_token: token(engine.tokenizer.eos()),
+        ..ChatInput::default()
+    };
+    Ok(engine.chat_tokens(&input)?)
+}
+
+fn kwargs(text: Option<&str>) -> Result<Map<String, Value>> {
+    let Some(text) = text else { return Ok(Map::new()) };
+    match serde_json::from_str(text) {
+        Ok(Value::Object(map)) => Ok(map),
+        Ok(other) => Err(usage(format!("--chat-template-kwargs is {other}, expected a JSON object"))),
+        Err(e) => Err(usage(format!("--chat-template-kwargs is not JSON: {e}"))),
+    }
+}
+
+/// A flag that Ctrl-C sets; a second Ctrl-C ends the process at once.
+pub fn on_ctrl_c() -> Result<Arc<AtomicBool>> {
+    let flag = Arc::new(AtomicBool::new(false));
+    let set = flag.clone();
+    let handler = move || {
+        if set.swap(true, Ordering::Relaxed) {
+            std::process::exit(INTERRUPTED.into());
+        }
+    };
+    ctrlc::set_handler(handler).map_err(|e| Failure { code: crate::failure::FAILED, error: e.into() })?;
+    Ok(flag)
+}
+
+/// Steps per second, where there were any.
+fn rate(n: usize, seconds: f64) -> Option<f64> {
+    (n > 0 && seconds > 0.0).then(|| n as f64 / seconds)
+}
+
+fn summary(g: &Generated) -> String {
+    let speed = |n, time: std::time::Duration| {
+        rate(n, time.as_secs_f64()).map_or(String::new(), |r| format!(" ({r:.1} tok/s)"))
+    };
+    let bandwidth = g.decode_read_bytes.filter(|_| g.n_decode_step > 0);
+    let bandwidth =
+        bandwidth.map_or(String::new(), |b| format!(", {:.1} GB/s", b as f64 / g.decode.as_secs_f64() / 1e9));
+    format!(
+        "[prompt {} tokens{}; answer {} tokens{}{bandwidth}; {}; seed {}]",
+        g.n_prompt,
+        speed(g.n_prompt, g.prefill),
+        g.tokens.len(),
+        speed(g.n_decode_step, g.decode),
+        g.finish.name(),
+        g.seed
+    )
+}
+
+fn report(engine: &Engine, g: &Generated, load_s: f64) -> Value {
+    let decode_s = g.decode.as_secs_f64();
+    let per_step = g.decode_read_bytes.filter(|_| g.n_decode_step > 0);
+    json!({
+        "schema": "apr.run/1",
+        "text": g.text,
+        "tokens": g.tokens,
+        "finish_reason": g.finish.name(),
+        "prompt_tokens": g.n_prompt,
+        "completion_tokens": g.tokens.len(),
+        "seed": g.seed,
+        "device": engine.device_name,
+        "timings": {
+            "load_s": load_s,
+            "prefill_s": g.prefill.as_secs_f64(),
+            "prefill_tok_per_s": rate(g.n_prompt, g.prefill.as_secs_f64()),
+            "decode_s": decode_s,
+            "decode_tok_per_s": rate(g.n_decode_step, decode_s),
+            "read_bytes_per_token": per_step.map(|b| b / g.n_decode_step as u64),
+            "read_gb_per_s": per_step.map(|b| b as f64 / decode_s / 1e9),
+        },
+        "memory": {"model_bytes": engine.file.file_bytes, "kv_bytes": engine.session.kv_bytes()},
+    })
+}

@@ -1,0 +1,102 @@
+//! Exit codes: every error of the engine has one.
+
+use std::io;
+
+use apr_engine::EngineError;
+use apr_engine::generate::GenerateError;
+use apr_engine::model_file::OpenError;
+use apr_engine::sampler::SamplerError;
+use apr_engine::session::StepError;
+
+/// The command could not do what was asked.
+pub const FAILED: u8 = 1;
+/// Wrong arguments.
+pub const USAGE: u8 = 2;
+/// Bad or unsupported model file.
+pub const MODEL: u8 = 3;
+/// Not enough memory, or no such device.
+pub const RESOURCE: u8 = 4;
+/// Stopped by Ctrl-C.
+pub const INTERRUPTED: u8 = 130;
+
+/// How a command ended well.
+pub enum Done {
+    Ok,
+    Interrupted,
+}
+
+/// An error and the exit code it leads to.
+pub struct Failure {
+    pub code: u8,
+    pub error: anyhow::Error,
+}
+
+/// What a command returns.
+pub type Result<T> = std::result::Result<T, Failure>;
+
+/// A mistake in the arguments that the parser cannot see.
+pub fn usage(message: impl std::fmt::Display) -> Failure {
+    Failure { code: USAGE, error: anyhow::anyhow!("{message}") }
+}
+
+/// Whether an error is the end of whoever reads our output.
+pub fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe)
+}
+
+impl From<EngineError> for Failure {
+    fn from(e: EngineError) -> Failure {
+        let code = match &e {
+            e if e.is_resource() => RESOURCE,
+            e if e.is_usage() => USAGE,
+            EngineError::Open(open) => open_code(open),
+            _ => MODEL,
+        };
+        Failure { code, error: e.into() }
+    }
+}
+
+impl From<OpenError> for Failure {
+    fn from(e: OpenError) -> Failure {
+        Failure { code: open_code(&e), error: e.into() }
+    }
+}
+
+/// A path that cannot be read is the caller's mistake; a file that is no good model is the file's.
+fn open_code(e: &OpenError) -> u8 {
+    match e {
+        OpenError::Io { .. } => FAILED,
+        _ => MODEL,
+    }
+}
+
+impl From<GenerateError> for Failure {
+    fn from(e: GenerateError) -> Failure {
+        let code = match &e {
+            GenerateError::EmptyPrompt | GenerateError::ContextOverflow { .. } => USAGE,
+            GenerateError::Sampler(SamplerError::NotFinite { .. } | SamplerError::NothingLeft { .. }) => FAILED,
+            GenerateError::Sampler(_) => USAGE,
+            GenerateError::Step(e) => step_code(e),
+        };
+        Failure { code, error: e.into() }
+    }
+}
+
+impl From<StepError> for Failure {
+    fn from(e: StepError) -> Failure {
+        Failure { code: step_code(&e), error: e.into() }
+    }
+}
+
+fn step_code(e: &StepError) -> u8 {
+    match e {
+        StepError::ContextFull { .. } | StepError::Token { .. } => USAGE,
+        StepError::Backend(_) => RESOURCE,
+    }
+}
+
+impl From<io::Error> for Failure {
+    fn from(e: io::Error) -> Failure {
+        Failure { code: FAILED, error: e.into() }
+    }
+}

@@ -1,0 +1,42 @@
+//! Printing: text from strangers is made harmless on a terminal, numbers get units.
+
+use std::io::{IsTerminal, Write};
+
+/// Standard output for text of a model: control characters that could steer a terminal are dropped where one is listening.
+pub struct ModelOut {
+    out: std::io::Stdout,
+    is_terminal: bool,
+}
+
+impl ModelOut {
+    pub fn new() -> ModelOut {
+        let out = std::io::stdout();
+        let is_terminal = out.is_terminal();
+        ModelOut { out, is_terminal }
+    }
+
+    /// Writes a piece and makes it visible at once.
+    pub fn write(&mut self, text: &str) -> std::io::Result<()> {
+        let mut out = self.out.lock();
+        if self.is_terminal {
+            out.write_all(harmless(text).as_bytes())?
+        } else {
+            out.write_all(text.as_bytes())?
+        }
+        out.flush()
+    }
+}
+
+/// Text without control characters, newline and tab excepted.
+pub fn harmless(text: &str) -> String {
+    text.chars().filter(|&c| c == '\n' || c == '\t' || !c.is_control()).collect()
+}
+
+/// Bytes as a person reads them, in powers of ten.
+pub fn bytes(n: u64) -> String {
+    let units = [(1e9, "GB"), (1e6, "MB"), (1e3, "kB")];
+    match units.iter().find(|(unit, _)| n as f64 >= *unit) {
+        Some((unit, name)) => format!("{:.2} {name}", n as f64 / unit),
+        None => format!("{n} B"),
+    }
+}
