@@ -128,5 +128,5 @@ fn tile_to<F: Format, const N: usize>(
 /// within each row where they are long; four to eight kilobytes in all.
 fn prefetch_distance(row_bytes: usize) -> usize {
     let strip = STRIP * row_bytes;
-    if strip > 16 << 10 { 1024 } else { (6usize << 10).div_ceil(strip) * strip }
+    if strip > 24 << 10 { 1024 } else { (6usize << 10).div_ceil(strip) * strip }
 }

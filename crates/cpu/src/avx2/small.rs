@@ -18,18 +18,6 @@ pub(super) struct Q8;
 /// Q4_0 and its like: with minima where `MIN`, five bits where `FIVE`.
 pub(super) struct Nibbles<const MIN: bool, const FIVE: bool>;
 
-/// One row's blocks of a super-block, padded with zeros where the row ends.
-#[inline(always)]
-fn with_blocks<R>(row: &[u8], s: usize, bytes: usize, f: impl FnOnce(&[u8]) -> R) -> R {
-    let rest = &row[8 * s * bytes..];
-    if rest.len() >= 8 * bytes {
-        return f(&rest[..8 * bytes]);
-    }
-    let mut padded = [0u8; 8 * 34];
-    padded[..rest.len()].copy_from_slice(rest);
-    f(&padded[..8 * bytes])
-}
-
 /// The products of a strip with one token, from `terms` of each row's super-block: lane `j` of the first vector is
 /// what block `j` adds to the sum, that of the second (where `MIN`) what its minimum adds.
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -40,15 +28,23 @@ fn gemv<const MIN: bool, const BYTES: usize>(
     terms: impl Fn(&[u8], &Q8Block) -> (__m256, __m256),
 ) -> __m256 {
     let mut acc = _mm256_setzero_ps();
+    let mut padded = [0u8; 8 * 34];
     for s in 0..strip.n_blocks.div_ceil(8) {
         let mut products = [_mm256_setzero_ps(); STRIP];
         let mut mins = products;
         for r in 0..STRIP {
-            let row = strip.rows[r];
+            let rest = &strip.rows[r][8 * s * BYTES..];
             for line in 0..BYTES.div_ceil(8) {
-                prefetch(&row[8 * s * BYTES..], strip.ahead + 64 * line);
+                prefetch(rest, strip.ahead + 64 * line);
             }
-            (products[r], mins[r]) = with_blocks(row, s, BYTES, |blocks| terms(blocks, &x[s]));
+            let blocks = if rest.len() >= 8 * BYTES {
+                &rest[..8 * BYTES]
+            } else {
+                // The row ends within this super-block; what the padding gives is not added.
+                padded[..rest.len()].copy_from_slice(rest);
+                &padded[..8 * BYTES]
+            };
+            (products[r], mins[r]) = terms(blocks, &x[s]);
         }
         let products = transpose_floats(products);
         let mins = if MIN { transpose_floats(mins) } else { products };
@@ -76,6 +72,16 @@ fn half_of_each<const BYTES: usize>(blocks: &[u8], at: usize) -> __m256 {
     halves(std::array::from_fn(|j| half_bits(blocks, j * BYTES + at)))
 }
 
+/// The two half floats in each dword, as two vectors.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn two_halves([a, b, c, d, e, f, g, h]: [i32; 8]) -> [__m256; 2] {
+    let v = _mm256_setr_epi32(a, b, c, d, e, f, g, h);
+    let v = _mm256_packus_epi32(_mm256_and_si256(v, _mm256_set1_epi32(0xffff)), _mm256_srli_epi32::<16>(v));
+    let v = _mm256_permute4x64_epi64::<0b11_01_10_00>(v);
+    [_mm256_cvtph_ps(_mm256_castsi256_si128(v)), _mm256_cvtph_ps(_mm256_extracti128_si256::<1>(v))]
+}
+
 impl Q8 {
     const BYTES: usize = 34;
 
@@ -94,7 +100,7 @@ impl Q8 {
 }
 
 impl Format for Q8 {
-    const TILES_FROM: usize = 3;
+    const TILES_FROM: usize = 6;
 
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn gemv(strip: &Strip<'_>, x: &[Q8Block]) -> __m256 {
@@ -105,10 +111,11 @@ impl Format for Q8 {
     unsafe fn unpack(strip: &Strip<'_>, s: usize, panel: &mut Panel) {
         for j in 0..8.min(strip.n_blocks - 8 * s) {
             let at = (8 * s + j) * Self::BYTES;
-            for (i, w) in transpose(strip.rows.map(|row| load32(row, at + 2))).into_iter().enumerate() {
+            let blocks = strip.rows.map(|row| &row[at..at + Self::BYTES]);
+            for (i, w) in transpose(blocks.map(|b| load32(b, 2))).into_iter().enumerate() {
                 store(&mut panel.codes[j][i], w);
             }
-            panel.d[j] = store8(halves(strip.rows.map(|row| half_bits(row, at))));
+            panel.d[j] = store8(halves(blocks.map(|b| half_bits(b, 0))));
         }
     }
 
@@ -168,16 +175,17 @@ impl<const MIN: bool, const FIVE: bool> Nibbles<MIN, FIVE> {
             let offset = _mm256_set1_epi32(Self::OFFSET.into());
             sums = _mm256_sub_epi32(sums, _mm256_mullo_epi32(x_sums, offset));
         }
-        let min = match MIN {
-            true => _mm256_mul_ps(half_of_each::<BYTES>(blocks, 2), floats(&x.block_sum)),
-            false => _mm256_setzero_ps(),
-        };
-        (scaled(sums, half_of_each::<BYTES>(blocks, 0), x), min)
+        if MIN {
+            let [d, m] = two_halves(std::array::from_fn(|j| load4(blocks, j * BYTES)));
+            (scaled(sums, d, x), _mm256_mul_ps(m, floats(&x.block_sum)))
+        } else {
+            (scaled(sums, half_of_each::<BYTES>(blocks, 0), x), _mm256_setzero_ps())
+        }
     }
 }
 
 impl<const MIN: bool, const FIVE: bool> Format for Nibbles<MIN, FIVE> {
-    const TILES_FROM: usize = 3;
+    const TILES_FROM: usize = 6;
 
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn gemv(strip: &Strip<'_>, x: &[Q8Block]) -> __m256 {
@@ -194,8 +202,9 @@ impl<const MIN: bool, const FIVE: bool> Format for Nibbles<MIN, FIVE> {
         let nibble = _mm256_set1_epi8(15);
         for j in 0..8.min(strip.n_blocks - 8 * s) {
             let at = (8 * s + j) * Self::BYTES;
-            let q = transpose_halves(strip.rows.map(|row| load16(row, at + Self::QS)));
-            let [a, b, c, d, e, f, g, h] = strip.rows.map(|row| if FIVE { load4(row, at + Self::HIGH) } else { 0 });
+            let blocks = strip.rows.map(|row| &row[at..at + Self::BYTES]);
+            let q = transpose_halves(blocks.map(|b| load16(b, Self::QS)));
+            let [a, b, c, d, e, f, g, h] = blocks.map(|b| if FIVE { load4(b, Self::HIGH) } else { 0 });
             let mut high = _mm256_setr_epi32(a, b, c, d, e, f, g, h);
             let halves_of = [q, q.map(|q| _mm256_srli_epi16::<4>(q))];
             for (i, q) in halves_of.into_iter().flatten().enumerate() {
@@ -206,9 +215,10 @@ impl<const MIN: bool, const FIVE: bool> Format for Nibbles<MIN, FIVE> {
                 }
                 store(&mut panel.codes[j][i], w);
             }
-            panel.d[j] = store8(halves(strip.rows.map(|row| half_bits(row, at))));
             if MIN {
-                panel.m[j] = store8(halves(strip.rows.map(|row| half_bits(row, at + 2))));
+                [panel.d[j], panel.m[j]] = two_halves(blocks.map(|b| load4(b, 0))).map(|v| store8(v));
+            } else {
+                panel.d[j] = store8(halves(blocks.map(|b| half_bits(b, 0))));
             }
         }
     }

@@ -68,7 +68,7 @@ impl Q8Block {
         }
     }
 
-    /// The 256 values that the codes stand for.
+    /// The 256 values that the codes stand for; all NaN where an input was not finite.
     pub fn dequantize(&self) -> [f32; SUPER] {
         std::array::from_fn(|c| f32::from(self.codes[c]) * self.block_d[c / 32])
     }
