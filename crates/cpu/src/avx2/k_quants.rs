@@ -6,7 +6,10 @@
 
 use std::arch::x86_64::*;
 
-use super::load::{half_bits, half_vector, halves, load4, load32, prefetch, store, store8, vector};
+use super::load::{
+    half_bits, half_of_each, half_vector, halves, load4, load32, load32_of_each, part_of_each, prefetch, store, store8,
+    vector,
+};
 use super::reduce::{sum_half_lanes, sum_lanes, transpose, transpose_halves};
 use super::tile::{self, add_super};
 use super::{Format, Strip};
@@ -27,6 +30,16 @@ fn scales_and_mins(block: &[u8]) -> __m128i {
     let scales = [a & low, c & nibble | (a >> 6 & top) << 4];
     let mins = [b & low, c >> 4 & nibble | (b >> 6 & top) << 4];
     _mm_set_epi32(mins[1] as i32, mins[0] as i32, scales[1] as i32, scales[0] as i32)
+}
+
+/// Bytes `a` and `b` of every lane as two 16-bit numbers.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn bytes(v: __m256i, a: usize, b: usize) -> __m256i {
+    let (a, b) = (a as i32, b as i32);
+    let a = _mm256_and_si256(_mm256_srl_epi32(v, _mm_cvtsi32_si128(8 * a)), _mm256_set1_epi32(255));
+    let b = _mm256_and_si256(_mm256_srl_epi32(v, _mm_cvtsi32_si128(8 * b)), _mm256_set1_epi32(255));
+    _mm256_or_si256(a, _mm256_slli_epi32::<16>(b))
 }
 
 /// The integer sums of one row's super-block with a token, not yet reduced: products and minima.
@@ -97,11 +110,11 @@ impl<const FIVE: bool> Format for K45<FIVE> {
 
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn unpack(strip: &Strip<'_>, s: usize, panel: &mut Panel) {
-        let blocks: [&[u8]; STRIP] = strip.rows.map(|row| &row[s * Self::BYTES..][..Self::BYTES]);
+        let blocks = part_of_each(&strip.rows, s * Self::BYTES, Self::BYTES);
         let nibble = _mm256_set1_epi8(15);
-        let high = if FIVE { transpose(blocks.map(|b| load32(b, 16))) } else { [nibble; 8] };
+        let high = if FIVE { transpose(load32_of_each(&blocks, 16)) } else { [nibble; 8] };
         for k in 0..4 {
-            let q = transpose(blocks.map(|b| load32(b, if FIVE { 48 } else { 16 } + 32 * k)));
+            let q = transpose(load32_of_each(&blocks, if FIVE { 48 } else { 16 } + 32 * k));
             for i in 0..8 {
                 let mut w = [_mm256_and_si256(q[i], nibble), _mm256_and_si256(_mm256_srli_epi16::<4>(q[i]), nibble)];
                 if FIVE {
@@ -112,24 +125,21 @@ impl<const FIVE: bool> Format for K45<FIVE> {
             }
         }
         // Dword 0 and 1 of a row: scales; 2 and 3: minima; as bytes.
-        let [s0, s1, m0, m1] = transpose_halves(blocks.map(|b| scales_and_mins(b)));
-        let bytes = |v: __m256i, from: i32, to: [i32; 2]| {
-            // Bytes `to` of every lane as two 16-bit numbers.
-            let [a, b] = to.map(|i| {
-                _mm256_and_si256(_mm256_srl_epi32(v, _mm_cvtsi32_si128(8 * (from + i))), _mm256_set1_epi32(255))
-            });
-            _mm256_or_si256(a, _mm256_slli_epi32::<16>(b))
-        };
+        let mut packed = [_mm_setzero_si128(); STRIP];
+        for r in 0..STRIP {
+            packed[r] = scales_and_mins(blocks[r]);
+        }
+        let [s0, s1, m0, m1] = transpose_halves(packed);
         for i in 0..4 {
-            store(&mut panel.scales[i as usize], bytes(s0, i, [0, 0]));
-            store(&mut panel.scales[4 + i as usize], bytes(s1, i, [0, 0]));
+            store(&mut panel.scales[i], bytes(s0, i, i));
+            store(&mut panel.scales[4 + i], bytes(s1, i, i));
         }
         for i in 0..2 {
-            store(&mut panel.mins[i as usize], bytes(m0, 2 * i, [0, 1]));
-            store(&mut panel.mins[2 + i as usize], bytes(m1, 2 * i, [0, 1]));
+            store(&mut panel.mins[i], bytes(m0, 2 * i, 2 * i + 1));
+            store(&mut panel.mins[2 + i], bytes(m1, 2 * i, 2 * i + 1));
         }
-        panel.d[0] = store8(halves(blocks.map(|b| half_bits(b, 0))));
-        panel.m[0] = store8(halves(blocks.map(|b| half_bits(b, 2))));
+        panel.d[0] = store8(half_of_each(&blocks, 0));
+        panel.m[0] = store8(half_of_each(&blocks, 2));
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]

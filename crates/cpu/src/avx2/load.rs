@@ -108,3 +108,56 @@ pub(super) fn halves(bits: [i16; 8]) -> __m256 {
 pub(super) fn half_bits(b: &[u8], at: usize) -> i16 {
     i16::from_le_bytes([b[at], b[at + 1]])
 }
+
+/// Bytes `at .. at + len` of eight rows.
+#[inline(always)]
+pub(super) fn part_of_each<'a>(rows: &[&'a [u8]; 8], at: usize, len: usize) -> [&'a [u8]; 8] {
+    let mut parts: [&[u8]; 8] = [&[]; 8];
+    for r in 0..8 {
+        parts[r] = &rows[r][at..at + len];
+    }
+    parts
+}
+
+/// [`load32`] of eight rows. Loops rather than closures here: a closure that is not inlined passes vectors in memory.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn load32_of_each(rows: &[&[u8]; 8], at: usize) -> [__m256i; 8] {
+    let mut v = [_mm256_setzero_si256(); 8];
+    for r in 0..8 {
+        v[r] = load32(rows[r], at);
+    }
+    v
+}
+
+/// [`load16`] of eight rows.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn load16_of_each(rows: &[&[u8]; 8], at: usize) -> [__m128i; 8] {
+    let mut v = [_mm_setzero_si128(); 8];
+    for r in 0..8 {
+        v[r] = load16(rows[r], at);
+    }
+    v
+}
+
+/// [`load4`] of eight rows.
+#[inline(always)]
+pub(super) fn load4_of_each(rows: &[&[u8]; 8], at: usize) -> [i32; 8] {
+    let mut v = [0; 8];
+    for r in 0..8 {
+        v[r] = load4(rows[r], at);
+    }
+    v
+}
+
+/// The half float at byte `at` of eight rows.
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+pub(super) fn half_of_each(rows: &[&[u8]; 8], at: usize) -> __m256 {
+    let mut v = [0; 8];
+    for r in 0..8 {
+        v[r] = half_bits(rows[r], at);
+    }
+    halves(v)
+}

@@ -6,7 +6,9 @@
 
 use std::arch::x86_64::*;
 
-use super::load::{half_bits, halves, load16, load32, prefetch, store, store8, vector};
+use super::load::{
+    floats, half_of_each, load16, load16_of_each, load32, load32_of_each, part_of_each, prefetch, store, store8, vector,
+};
 use super::reduce::{sum_lanes, transpose, transpose_floats, transpose_halves};
 use super::tile;
 use super::{Format, Strip};
@@ -22,8 +24,9 @@ pub(super) struct Q6K;
 fn codes(low: [__m256i; 2], high: __m256i) -> [__m256i; 4] {
     let nibble = _mm256_set1_epi8(15);
     let pair = _mm256_set1_epi8(0x30);
-    let [a, b] = low.map(|v| _mm256_and_si256(v, nibble));
-    let [c, d] = low.map(|v| _mm256_and_si256(_mm256_srli_epi16::<4>(v), nibble));
+    let (a, b) = (_mm256_and_si256(low[0], nibble), _mm256_and_si256(low[1], nibble));
+    let c = _mm256_and_si256(_mm256_srli_epi16::<4>(low[0]), nibble);
+    let d = _mm256_and_si256(_mm256_srli_epi16::<4>(low[1]), nibble);
     [
         _mm256_or_si256(a, _mm256_and_si256(_mm256_slli_epi16::<4>(high), pair)),
         _mm256_or_si256(b, _mm256_and_si256(_mm256_slli_epi16::<2>(high), pair)),
@@ -65,11 +68,12 @@ impl Format for Q6K {
     unsafe fn gemv(strip: &Strip<'_>, x: &[Q8Block]) -> __m256 {
         let mut acc = _mm256_setzero_ps();
         for s in 0..strip.n_blocks / 8 {
-            let d = store8(halves(strip.rows.map(|row| half_bits(row, s * BYTES + 208))));
-            let x_d = super::load::floats(&x[s].block_d);
+            let blocks = part_of_each(&strip.rows, s * BYTES, BYTES);
+            let d = store8(half_of_each(&blocks, 208));
+            let x_d = floats(&x[s].block_d);
             let mut terms = [_mm256_setzero_ps(); STRIP];
             for r in 0..STRIP {
-                let block = &strip.rows[r][s * BYTES..][..BYTES];
+                let block = blocks[r];
                 for line in 0..4 {
                     prefetch(block, strip.ahead + 64 * line);
                 }
@@ -85,28 +89,27 @@ impl Format for Q6K {
 
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn unpack(strip: &Strip<'_>, s: usize, panel: &mut Panel) {
-        let blocks: [&[u8]; STRIP] = strip.rows.map(|row| &row[s * BYTES..][..BYTES]);
+        let blocks = part_of_each(&strip.rows, s * BYTES, BYTES);
         for half in 0..2 {
-            let low = [0, 32].map(|at| transpose(blocks.map(|b| load32(b, 64 * half + at))));
-            let high = transpose(blocks.map(|b| load32(b, 128 + 32 * half)));
+            let low0 = transpose(load32_of_each(&blocks, 64 * half));
+            let low1 = transpose(load32_of_each(&blocks, 64 * half + 32));
+            let high = transpose(load32_of_each(&blocks, 128 + 32 * half));
             for i in 0..8 {
-                for (q, w) in codes([low[0][i], low[1][i]], high[i]).into_iter().enumerate() {
+                for (q, w) in codes([low0[i], low1[i]], high[i]).into_iter().enumerate() {
                     store(&mut panel.codes[4 * half + q][i], w);
                 }
             }
         }
         // Dword c of a row holds scales 4 c .. 4 c + 4 as signed bytes.
-        let scales = transpose_halves(blocks.map(|b| load16(b, 192)));
+        let scales = transpose_halves(load16_of_each(&blocks, 192));
         for (c, v) in scales.into_iter().enumerate() {
             // 16-bit numbers: scales 0 and 2 of the dword in `even`, 1 and 3 in `odd`.
             let (even, odd) = (_mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(v)), _mm256_srai_epi16::<8>(v));
-            let twice = |v, upper: bool| match upper {
-                false => _mm256_blend_epi16::<0xaa>(v, _mm256_slli_epi32::<16>(v)),
-                true => _mm256_blend_epi16::<0x55>(v, _mm256_srli_epi32::<16>(v)),
-            };
-            for h in 0..2 {
-                store(&mut panel.scales[4 * c + 2 * h], twice(even, h == 1));
-                store(&mut panel.scales[4 * c + 2 * h + 1], twice(odd, h == 1));
+            for (i, v) in [even, odd].into_iter().enumerate() {
+                let lower = _mm256_blend_epi16::<0xaa>(v, _mm256_slli_epi32::<16>(v));
+                let upper = _mm256_blend_epi16::<0x55>(v, _mm256_srli_epi32::<16>(v));
+                store(&mut panel.scales[4 * c + i], lower);
+                store(&mut panel.scales[4 * c + 2 + i], upper);
             }
             let pairs = [
                 _mm256_blend_epi16::<0xaa>(even, _mm256_slli_epi32::<16>(odd)),
@@ -116,7 +119,7 @@ impl Format for Q6K {
                 store(&mut panel.mins[2 * c + h], _mm256_mullo_epi16(pairs[h], _mm256_set1_epi16(-32)));
             }
         }
-        panel.d[0] = store8(halves(blocks.map(|b| half_bits(b, 208))));
+        panel.d[0] = store8(half_of_each(&blocks, 208));
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]

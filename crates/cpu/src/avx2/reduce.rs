@@ -23,36 +23,47 @@ pub(super) fn sum_half_lanes(v: [__m128i; 8]) -> __m256i {
 #[target_feature(enable = "avx2")]
 #[inline]
 pub(super) fn transpose(v: [__m256i; 8]) -> [__m256i; 8] {
-    let lo = |a, b| _mm256_unpacklo_epi32(a, b);
-    let hi = |a, b| _mm256_unpackhi_epi32(a, b);
-    let [a, b] = [[v[0], v[1], v[2], v[3]], [v[4], v[5], v[6], v[7]]].map(|v| {
-        let (x, y) = ([lo(v[0], v[1]), hi(v[0], v[1])], [lo(v[2], v[3]), hi(v[2], v[3])]);
-        [
-            _mm256_unpacklo_epi64(x[0], y[0]),
-            _mm256_unpackhi_epi64(x[0], y[0]),
-            _mm256_unpacklo_epi64(x[1], y[1]),
-            _mm256_unpackhi_epi64(x[1], y[1]),
-        ]
-    });
-    std::array::from_fn(|i| match i < 4 {
-        true => _mm256_permute2x128_si256::<0x20>(a[i], b[i]),
-        false => _mm256_permute2x128_si256::<0x31>(a[i - 4], b[i - 4]),
-    })
+    let (a, b) = (transpose_quarter([v[0], v[1], v[2], v[3]]), transpose_quarter([v[4], v[5], v[6], v[7]]));
+    let mut t = [_mm256_setzero_si256(); 8];
+    for i in 0..4 {
+        t[i] = _mm256_permute2x128_si256::<0x20>(a[i], b[i]);
+        t[i + 4] = _mm256_permute2x128_si256::<0x31>(a[i], b[i]);
+    }
+    t
+}
+
+/// Transposes four by four lanes in both halves of the vectors.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn transpose_quarter(v: [__m256i; 4]) -> [__m256i; 4] {
+    let (a, b) = (_mm256_unpacklo_epi32(v[0], v[1]), _mm256_unpackhi_epi32(v[0], v[1]));
+    let (c, d) = (_mm256_unpacklo_epi32(v[2], v[3]), _mm256_unpackhi_epi32(v[2], v[3]));
+    [_mm256_unpacklo_epi64(a, c), _mm256_unpackhi_epi64(a, c), _mm256_unpacklo_epi64(b, d), _mm256_unpackhi_epi64(b, d)]
 }
 
 /// [`transpose`] for floats.
 #[target_feature(enable = "avx2")]
 #[inline]
 pub(super) fn transpose_floats(v: [__m256; 8]) -> [__m256; 8] {
-    transpose(v.map(|v| _mm256_castps_si256(v))).map(|v| _mm256_castsi256_ps(v))
+    let (mut bits, mut t) = ([_mm256_setzero_si256(); 8], v);
+    for i in 0..8 {
+        bits[i] = _mm256_castps_si256(v[i]);
+    }
+    bits = transpose(bits);
+    for i in 0..8 {
+        t[i] = _mm256_castsi256_ps(bits[i]);
+    }
+    t
 }
 
 /// Four dwords of each of eight rows: lane `r` of vector `c` is dword `c` of row `r`.
 #[target_feature(enable = "avx2")]
 #[inline]
 pub(super) fn transpose_halves(v: [__m128i; 8]) -> [__m256i; 4] {
-    let w: [__m256i; 4] = std::array::from_fn(|i| _mm256_set_m128i(v[i + 4], v[i]));
-    let (a, b) = (_mm256_unpacklo_epi32(w[0], w[1]), _mm256_unpackhi_epi32(w[0], w[1]));
-    let (c, d) = (_mm256_unpacklo_epi32(w[2], w[3]), _mm256_unpackhi_epi32(w[2], w[3]));
-    [_mm256_unpacklo_epi64(a, c), _mm256_unpackhi_epi64(a, c), _mm256_unpacklo_epi64(b, d), _mm256_unpackhi_epi64(b, d)]
+    transpose_quarter([
+        _mm256_set_m128i(v[4], v[0]),
+        _mm256_set_m128i(v[5], v[1]),
+        _mm256_set_m128i(v[6], v[2]),
+        _mm256_set_m128i(v[7], v[3]),
+    ])
 }

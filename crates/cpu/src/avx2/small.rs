@@ -6,7 +6,10 @@
 
 use std::arch::x86_64::*;
 
-use super::load::{floats, half_bits, halves, load4, load16, load32, prefetch, store, store8, vector};
+use super::load::{
+    floats, half_bits, half_of_each, half_vector, halves, load4, load4_of_each, load16, load16_of_each, load32,
+    load32_of_each, part_of_each, prefetch, store, store8, vector,
+};
 use super::reduce::{sum_lanes, transpose, transpose_floats, transpose_halves};
 use super::tile;
 use super::{Format, Strip};
@@ -68,8 +71,12 @@ fn scaled(sums: __m256i, d: __m256, x: &Q8Block) -> __m256 {
 /// The half floats at byte `at` of eight blocks.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn half_of_each<const BYTES: usize>(blocks: &[u8], at: usize) -> __m256 {
-    halves(std::array::from_fn(|j| half_bits(blocks, j * BYTES + at)))
+fn half_of_blocks<const BYTES: usize>(blocks: &[u8], at: usize) -> __m256 {
+    let mut v = [0; 8];
+    for j in 0..8 {
+        v[j] = half_bits(blocks, j * BYTES + at);
+    }
+    halves(v)
 }
 
 /// The two half floats in each dword, as two vectors.
@@ -90,17 +97,18 @@ impl Q8 {
     fn terms(blocks: &[u8], x: &Q8Block) -> (__m256, __m256) {
         let (codes, _) = x.codes.as_chunks::<32>();
         let ones = _mm256_set1_epi16(1);
-        let sums = std::array::from_fn(|j| {
+        let mut sums = [_mm256_setzero_si256(); 8];
+        for j in 0..8 {
             let w = load32(blocks, j * Self::BYTES + 2);
             let signed = _mm256_sign_epi8(vector(&codes[j]), w);
-            _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(w), signed), ones)
-        });
-        (scaled(sum_lanes(sums), half_of_each::<{ Self::BYTES }>(blocks, 0), x), _mm256_setzero_ps())
+            sums[j] = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(w), signed), ones);
+        }
+        (scaled(sum_lanes(sums), half_of_blocks::<{ Self::BYTES }>(blocks, 0), x), _mm256_setzero_ps())
     }
 }
 
 impl Format for Q8 {
-    const TILES_FROM: usize = 6;
+    const TILES_FROM: usize = 4;
 
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn gemv(strip: &Strip<'_>, x: &[Q8Block]) -> __m256 {
@@ -111,11 +119,11 @@ impl Format for Q8 {
     unsafe fn unpack(strip: &Strip<'_>, s: usize, panel: &mut Panel) {
         for j in 0..8.min(strip.n_blocks - 8 * s) {
             let at = (8 * s + j) * Self::BYTES;
-            let blocks = strip.rows.map(|row| &row[at..at + Self::BYTES]);
-            for (i, w) in transpose(blocks.map(|b| load32(b, 2))).into_iter().enumerate() {
+            let blocks = part_of_each(&strip.rows, at, Self::BYTES);
+            for (i, w) in transpose(load32_of_each(&blocks, 2)).into_iter().enumerate() {
                 store(&mut panel.codes[j][i], w);
             }
-            panel.d[j] = store8(halves(blocks.map(|b| half_bits(b, 0))));
+            panel.d[j] = store8(half_of_each(&blocks, 0));
         }
     }
 
@@ -160,32 +168,37 @@ impl<const MIN: bool, const FIVE: bool> Nibbles<MIN, FIVE> {
     fn terms<const BYTES: usize>(blocks: &[u8], x: &Q8Block) -> (__m256, __m256) {
         let (codes, _) = x.codes.as_chunks::<32>();
         let ones = _mm256_set1_epi16(1);
-        let sums = std::array::from_fn(|j| {
+        let mut sums = [_mm256_setzero_si256(); 8];
+        for j in 0..8 {
             let q = load16(blocks, j * BYTES + Self::QS);
             let q = _mm256_set_m128i(_mm_srli_epi16::<4>(q), q);
             let mut w = _mm256_and_si256(q, _mm256_set1_epi8(15));
             if FIVE {
                 w = _mm256_or_si256(w, bits_to_bytes(load4(blocks, j * BYTES + Self::HIGH)));
             }
-            _mm256_madd_epi16(_mm256_maddubs_epi16(w, vector(&codes[j])), ones)
-        });
+            sums[j] = _mm256_madd_epi16(_mm256_maddubs_epi16(w, vector(&codes[j])), ones);
+        }
         let mut sums = sum_lanes(sums);
         if !MIN {
-            let x_sums = _mm256_cvtepi16_epi32(super::load::half_vector(&x.sums));
+            let x_sums = _mm256_cvtepi16_epi32(half_vector(&x.sums));
             let offset = _mm256_set1_epi32(Self::OFFSET.into());
             sums = _mm256_sub_epi32(sums, _mm256_mullo_epi32(x_sums, offset));
         }
         if MIN {
-            let [d, m] = two_halves(std::array::from_fn(|j| load4(blocks, j * BYTES)));
+            let mut pairs = [0; 8];
+            for j in 0..8 {
+                pairs[j] = load4(blocks, j * BYTES);
+            }
+            let [d, m] = two_halves(pairs);
             (scaled(sums, d, x), _mm256_mul_ps(m, floats(&x.block_sum)))
         } else {
-            (scaled(sums, half_of_each::<BYTES>(blocks, 0), x), _mm256_setzero_ps())
+            (scaled(sums, half_of_blocks::<BYTES>(blocks, 0), x), _mm256_setzero_ps())
         }
     }
 }
 
 impl<const MIN: bool, const FIVE: bool> Format for Nibbles<MIN, FIVE> {
-    const TILES_FROM: usize = 6;
+    const TILES_FROM: usize = 3;
 
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn gemv(strip: &Strip<'_>, x: &[Q8Block]) -> __m256 {
@@ -202,9 +215,9 @@ impl<const MIN: bool, const FIVE: bool> Format for Nibbles<MIN, FIVE> {
         let nibble = _mm256_set1_epi8(15);
         for j in 0..8.min(strip.n_blocks - 8 * s) {
             let at = (8 * s + j) * Self::BYTES;
-            let blocks = strip.rows.map(|row| &row[at..at + Self::BYTES]);
-            let q = transpose_halves(blocks.map(|b| load16(b, Self::QS)));
-            let [a, b, c, d, e, f, g, h] = blocks.map(|b| if FIVE { load4(b, Self::HIGH) } else { 0 });
+            let blocks = part_of_each(&strip.rows, at, Self::BYTES);
+            let q = transpose_halves(load16_of_each(&blocks, Self::QS));
+            let [a, b, c, d, e, f, g, h] = if FIVE { load4_of_each(&blocks, Self::HIGH) } else { [0; 8] };
             let mut high = _mm256_setr_epi32(a, b, c, d, e, f, g, h);
             let halves_of = [q, q.map(|q| _mm256_srli_epi16::<4>(q))];
             for (i, q) in halves_of.into_iter().flatten().enumerate() {
@@ -216,9 +229,9 @@ impl<const MIN: bool, const FIVE: bool> Format for Nibbles<MIN, FIVE> {
                 store(&mut panel.codes[j][i], w);
             }
             if MIN {
-                [panel.d[j], panel.m[j]] = two_halves(blocks.map(|b| load4(b, 0))).map(|v| store8(v));
+                [panel.d[j], panel.m[j]] = two_halves(load4_of_each(&blocks, 0)).map(|v| store8(v));
             } else {
-                panel.d[j] = store8(halves(blocks.map(|b| half_bits(b, 0))));
+                panel.d[j] = store8(half_of_each(&blocks, 0));
             }
         }
     }
