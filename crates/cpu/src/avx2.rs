@@ -19,7 +19,7 @@ use std::arch::x86_64::*;
 use apr_core::qtype::GgmlType;
 
 use crate::kernels::{Isa, Kernels, Out, Panel, PanelScratch, Q8Block, Q8Tokens, STRIP, SUPER, WeightRows};
-use load::store8;
+use load::{prefetch, store8};
 
 pub(crate) static KERNELS: Kernels = Kernels::new(Isa::Avx2, quantize::quantize_row, matmul_q8, float::matmul_f32);
 
@@ -75,6 +75,7 @@ fn matmul<F: Format>(w: WeightRows<'_>, x: Q8Tokens<'_>, out: &mut Out<'_>, scra
     let n_blocks = w.n_cols().div_ceil(32);
     let n_rows = w.n_rows();
     let panels = scratch.panels(w.n_cols().div_ceil(SUPER));
+    let row_bytes_of_super = SUPER / w.qtype().block_len() * w.qtype().block_bytes();
     let ahead = prefetch_distance(w.row_bytes());
     for r in (0..n_rows).step_by(STRIP) {
         let n = STRIP.min(n_rows - r);
@@ -89,6 +90,12 @@ fn matmul<F: Format>(w: WeightRows<'_>, x: Q8Tokens<'_>, out: &mut Out<'_>, scra
             continue;
         }
         for (s, panel) in panels.iter_mut().enumerate() {
+            let at = s * row_bytes_of_super;
+            for row in rows {
+                for line in (0..row_bytes_of_super).step_by(64) {
+                    prefetch(&row[at..], ahead + line);
+                }
+            }
             // SAFETY: as above.
             unsafe { F::unpack(&strip, s, panel) };
         }

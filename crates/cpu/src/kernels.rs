@@ -299,7 +299,7 @@ impl PanelScratch {
     }
 
     /// `n` super-blocks of eight rows.
-    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "no SIMD kernels here"))]
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only SIMD kernels interleave rows"))]
     pub(crate) fn panels(&mut self, n: usize) -> &mut [Panel] {
         if self.panels.len() < n {
             self.panels.resize(n, Panel::ZERO);
@@ -315,6 +315,7 @@ pub(crate) const STRIP: usize = 8;
 /// Which fields are used, and the meaning of codes, depends on the kernel.
 #[derive(Clone, Copy, Debug)]
 #[repr(C, align(32))]
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only SIMD kernels interleave rows"))]
 pub(crate) struct Panel {
     /// `codes[j][i][4 * row + c]` is the code of column `32 j + 4 i + c`.
     pub(crate) codes: [[[u8; 32]; 8]; 8],

@@ -143,7 +143,6 @@ fn products_are_those_of_the_exact_values() {
                         let (want, size): (f64, f64) = (terms.clone().sum(), terms.map(f64::abs).sum());
                         let got = f64::from(got[t * 9 + r]);
                         let off = (got - want).abs() / size;
-                        // Q4_K and its like take the difference of two sums that may be several times larger.
                         assert!(off < 1e-5, "{} {qtype} {n_cols}: {got} is not {want}, off {off:e}", k.isa());
                     }
                 }

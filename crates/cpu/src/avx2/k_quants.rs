@@ -86,7 +86,7 @@ impl<const FIVE: bool> K45<FIVE> {
 }
 
 impl<const FIVE: bool> Format for K45<FIVE> {
-    const TILES_FROM: usize = 4;
+    const TILES_FROM: usize = 2;
 
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn gemv(strip: &Strip<'_>, x: &[Q8Block]) -> __m256 {

@@ -62,7 +62,7 @@ fn row_sums(block: &[u8], x: &Q8Block) -> __m256i {
 }
 
 impl Format for Q6K {
-    const TILES_FROM: usize = 3;
+    const TILES_FROM: usize = 2;
 
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn gemv(strip: &Strip<'_>, x: &[Q8Block]) -> __m256 {

@@ -45,15 +45,7 @@ fn transpose_quarter(v: [__m256i; 4]) -> [__m256i; 4] {
 #[target_feature(enable = "avx2")]
 #[inline]
 pub(super) fn transpose_floats(v: [__m256; 8]) -> [__m256; 8] {
-    let (mut bits, mut t) = ([_mm256_setzero_si256(); 8], v);
-    for i in 0..8 {
-        bits[i] = _mm256_castps_si256(v[i]);
-    }
-    bits = transpose(bits);
-    for i in 0..8 {
-        t[i] = _mm256_castsi256_ps(bits[i]);
-    }
-    t
+    transpose(v.map(|v| _mm256_castps_si256(v))).map(|v| _mm256_castsi256_ps(v))
 }
 
 /// Four dwords of each of eight rows: lane `r` of vector `c` is dword `c` of row `r`.

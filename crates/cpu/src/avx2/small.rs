@@ -108,7 +108,7 @@ impl Q8 {
 }
 
 impl Format for Q8 {
-    const TILES_FROM: usize = 4;
+    const TILES_FROM: usize = 2;
 
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn gemv(strip: &Strip<'_>, x: &[Q8Block]) -> __m256 {
@@ -198,7 +198,7 @@ impl<const MIN: bool, const FIVE: bool> Nibbles<MIN, FIVE> {
 }
 
 impl<const MIN: bool, const FIVE: bool> Format for Nibbles<MIN, FIVE> {
-    const TILES_FROM: usize = 3;
+    const TILES_FROM: usize = 2;
 
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn gemv(strip: &Strip<'_>, x: &[Q8Block]) -> __m256 {
