@@ -132,3 +132,27 @@ fn every_stage_that_is_shown_exists() {
     }
     assert!(probe.seen.keys().all(|k| !dense_only(k.1)), "no stage of a dense block in a model of experts");
 }
+
+/// Tiny files of every architecture, of widths that no block of 256 divides.
+const ARCHITECTURES: [&str; 7] =
+    ["qwen3moe-odd", "qwen3", "qwen3-yarn", "qwen2", "llama", "llama3-ropefreqs", "llama-linear"];
+
+#[test]
+fn every_architecture_continues_as_in_float32() {
+    for isa in isas() {
+        for name in ARCHITECTURES {
+            let golden = Golden::read(&format!("arch/{name}.safetensors"));
+            let (tokens, greedy) = (golden.ids("tokens"), golden.ids("greedy"));
+            let backend = || CpuBackend::new(2, Some(isa)).unwrap();
+            let mut run = Run::new(backend(), &format!("arch/{name}.gguf"), KvType::F16, |_| {});
+            run.step(&tokens, 0, 2, &mut Recorder::of(&[]));
+            let n_vocab = golden.n_cols("lm_head");
+            for (got, expected) in run.logits().chunks(n_vocab).zip(golden.get("lm_head").unwrap().chunks(n_vocab)) {
+                let kl = kl_divergence(expected, got);
+                assert!(kl <= 0.002, "{isa} {name}: KL {kl}");
+            }
+            let mut run = Run::new(backend(), &format!("arch/{name}.gguf"), KvType::F16, |_| {});
+            assert_eq!(run.greedy(&tokens, greedy.len()), greedy, "{isa} {name}: greedy tokens");
+        }
+    }
+}

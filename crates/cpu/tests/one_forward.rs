@@ -88,6 +88,24 @@ fn chunks_of_a_prefill_and_single_decodes_do_not_matter() {
 }
 
 #[test]
+fn single_decodes_do_not_matter_in_any_architecture() {
+    for isa in isas() {
+        for name in ["qwen3moe-odd", "qwen3", "qwen3-yarn", "qwen2", "llama", "llama3-ropefreqs", "llama-linear"] {
+            let make =
+                || Run::new(CpuBackend::new(2, Some(isa)).unwrap(), &format!("arch/{name}.gguf"), KvType::Q8_0, |_| {});
+            let tokens: Vec<u32> = (0..70).map(|i| i * 7 % 250).collect();
+            let one = whole(make(), &tokens, &mut none());
+            let (mut run, mut logits) = (make(), Vec::new());
+            for (i, token) in tokens.iter().enumerate() {
+                run.step(std::slice::from_ref(token), i, 1, &mut none());
+                logits.extend(run.logits());
+            }
+            assert_same(&logits, &one, &format!("{isa} {name}"));
+        }
+    }
+}
+
+#[test]
 fn rows_without_logits_do_not_matter() {
     let tokens = prompt(90, 4);
     for isa in isas() {
