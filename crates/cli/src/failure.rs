@@ -74,6 +74,7 @@ impl From<GenerateError> for Failure {
     fn from(e: GenerateError) -> Failure {
         let code = match &e {
             GenerateError::EmptyPrompt | GenerateError::ContextOverflow { .. } => USAGE,
+            GenerateError::Memory { .. } => RESOURCE,
             GenerateError::Sampler(SamplerError::NotFinite { .. } | SamplerError::NothingLeft { .. }) => FAILED,
             GenerateError::Sampler(_) => USAGE,
             GenerateError::Step(e) => step_code(e),

@@ -88,14 +88,17 @@ impl Rope {
     /// Rotates one head by the angles that [`angles`](Self::angles) gave.
     pub fn rotate(&self, head: &mut [f32], cos: &[f32], sin: &[f32]) {
         let n_pair = self.inv_freq.len();
-        for i in 0..n_pair {
-            let (a, b) = match self.pairing {
-                Pairing::Halves => (i, i + n_pair),
-                Pairing::Adjacent => (2 * i, 2 * i + 1),
-            };
-            let (x, y) = (head[a], head[b]);
-            head[a] = x * cos[i] - y * sin[i];
-            head[b] = x * sin[i] + y * cos[i];
+        let turn =
+            |x: &mut f32, y: &mut f32, i: usize| (*x, *y) = (*x * cos[i] - *y * sin[i], *x * sin[i] + *y * cos[i]);
+        match self.pairing {
+            Pairing::Halves => {
+                let (first, rest) = head.split_at_mut(n_pair);
+                first.iter_mut().zip(rest).enumerate().for_each(|(i, (x, y))| turn(x, y, i));
+            }
+            Pairing::Adjacent => {
+                let (pairs, _) = head[..2 * n_pair].as_chunks_mut::<2>();
+                pairs.iter_mut().enumerate().for_each(|(i, [x, y])| turn(x, y, i));
+            }
         }
     }
 }

@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::engine::Engine;
+use crate::memory;
 use crate::sampler::{Sampler, SamplerConfig, SamplerError};
 use crate::session::{Logits, Part, Sequence, StepError};
 use crate::text_stream::TextStream;
@@ -78,6 +79,11 @@ pub enum GenerateError {
         n_prompt + max_tokens
     )]
     ContextOverflow { n_prompt: usize, max_tokens: usize, n_ctx: usize },
+    #[error(
+        "the KV cache of {n_tokens} tokens needs {need_bytes} bytes, the machine has {available_bytes} left; \
+         ask for fewer tokens, or use --kv q8_0"
+    )]
+    Memory { n_tokens: usize, need_bytes: u64, available_bytes: u64 },
     #[error(transparent)]
     Sampler(#[from] SamplerError),
     #[error(transparent)]
@@ -102,10 +108,22 @@ pub fn generate(
     if n_prompt.saturating_add(max_tokens.max(1)) > n_ctx {
         return Err(GenerateError::ContextOverflow { n_prompt, max_tokens, n_ctx });
     }
+    check_memory(engine, n_prompt + request.max_tokens.unwrap_or(0))?;
     let mut sequence = Sequence::default();
     let result = run(engine, request, max_tokens, &mut sequence, cancel, on_text);
     engine.session.release(&mut sequence);
     result
+}
+
+/// Refuses a sequence whose keys and values would not fit the memory that is left.
+fn check_memory(engine: &Engine, n_tokens: usize) -> Result<(), GenerateError> {
+    let need_bytes = engine.session.kv_bytes_of(n_tokens) as u64;
+    match memory::available_bytes() {
+        Some(available_bytes) if need_bytes > available_bytes => {
+            Err(GenerateError::Memory { n_tokens, need_bytes, available_bytes })
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Feeds a prompt in chunks; false when cancelled.

@@ -7,6 +7,7 @@ pub mod bench;
 pub mod chat_template;
 pub mod device;
 pub mod generate;
+pub mod memory;
 pub mod model_file;
 pub mod sampler;
 pub mod session;

@@ -84,6 +84,9 @@ pub trait Session: Send {
 
     /// Bytes of KV cache in use.
     fn kv_bytes(&self) -> usize;
+
+    /// Bytes of KV cache that a sequence of `n_tokens` takes.
+    fn kv_bytes_of(&self, n_tokens: usize) -> usize;
 }
 
 impl Sequence {
@@ -247,6 +250,10 @@ where
 
     fn read_bytes(&self) -> Option<u64> {
         self.backend.read_bytes()
+    }
+
+    fn kv_bytes_of(&self, n_tokens: usize) -> usize {
+        n_tokens.div_ceil(KV_BLOCK) * self.kv_shape.block_bytes()
     }
 
     fn kv_bytes(&self) -> usize {
