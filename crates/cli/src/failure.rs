@@ -2,11 +2,11 @@
 
 use std::io;
 
-use apr_engine::EngineError;
 use apr_engine::generate::GenerateError;
 use apr_engine::model_file::OpenError;
 use apr_engine::sampler::SamplerError;
 use apr_engine::session::StepError;
+use apr_engine::{BackendError, EngineError};
 
 /// The command could not do what was asked.
 pub const FAILED: u8 = 1;
@@ -92,7 +92,8 @@ impl From<StepError> for Failure {
 fn step_code(e: &StepError) -> u8 {
     match e {
         StepError::ContextFull { .. } | StepError::Token { .. } => USAGE,
-        StepError::Backend(_) => RESOURCE,
+        StepError::Backend(BackendError::OutOfMemory { .. }) => RESOURCE,
+        StepError::Backend(_) => MODEL,
     }
 }
 

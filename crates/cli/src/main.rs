@@ -45,7 +45,8 @@ fn main() -> std::process::ExitCode {
         // The reader of our output has gone, as in `apr inspect model | head`: nothing to tell anyone.
         Err(Failure { error, .. }) if failure::is_broken_pipe(&error) => 0.into(),
         Err(Failure { code, error }) => {
-            eprintln!("error: {error:#}");
+            // Messages of the engine's errors name their causes themselves.
+            print::say(format_args!("error: {error}"));
             code.into()
         }
     }

@@ -6,6 +6,7 @@ use apr_engine::device::Device;
 use apr_engine::{Engine, EngineOptions, Isa, KvType};
 
 use crate::failure::Result;
+use crate::print::say;
 
 /// The model and how to load it.
 #[derive(clap::Args)]
@@ -41,7 +42,7 @@ impl LoadArgs {
             _ => Device::Cpu { n_threads: self.threads, isa: self.isa },
         };
         let engine = Engine::load(&self.model, EngineOptions { device, kv_type: self.kv, n_ctx: self.ctx })?;
-        engine.hparams.notes.iter().for_each(|note| eprintln!("note: {note}"));
+        engine.hparams.notes.iter().for_each(|note| say(format_args!("note: {note}")));
         Ok(engine)
     }
 }

@@ -1,5 +1,6 @@
 //! Printing: text from strangers is made harmless on a terminal, numbers get units.
 
+use std::fmt::Display;
 use std::io::{IsTerminal, Write};
 
 /// Standard output for text of a model: control characters that could steer a terminal are dropped where one is listening.
@@ -25,6 +26,11 @@ impl ModelOut {
         }
         out.flush()
     }
+}
+
+/// Says something to whoever runs the command. That nobody listens is no reason to fail.
+pub fn say(text: impl Display) {
+    let _ = writeln!(std::io::stderr(), "{}", harmless(&text.to_string()));
 }
 
 /// Text without control characters, newline and tab excepted.

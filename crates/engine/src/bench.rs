@@ -1,5 +1,6 @@
 //! Speed of a loaded model: prefill and decode as llama-bench measures them, and the machine's read bandwidth in the same run.
 
+use std::ops::ControlFlow;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
@@ -36,11 +37,15 @@ pub struct BenchResult {
     pub reps: usize,
 }
 
-/// Runs the tests. `on_result` is called as each ends.
+/// Runs the tests. `on_result` is called as each ends, and may break off.
 ///
 /// # Errors
 /// A context too small for the tests.
-pub fn bench(engine: &mut Engine, o: BenchOptions, on_result: &mut dyn FnMut(&BenchResult)) -> Result<(), StepError> {
+pub fn bench(
+    engine: &mut Engine,
+    o: BenchOptions,
+    on_result: &mut dyn FnMut(&BenchResult) -> ControlFlow<()>,
+) -> Result<(), StepError> {
     let suffix = if o.depth > 0 { format!("@d{}", o.depth) } else { String::new() };
     let tests =
         [(format!("pp{}{suffix}", o.n_prompt), o.n_prompt, true), (format!("tg{}{suffix}", o.n_gen), o.n_gen, false)];
@@ -53,7 +58,9 @@ pub fn bench(engine: &mut Engine, o: BenchOptions, on_result: &mut dyn FnMut(&Be
         for _ in 0..=o.reps {
             runs.push(timed(engine, o.depth, n, is_prefill)?);
         }
-        on_result(&summary(test, n, &runs[1..]));
+        if on_result(&summary(test, n, &runs[1..])).is_break() {
+            break;
+        }
     }
     Ok(())
 }

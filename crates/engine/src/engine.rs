@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use apr_core::backend::KvType;
+use apr_core::backend::{BackendError, KvType};
 use apr_core::gguf::{GgufError, Metadata};
 use apr_core::hparams::{Hparams, HparamsError};
 use apr_core::models::LoadError;
@@ -71,7 +71,7 @@ pub enum EngineError {
 impl EngineError {
     /// Whether the machine lacks something, as opposed to the file being wrong.
     pub fn is_resource(&self) -> bool {
-        matches!(self, EngineError::NoGpu | EngineError::Load(LoadError::Backend(_)))
+        matches!(self, EngineError::NoGpu | EngineError::Load(LoadError::Backend(BackendError::OutOfMemory { .. })))
     }
 
     /// Whether the request was wrong, as opposed to file or machine.

@@ -66,6 +66,8 @@ pub struct Generated {
     pub n_decode_step: usize,
     /// Bytes read in `decode`, where the backend counts them.
     pub decode_read_bytes: Option<u64>,
+    /// Bytes of keys and values at the end.
+    pub kv_bytes: usize,
 }
 
 /// Why generation failed.
@@ -110,7 +112,10 @@ pub fn generate(
     }
     check_memory(engine, n_prompt + request.max_tokens.unwrap_or(0))?;
     let mut sequence = Sequence::default();
-    let result = run(engine, request, max_tokens, &mut sequence, cancel, on_text);
+    let mut result = run(engine, request, max_tokens, &mut sequence, cancel, on_text);
+    if let Ok(generated) = &mut result {
+        generated.kv_bytes = engine.session.kv_bytes();
+    }
     engine.session.release(&mut sequence);
     result
 }
@@ -164,6 +169,7 @@ fn run(
         decode: Duration::ZERO,
         n_decode_step: 0,
         decode_read_bytes: None,
+        kv_bytes: 0,
     };
     let start = Instant::now();
     if !prefill(engine, sequence, &request.prompt, cancel)? {

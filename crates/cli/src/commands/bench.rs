@@ -1,6 +1,7 @@
 //! `apr bench`: prefill and decode speed, and the machine's read bandwidth measured in the same run.
 
 use std::io::Write;
+use std::ops::ControlFlow;
 
 use apr_engine::bench::{BenchOptions, BenchResult, bench, read_gb_per_s};
 use apr_engine::device::default_threads;
@@ -38,24 +39,28 @@ pub fn run(args: Args) -> Result<Done> {
     let n_threads = args.load.threads.unwrap_or_else(default_threads);
     let (name, device) = (model_name(&args.load.model), engine.device_name.clone());
     let bandwidth = read_gb_per_s(n_threads);
+    let mut out = std::io::stdout();
     if !args.json {
-        println!("{name} on {device}; this machine reads {bandwidth:.1} GB/s with {n_threads} threads");
-        println!("{:<16} {:>10} {:>8} {:>8} {:>12}", "test", "tok/s", "±", "GB/s", "of bandwidth");
+        writeln!(out, "{name} on {device}; this machine reads {bandwidth:.1} GB/s with {n_threads} threads")?;
+        writeln!(out, "{:<16} {:>10} {:>8} {:>8} {:>12}", "test", "tok/s", "±", "GB/s", "of bandwidth")?;
     }
-    let mut results = Vec::new();
+    let (mut results, mut written) = (Vec::new(), Ok(()));
     let options = BenchOptions { n_prompt: args.n_prompt, n_gen: args.n_gen, depth: args.depth, reps: args.reps };
     bench(&mut engine, options, &mut |r| {
         if !args.json {
-            println!("{}", line(r, bandwidth));
+            written = writeln!(out, "{}", line(r, bandwidth));
         }
         results.push(entry(r));
+        // Nobody reads the rest when writing fails.
+        if written.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
     })?;
+    written?;
     if args.json {
         let report = json!({
             "schema": "apr.bench/1", "model": name, "device": device, "threads": n_threads,
             "file_bytes": engine.file.file_bytes, "read_gb_per_s": bandwidth, "results": results,
         });
-        writeln!(std::io::stdout(), "{report}")?;
+        writeln!(out, "{report}")?;
     }
     Ok(Done::Ok)
 }

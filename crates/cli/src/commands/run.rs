@@ -1,6 +1,7 @@
 //! `apr run`: answers a prompt, printing as it goes. stdout carries the answer only.
 
-use std::io::Read;
+use std::borrow::Cow;
+use std::io::{IsTerminal, Read};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -13,7 +14,7 @@ use serde_json::{Map, Value, json};
 
 use crate::failure::{Done, Failure, INTERRUPTED, Result, usage};
 use crate::options::LoadArgs;
-use crate::print::ModelOut;
+use crate::print::{ModelOut, say};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -22,13 +23,13 @@ pub struct Args {
     /// The prompt; `-` reads it from standard input, as does leaving it out
     prompt: Option<String>,
     /// The prompt
-    #[arg(long = "prompt", short = 'p', value_name = "PROMPT", conflicts_with = "prompt")]
+    #[arg(long = "prompt", short = 'p', value_name = "PROMPT", conflicts_with = "prompt", allow_hyphen_values = true)]
     prompt_flag: Option<String>,
     /// Tokens to generate at most [default: to the end of the context]
-    #[arg(long, short = 'n', value_name = "N")]
+    #[arg(long, short = 'n', value_name = "N", allow_negative_numbers = true)]
     max_tokens: Option<usize>,
     /// System message
-    #[arg(long, value_name = "TEXT", conflicts_with = "raw")]
+    #[arg(long, value_name = "TEXT", conflicts_with = "raw", allow_hyphen_values = true)]
     system: Option<String>,
     /// Give the prompt to the model as it is, without the chat template
     #[arg(long)]
@@ -45,7 +46,7 @@ pub struct Args {
     #[command(flatten)]
     sampling: SamplingArgs,
     /// Strings that end the answer
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     stop: Vec<String>,
     /// Go on after an end of turn
     #[arg(long)]
@@ -62,22 +63,22 @@ pub struct Args {
 #[derive(clap::Args)]
 struct SamplingArgs {
     /// 0 is greedy
-    #[arg(long, visible_alias = "temp", value_name = "T")]
+    #[arg(long, visible_alias = "temp", value_name = "T", allow_negative_numbers = true)]
     temperature: Option<f32>,
     /// Choose among the K most likely tokens; 0 is all
-    #[arg(long, value_name = "K")]
+    #[arg(long, value_name = "K", allow_negative_numbers = true)]
     top_k: Option<u32>,
     /// Choose among the most likely tokens that hold P of the probability
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
     top_p: Option<f32>,
     /// Choose among tokens at least P times as likely as the most likely
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
     min_p: Option<f32>,
     /// Divides the logits of recent tokens; 1 is off
-    #[arg(long, visible_alias = "repeat-penalty", value_name = "X")]
+    #[arg(long, visible_alias = "repeat-penalty", value_name = "X", allow_negative_numbers = true)]
     repetition_penalty: Option<f32>,
     /// How many tokens are recent
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     repeat_last_n: Option<usize>,
     /// Taken from a token's logit for every time it occurred
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
@@ -86,7 +87,7 @@ struct SamplingArgs {
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     presence_penalty: Option<f32>,
     /// Same seed, same text [default: a random one]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     seed: Option<u64>,
 }
 
@@ -121,25 +122,30 @@ pub fn run(args: Args) -> Result<Done> {
         show_control: args.special,
     };
     let cancel = on_ctrl_c()?;
-    let (mut out, mut broken) = (ModelOut::new(), None);
+    let (mut out, mut broken, mut printed) = (ModelOut::new(), None, false);
     let mut print = |text: &str| {
         if !args.json && broken.is_none() {
             broken = out.write(text).err();
+            printed = true;
             // Nobody reads the answer any more.
             cancel.fetch_or(broken.is_some(), Ordering::Relaxed);
         }
     };
-    let generated = generate(&mut engine, &request, &cancel, &mut print)?;
+    let generated = generate(&mut engine, &request, &cancel, &mut print);
     if let Some(e) = broken {
         return Err(e.into());
     }
+    if generated.is_err() && printed {
+        out.write("\n")?; // The message gets a line of its own.
+    }
+    let generated = generated?;
     if args.json {
         out.write(&format!("{}\n", report(&engine, &generated, load_s)))?;
     } else {
         out.write("\n")?;
     }
     if !args.quiet && !args.json {
-        eprintln!("{}", summary(&generated));
+        say(summary(&generated));
     }
     Ok(if generated.finish == Finish::Cancelled { Done::Interrupted } else { Done::Ok })
 }
@@ -149,6 +155,9 @@ fn prompt_text(args: &Args) -> Result<Vec<u8>> {
     match args.prompt.as_ref().or(args.prompt_flag.as_ref()) {
         Some(text) if text != "-" => Ok(text.clone().into_bytes()),
         _ => {
+            if std::io::stdin().is_terminal() {
+                say("reading the prompt from the terminal; Ctrl-D on an empty line ends it");
+            }
             let mut text = Vec::new();
             std::io::stdin().lock().read_to_end(&mut text)?;
             // What a shell appends is not part of the prompt.
@@ -164,11 +173,18 @@ fn prompt_tokens(engine: &Engine, args: &Args, text: Vec<u8>, kwargs: Map<String
     if args.raw {
         return Ok(engine.text_tokens(&text, args.special));
     }
+    if text.is_empty() {
+        return Err(usage("the prompt is empty: there is nothing to answer"));
+    }
+    let content = String::from_utf8_lossy(&text);
+    if matches!(content, Cow::Owned(_)) {
+        say("note: the prompt is not valid UTF-8; bytes that are no character became U+FFFD");
+    }
     let mut messages = Vec::new();
     if let Some(system) = &args.system {
         messages.push(json!({"role": "system", "content": system}));
     }
-    messages.push(json!({"role": "user", "content": String::from_utf8_lossy(&text)}));
+    messages.push(json!({"role": "user", "content": content}));
     let token = |id: Option<u32>| id.and_then(|id| engine.tokenizer.token_text(id)).unwrap_or_default().to_string();
     let input = ChatInput {
         messages,
@@ -248,6 +264,6 @@ fn report(engine: &Engine, g: &Generated, load_s: f64) -> Value {
             "read_bytes_per_token": per_step.map(|b| b / g.n_decode_step as u64),
             "read_gb_per_s": per_step.map(|b| b as f64 / decode_s / 1e9),
         },
-        "memory": {"model_bytes": engine.file.file_bytes, "kv_bytes": engine.session.kv_bytes()},
+        "memory": {"model_bytes": engine.file.file_bytes, "kv_bytes": g.kv_bytes},
     })
 }
