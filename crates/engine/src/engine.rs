@@ -2,13 +2,14 @@
 
 use std::path::Path;
 
-use apr_core::backend::{BackendError, KvType};
+use apr_core::backend::{BackendError, KV_BLOCK, KvShape, KvType};
 use apr_core::gguf::{GgufError, Metadata};
 use apr_core::hparams::{Hparams, HparamsError};
 use apr_core::models::LoadError;
 
 use crate::chat_template::{ChatInput, ChatTemplate, RenderedPiece, TemplateError};
 use crate::device::{self, Device};
+use crate::memory;
 use crate::model_file::{ModelFile, OpenError};
 use crate::sampler::SamplerConfig;
 use crate::session::{Session, SessionSettings};
@@ -56,6 +57,10 @@ pub enum EngineError {
     Vocabulary { expected: usize, got: usize },
     #[error("--ctx {asked} is more than the {trained} positions the model was trained for")]
     Context { asked: usize, trained: usize },
+    #[error(
+        "--ctx {asked} needs {need} bytes for keys and values, but {available} bytes of memory are available; --ctx {fits} would fit"
+    )]
+    KvMemory { asked: usize, need: u64, available: u64, fits: u64 },
     #[error("8-bit KV needs heads of a multiple of 32 values, this model's have {0}; use --kv f16 or f32")]
     KvType(usize),
     #[error("this CPU lacks the instruction set '{0}'; leave --isa out to use the fastest it has")]
@@ -71,7 +76,8 @@ pub enum EngineError {
 impl EngineError {
     /// Whether the machine lacks something, as opposed to the file being wrong.
     pub fn is_resource(&self) -> bool {
-        matches!(self, EngineError::NoGpu | EngineError::Load(LoadError::Backend(BackendError::OutOfMemory { .. })))
+        use EngineError::*;
+        matches!(self, NoGpu | KvMemory { .. } | Load(LoadError::Backend(BackendError::OutOfMemory { .. })))
     }
 
     /// Whether the request was wrong, as opposed to file or machine.
@@ -100,6 +106,10 @@ impl Engine {
         }
         let settings = SessionSettings { kv_type: options.kv_type, n_ctx };
         let (session, device_name) = device::open(options.device, &file, &hparams, settings)?;
+        if let Some(n_ctx) = options.n_ctx {
+            // After loading, when the file's tensors vouch for the sizes and their product fits.
+            check_memory(&hparams, options.kv_type, n_ctx)?;
+        }
         Ok(Engine { file, hparams, tokenizer, template, device_name, session })
     }
 
@@ -145,6 +155,21 @@ impl Engine {
         c.repetition_penalty = float("penalty_repeat")?.unwrap_or(c.repetition_penalty);
         c.repeat_last_n = size("penalty_last_n")?.map_or(c.repeat_last_n, |n| n as usize);
         Ok(c)
+    }
+}
+
+/// Refuses a context that was asked for and whose keys and values this machine cannot hold. The default one is allocated as it is
+/// used, and most requests use little of it.
+fn check_memory(h: &Hparams, kv_type: KvType, n_ctx: usize) -> Result<(), EngineError> {
+    let (n_head_kv, head_dim) = (h.heads.n_head_kv, h.heads.head_dim);
+    let block_bytes = KvShape { n_layer: h.n_layer, n_head_kv, head_dim, kv_type }.block_bytes() as u64;
+    let need = (n_ctx.div_ceil(KV_BLOCK) as u64).saturating_mul(block_bytes);
+    match memory::available() {
+        Some(available) if need > available => {
+            let fits = available / block_bytes * KV_BLOCK as u64;
+            Err(EngineError::KvMemory { asked: n_ctx, need, available, fits })
+        }
+        _ => Ok(()),
     }
 }
 

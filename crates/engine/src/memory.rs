@@ -1,15 +1,19 @@
-//! How much memory the machine has left, so that a request which cannot fit is refused before it is begun.
+//! How much memory this process can still get: what a request is held against before anything is allocated.
 
-/// Bytes that can be allocated without swapping, where the system tells (Linux).
-pub fn available_bytes() -> Option<u64> {
-    let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
-    parse_available(&meminfo)
+use std::fs::read_to_string;
+
+/// Bytes that can be allocated without swapping, as far as the system says: the smaller of what the kernel counts as available and
+/// the control group's limit (proc(5) `meminfo`; the kernel's `cgroup-v2` document). `None` where neither can be read.
+pub fn available() -> Option<u64> {
+    let machine = read_to_string("/proc/meminfo").ok().and_then(|text| available_of(&text));
+    let group = read_to_string("/sys/fs/cgroup/memory.max").ok().and_then(|text| text.trim().parse().ok());
+    machine.into_iter().chain(group).min()
 }
 
-fn parse_available(meminfo: &str) -> Option<u64> {
-    let line = meminfo.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kib * 1024)
+/// `MemAvailable` of `/proc/meminfo`, which counts in KiB.
+fn available_of(meminfo: &str) -> Option<u64> {
+    let rest = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    Some(rest.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
 }
 
 #[cfg(test)]
@@ -17,9 +21,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_line_of_the_kernel_is_read() {
-        let text = "MemTotal:       24576000 kB\nMemFree:  100 kB\nMemAvailable:   12345678 kB\n";
-        assert_eq!(parse_available(text), Some(12_345_678 * 1024));
-        assert_eq!(parse_available("MemTotal: 1 kB\n"), None);
+    fn available_memory_is_read_in_bytes() {
+        let text = "MemTotal:       24689764 kB\nMemFree:          812 kB\nMemAvailable:   20123456 kB\n";
+        assert_eq!(available_of(text), Some(20_123_456 * 1024));
+        assert_eq!(available_of("MemTotal: 1 kB"), None);
     }
 }
