@@ -121,9 +121,10 @@ pub fn run(args: Args) -> Result<Done> {
         ignore_eos: args.ignore_eos,
         show_control: args.special,
     };
-    let cancel = on_ctrl_c()?;
+    let (cancel, answering) = on_ctrl_c()?;
     let (mut out, mut broken, mut printed) = (ModelOut::new(), None, false);
     let mut print = |text: &str| {
+        answering.store(true, Ordering::Relaxed);
         if !args.json && broken.is_none() {
             broken = out.write(text).err();
             printed = true;
@@ -207,17 +208,20 @@ fn kwargs(text: Option<&str>) -> Result<Map<String, Value>> {
     }
 }
 
-/// A flag that Ctrl-C sets; a second Ctrl-C ends the process at once.
-pub fn on_ctrl_c() -> Result<Arc<AtomicBool>> {
-    let flag = Arc::new(AtomicBool::new(false));
-    let set = flag.clone();
+/// Two flags: the first is set by Ctrl-C, the second by whoever has begun to answer.
+///
+/// Before there is any answer, Ctrl-C ends the process at once (a prompt of thousands of tokens takes a while, and nothing is lost);
+/// afterwards the answer so far is ended cleanly, unless Ctrl-C is pressed again.
+fn on_ctrl_c() -> Result<(Arc<AtomicBool>, Arc<AtomicBool>)> {
+    let (cancel, answering) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+    let (set, has_begun) = (cancel.clone(), answering.clone());
     let handler = move || {
-        if set.swap(true, Ordering::Relaxed) {
+        if !has_begun.load(Ordering::Relaxed) || set.swap(true, Ordering::Relaxed) {
             std::process::exit(INTERRUPTED.into());
         }
     };
     ctrlc::set_handler(handler).map_err(|e| Failure { code: crate::failure::FAILED, error: e.into() })?;
-    Ok(flag)
+    Ok((cancel, answering))
 }
 
 /// Steps per second, where there were any.
