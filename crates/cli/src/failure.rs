@@ -91,7 +91,7 @@ impl From<StepError> for Failure {
 
 fn step_code(e: &StepError) -> u8 {
     match e {
-        StepError::ContextFull { .. } | StepError::Token { .. } => USAGE,
+        StepError::ContextFull { .. } | StepError::Token { .. } | StepError::OtherCache { .. } => USAGE,
         StepError::Backend(BackendError::OutOfMemory { .. }) => RESOURCE,
         StepError::Backend(_) => MODEL,
     }

@@ -1,6 +1,6 @@
 //! The architectures `apr` runs, and how a file's tensors become a model's weights.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use crate::backend::{Backend, BackendError, Bytes, WeightData};
@@ -9,6 +9,7 @@ use crate::gguf::{Gguf, TensorInfo};
 use crate::hparams::{Architecture, Hparams, HparamsError};
 use crate::probe::Probe;
 use crate::qtype;
+use crate::rope::Scaling;
 
 pub mod dense;
 pub mod parts;
@@ -39,6 +40,8 @@ pub enum LoadError {
     Unknown { name: String, arch: Architecture },
     #[error("tensor '{name}' holds {what} at index {index}")]
     BadValue { name: String, what: String, index: usize },
+    #[error("rotary embedding of base {base} and scaling {scaling:?} has frequencies that are not finite")]
+    Rope { base: f32, scaling: Scaling },
     #[error(transparent)]
     Backend(#[from] BackendError),
 }
@@ -46,7 +49,7 @@ pub enum LoadError {
 /// Hands a file's tensors to a backend, checks their shapes and remembers which were taken.
 pub struct TensorSource<'a, B: Backend> {
     backend: &'a B,
-    gguf: &'a Gguf,
+    by_name: HashMap<&'a str, &'a TensorInfo>,
     parts: &'a [Arc<dyn AsRef<[u8]> + Send + Sync>],
     arch: Architecture,
     taken: BTreeSet<String>,
@@ -55,7 +58,7 @@ pub struct TensorSource<'a, B: Backend> {
 impl<B: Backend> TensorSource<'_, B> {
     /// Whether the file has the tensor.
     pub fn has(&self, name: &str) -> bool {
-        self.gguf.tensor(name).is_some()
+        self.by_name.contains_key(name)
     }
 
     /// A matrix `[n_rows, n_cols]`.
@@ -95,7 +98,7 @@ impl<B: Backend> TensorSource<'_, B> {
 
     fn data(&mut self, name: &str, shape: &[usize]) -> Result<WeightData, LoadError> {
         let info =
-            self.gguf.tensor(name).ok_or_else(|| LoadError::Missing { name: name.to_string(), arch: self.arch })?;
+            *self.by_name.get(name).ok_or_else(|| LoadError::Missing { name: name.to_string(), arch: self.arch })?;
         let expected: Vec<u64> = shape.iter().map(|&n| n as u64).collect();
         if !same_shape(&info.ne, &expected) {
             return Err(LoadError::Shape { name: name.to_string(), expected, got: info.ne.clone() });
@@ -114,8 +117,8 @@ impl<B: Backend> TensorSource<'_, B> {
     }
 
     /// Every tensor of the file must have been taken: one that is ignored is a part of the model that is not computed.
-    fn finish(self) -> Result<(), LoadError> {
-        match self.gguf.tensors.iter().find(|t| !self.taken.contains(&t.name)) {
+    fn finish(self, gguf: &Gguf) -> Result<(), LoadError> {
+        match gguf.tensors.iter().find(|t| !self.taken.contains(&t.name)) {
             Some(t) => Err(LoadError::Unknown { name: t.name.clone(), arch: self.arch }),
             None => Ok(()),
         }
@@ -140,7 +143,8 @@ pub fn load<B: Backend>(
     h: &Hparams,
     parts: &[Arc<dyn AsRef<[u8]> + Send + Sync>],
 ) -> Result<Model<B::Weight>, LoadError> {
-    let mut t = TensorSource { backend, gguf, parts, arch: h.arch, taken: BTreeSet::new() };
+    let by_name = gguf.tensors.iter().map(|t| (t.name.as_str(), t)).collect();
+    let mut t = TensorSource { backend, by_name, parts, arch: h.arch, taken: BTreeSet::new() };
     let dense = |head_norm, needs_bias| parts::AttnKind { head_norm, needs_bias };
     let model = match h.arch {
         Architecture::Qwen3Moe => Model::Qwen3Moe(qwen3_moe::load(&mut t, h)?),
@@ -148,7 +152,7 @@ pub fn load<B: Backend>(
         Architecture::Qwen2 => Model::Dense(dense::load(&mut t, h, dense(false, true))?),
         Architecture::Llama => Model::Dense(dense::load(&mut t, h, dense(false, false))?),
     };
-    t.finish()?;
+    t.finish(gguf)?;
     Ok(model)
 }
 

@@ -61,7 +61,7 @@ impl Rope {
                     let stretched = ((i as f64 - low) / (high - low).max(0.001)).clamp(0.0, 1.0);
                     *f = *f * (1.0 - stretched) + *f / f64::from(factor) * stretched;
                 }
-                magnitude = attn_factor * (1.0 + 0.1 * factor.ln());
+                magnitude = attn_factor * (1.0 + 0.1 * factor.max(1.0).ln());
             }
         }
         if let Some(factors) = factors {

@@ -101,8 +101,10 @@ impl KvCache {
                 let (codes, scales) = tile.split_at_mut(n * KV_BLOCK);
                 let scales: &mut [u16] = bytemuck::cast_slice_mut(scales);
                 for (j, x) in x.chunks_exact(32).enumerate() {
-                    let largest = x.iter().fold(0f32, |m, v| if v.abs() <= m { m } else { v.abs() });
-                    let d = f16::from_f32(largest / 127.0);
+                    let largest = x.iter().fold(0f32, |m, v| m.max(v.abs()));
+                    // A value that is no number makes NaN of its block, so that it shows.
+                    let finite = x.iter().all(|v| v.is_finite());
+                    let d = if finite { f16::from_f32(largest / 127.0) } else { f16::NAN };
                     let inverse = if d.to_f32() > 0.0 { 1.0 / d.to_f32() } else { 0.0 };
                     let scale_at = if part == Part::Key { j * KV_BLOCK + slot } else { slot * (n / 32) + j };
                     scales[scale_at] = d.to_bits();

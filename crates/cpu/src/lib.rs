@@ -45,6 +45,15 @@ pub struct CpuBackend {
     read_bytes: AtomicU64,
 }
 
+/// Why the host's cores cannot be used as asked.
+#[derive(Debug, thiserror::Error)]
+pub enum CpuError {
+    #[error("this CPU lacks the instruction set '{0}'; leave --isa out to use the fastest it has")]
+    Isa(Isa),
+    #[error("the system does not start {n_threads} threads: {source}; use fewer with --threads")]
+    Threads { n_threads: usize, source: std::io::Error },
+}
+
 /// Buffers of the ops that the leader fills before a parallel loop.
 #[derive(Default)]
 struct Shared {
@@ -59,6 +68,7 @@ struct Shared {
 struct Angles {
     positions: Vec<u32>,
     inv_freq: Vec<f32>,
+    magnitude: f32,
     /// `[n_tokens, n_pair]`
     cos: Vec<f32>,
     sin: Vec<f32>,
@@ -68,12 +78,14 @@ impl Angles {
     /// Computes the table unless it is there from another layer of the same step.
     fn prepare(&mut self, rope: &Rope, batch: &Batch) {
         let same = self.inv_freq == rope.inv_freq
+            && self.magnitude == rope.magnitude
             && self.positions.len() == batch.rows().len()
             && self.positions.iter().zip(batch.rows()).all(|(p, r)| *p == r.position);
         if same {
             return;
         }
         self.inv_freq.clone_from(&rope.inv_freq);
+        self.magnitude = rope.magnitude;
         self.positions.clear();
         self.positions.extend(batch.rows().iter().map(|r| r.position));
         let n = rope.inv_freq.len();
@@ -88,14 +100,15 @@ impl Angles {
 impl CpuBackend {
     /// A backend of `n_threads` threads with the kernels of `isa`, or the fastest this CPU has.
     ///
-    /// Returns `None` where this CPU lacks `isa`.
-    pub fn new(n_threads: usize, isa: Option<Isa>) -> Option<CpuBackend> {
+    /// # Errors
+    /// An instruction set that this CPU lacks, or threads that the system does not start.
+    pub fn new(n_threads: usize, isa: Option<Isa>) -> std::result::Result<CpuBackend, CpuError> {
         let kernels = match isa {
-            Some(isa) => Kernels::for_isa(isa)?,
+            Some(isa) => Kernels::for_isa(isa).ok_or(CpuError::Isa(isa))?,
             None => Kernels::detect(),
         };
-        Some(CpuBackend {
-            pool: Pool::new(n_threads),
+        Ok(CpuBackend {
+            pool: Pool::new(n_threads).map_err(|source| CpuError::Threads { n_threads, source })?,
             kernels,
             float: FloatKernels::for_isa(kernels.isa()),
             panels: (0..n_threads).map(|_| Mutex::default()).collect(),

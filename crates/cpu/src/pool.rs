@@ -49,7 +49,10 @@ pub struct Pool {
 
 impl Pool {
     /// A pool of `n_threads` threads, the caller of [`run`](Self::run) being one of them.
-    pub fn new(n_threads: usize) -> Pool {
+    ///
+    /// # Errors
+    /// A thread that the system does not start.
+    pub fn new(n_threads: usize) -> std::io::Result<Pool> {
         assert!(n_threads >= 1, "a pool has at least its leader");
         let shared = Arc::new(Shared {
             word: AtomicU64::new(0),
@@ -61,13 +64,14 @@ impl Pool {
             lock: Mutex::new(()),
             wake: Condvar::new(),
         });
-        let spawn = |thread: usize| {
-            let shared = shared.clone();
+        // Dropping an incomplete pool ends the workers it has.
+        let mut pool = Pool { shared, workers: Vec::new(), leader: Mutex::new(()) };
+        for thread in 1..n_threads {
+            let shared = pool.shared.clone();
             let named = std::thread::Builder::new().name(format!("apr-worker-{thread}"));
-            named.spawn(move || work(&shared, thread)).expect("the system starts a thread")
-        };
-        let workers = (1..n_threads).map(spawn).collect();
-        Pool { shared, workers, leader: Mutex::new(()) }
+            pool.workers.push(named.spawn(move || work(&shared, thread))?);
+        }
+        Ok(pool)
     }
 
     /// Threads, the leader included.
@@ -103,10 +107,11 @@ impl Pool {
             waited += 1;
             if waited < SPINS { std::hint::spin_loop() } else { std::thread::yield_now() }
         }
+        let theirs = s.panicked.swap(false, Ordering::Relaxed);
         if let Err(panic) = mine {
             std::panic::resume_unwind(panic);
         }
-        assert!(!s.panicked.swap(false, Ordering::Relaxed), "a task of a parallel loop panicked");
+        assert!(!theirs, "a task of a parallel loop panicked");
     }
 }
 
@@ -157,7 +162,8 @@ fn work(s: &Shared, thread: usize) {
 /// The word of an open loop that is not the one of generation `last`, or `None` when the pool ends.
 fn wait_for_loop(s: &Shared, last: u64) -> Option<u64> {
     let open = |word: u64| word & OPEN != 0 && word >> 32 != last;
-    for rest in 0.. {
+    let mut rest = 0;
+    loop {
         let word = s.word.load(Ordering::Acquire);
         if s.stop.load(Ordering::Relaxed) {
             return None;
@@ -165,6 +171,7 @@ fn wait_for_loop(s: &Shared, last: u64) -> Option<u64> {
         if open(word) {
             return Some(word);
         }
+        rest += 1;
         if rest < SPINS {
             std::hint::spin_loop();
         } else if rest < SPINS + YIELDS {
@@ -177,9 +184,9 @@ fn wait_for_loop(s: &Shared, last: u64) -> Option<u64> {
                 drop(s.wake.wait(guard).unwrap_or_else(|e| e.into_inner()));
             }
             s.asleep.fetch_sub(1, Ordering::SeqCst);
+            rest = 0;
         }
     }
-    unreachable!("the rest counter does not end")
 }
 
 #[cfg(test)]
@@ -189,7 +196,7 @@ mod tests {
     #[test]
     fn every_task_runs_once() {
         for n_threads in 1..5 {
-            let pool = Pool::new(n_threads);
+            let pool = Pool::new(n_threads).unwrap();
             for n_tasks in [0, 1, 2, 3, 100, 1000] {
                 let counts: Vec<AtomicUsize> = (0..n_tasks).map(|_| AtomicUsize::new(0)).collect();
                 pool.run(n_tasks, &|thread, task| {
@@ -203,7 +210,7 @@ mod tests {
 
     #[test]
     fn many_short_loops_and_pauses_between_them() {
-        let pool = Pool::new(3);
+        let pool = Pool::new(3).unwrap();
         let sum = AtomicUsize::new(0);
         for i in 0..20_000 {
             pool.run(4, &|_, task| {
@@ -218,7 +225,7 @@ mod tests {
 
     #[test]
     fn a_panicking_task_reaches_the_leader_and_the_pool_lives_on() {
-        let pool = Pool::new(2);
+        let pool = Pool::new(2).unwrap();
         let broken = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             pool.run(8, &|_, task| assert!(task != 3, "task 3 breaks"));
         }));
@@ -228,5 +235,20 @@ mod tests {
             n.fetch_add(1, Ordering::Relaxed);
         });
         assert_eq!(n.load(Ordering::Relaxed), 8);
+    }
+
+    #[test]
+    fn panics_on_several_threads_leave_the_next_loop_alone() {
+        let pool = Pool::new(2).unwrap();
+        for _ in 0..20 {
+            let broken = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                pool.run(64, &|_, _| {
+                    std::thread::sleep(std::time::Duration::from_micros(50));
+                    panic!("every task breaks");
+                });
+            }));
+            assert!(broken.is_err());
+            pool.run(8, &|_, _| {});
+        }
     }
 }

@@ -50,7 +50,7 @@ pub fn bench(
     let tests =
         [(format!("pp{}{suffix}", o.n_prompt), o.n_prompt, true), (format!("tg{}{suffix}", o.n_gen), o.n_gen, false)];
     for (test, n, is_prefill) in tests.into_iter().filter(|t| t.1 > 0) {
-        let (need, n_ctx) = (o.depth + n, engine.session.n_ctx());
+        let (need, n_ctx) = (o.depth.saturating_add(n), engine.session.n_ctx());
         if need > n_ctx {
             return Err(StepError::ContextFull { need, n_ctx });
         }

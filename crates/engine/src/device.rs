@@ -12,7 +12,7 @@ use crate::session::{Runner, Session, SessionSettings};
 /// Where to run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Device {
-    /// The host's cores. `None` takes the number of physical cores, and the fastest instruction set.
+    /// The host's cores. `None` takes as many threads as this process may run at once, and the fastest instruction set.
     Cpu { n_threads: Option<usize>, isa: Option<Isa> },
     /// The plain reference computation, slow and exact.
     Reference,
@@ -36,8 +36,7 @@ pub(crate) fn open(
             if n_threads == 0 || n_threads > THREADS_MAX {
                 return Err(EngineError::Threads { got: n_threads, max: THREADS_MAX });
             }
-            let asked = isa.map_or("auto", Isa::name);
-            let backend = CpuBackend::new(n_threads, isa).ok_or(EngineError::Isa(asked))?;
+            let backend = CpuBackend::new(n_threads, isa)?;
             let name = format!("cpu ({}, {} threads)", backend.isa(), backend.n_threads());
             Ok((Box::new(Runner::load(backend, file, h, settings)?), name))
         }

@@ -7,6 +7,8 @@ use apr_core::gguf::{GgufError, Metadata};
 use apr_core::hparams::{Hparams, HparamsError};
 use apr_core::models::LoadError;
 
+use apr_cpu::CpuError;
+
 use crate::chat_template::{ChatInput, ChatTemplate, RenderedPiece, TemplateError};
 use crate::device::{self, Device};
 use crate::memory;
@@ -63,8 +65,8 @@ pub enum EngineError {
     KvMemory { asked: usize, need: u64, available: u64, fits: u64 },
     #[error("8-bit KV needs heads of a multiple of 32 values, this model's have {0}; use --kv f16 or f32")]
     KvType(usize),
-    #[error("this CPU lacks the instruction set '{0}'; leave --isa out to use the fastest it has")]
-    Isa(&'static str),
+    #[error(transparent)]
+    Cpu(#[from] CpuError),
     #[error("{got} threads: expected between 1 and {max}")]
     Threads { got: usize, max: usize },
     #[error("no GPU: this build of apr has no GPU backend; leave --gpu out to run on the CPU")]
@@ -77,13 +79,19 @@ impl EngineError {
     /// Whether the machine lacks something, as opposed to the file being wrong.
     pub fn is_resource(&self) -> bool {
         use EngineError::*;
-        matches!(self, NoGpu | KvMemory { .. } | Load(LoadError::Backend(BackendError::OutOfMemory { .. })))
+        matches!(
+            self,
+            NoGpu
+                | KvMemory { .. }
+                | Cpu(CpuError::Threads { .. })
+                | Load(LoadError::Backend(BackendError::OutOfMemory { .. }))
+        )
     }
 
     /// Whether the request was wrong, as opposed to file or machine.
     pub fn is_usage(&self) -> bool {
         use EngineError::*;
-        matches!(self, Context { .. } | KvType(_) | Isa(_) | Threads { .. } | NoTemplate)
+        matches!(self, Context { .. } | KvType(_) | Cpu(CpuError::Isa(_)) | Threads { .. } | NoTemplate)
     }
 }
 

@@ -78,7 +78,7 @@ pub enum GenerateError {
     #[error(
         "the prompt has {n_prompt} tokens and {max_tokens} more are asked for, together {}: the context holds {n_ctx}; \
          shorten the prompt, ask for less or raise --ctx",
-        n_prompt + max_tokens
+        n_prompt.saturating_add(*max_tokens)
     )]
     ContextOverflow { n_prompt: usize, max_tokens: usize, n_ctx: usize },
     #[error(
@@ -110,7 +110,7 @@ pub fn generate(
     if n_prompt.saturating_add(max_tokens.max(1)) > n_ctx {
         return Err(GenerateError::ContextOverflow { n_prompt, max_tokens, n_ctx });
     }
-    check_memory(engine, n_prompt + request.max_tokens.unwrap_or(0))?;
+    check_memory(engine, n_prompt.saturating_add(request.max_tokens.unwrap_or(0)))?;
     let mut sequence = Sequence::default();
     let mut result = run(engine, request, max_tokens, &mut sequence, cancel, on_text);
     if let Ok(generated) = &mut result {

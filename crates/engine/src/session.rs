@@ -18,6 +18,7 @@ pub struct Sequence {
 /// A sequence's keys and values, taken out of a session.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SavedSequence {
+    kv_shape: KvShape,
     n_tokens: usize,
     blocks: Vec<Vec<u8>>,
 }
@@ -50,6 +51,8 @@ pub struct SessionSettings {
 pub enum StepError {
     #[error("{need} tokens do not fit the context of {n_ctx}; shorten the prompt or raise --ctx")]
     ContextFull { need: usize, n_ctx: usize },
+    #[error("the saved sequence is of a cache of {got:?}, this one is of {expected:?}")]
+    OtherCache { expected: KvShape, got: KvShape },
     #[error("token {token} does not exist: the vocabulary has {n_vocab}")]
     Token { token: u32, n_vocab: usize },
     #[error(transparent)]
@@ -127,6 +130,8 @@ pub(crate) struct Runner<B: Backend> {
     blocks: BlockPool,
     n_ctx: usize,
     n_vocab: usize,
+    /// Rows of the last step that wanted logits.
+    n_logits: usize,
 }
 
 impl<B: Backend> Runner<B> {
@@ -138,7 +143,17 @@ impl<B: Backend> Runner<B> {
         let kv_shape = KvShape { n_layer: h.n_layer, n_head_kv, head_dim, kv_type: settings.kv_type };
         let kv = b.kv_cache(kv_shape);
         let blocks = BlockPool::default();
-        Ok(Runner { backend: b, model, state, kv, kv_shape, blocks, n_ctx: settings.n_ctx, n_vocab: h.n_vocab })
+        Ok(Runner {
+            backend: b,
+            model,
+            state,
+            kv,
+            kv_shape,
+            blocks,
+            n_ctx: settings.n_ctx,
+            n_vocab: h.n_vocab,
+            n_logits: 0,
+        })
     }
 
     fn check(&self, parts: &[Part<'_>]) -> Result<(), StepError> {
@@ -154,18 +169,22 @@ impl<B: Backend> Runner<B> {
         Ok(())
     }
 
-    /// Gives a sequence blocks for `n_tokens` positions.
+    /// Gives a sequence blocks for `n_tokens` positions. A sequence holds a block only once there is memory for it.
     fn grow(&mut self, sequence: &mut Sequence, n_tokens: usize) -> Result<(), StepError> {
         while sequence.blocks.len() * KV_BLOCK < n_tokens {
             let block = self.blocks.take();
+            if let Err(e) = self.backend.kv_reserve(&mut self.kv, self.blocks.n_made as usize) {
+                self.blocks.free.push(block);
+                return Err(e.into());
+            }
             sequence.blocks.push(block);
-            self.backend.kv_reserve(&mut self.kv, self.blocks.n_made as usize)?;
         }
         Ok(())
     }
 
     fn run<P: Probe<B>>(&mut self, parts: &mut [Part<'_>], probe: &mut P) -> Result<(), StepError> {
         self.check(parts)?;
+        self.n_logits = 0;
         let (mut rows, mut tables) = (Vec::new(), Vec::new());
         for part in parts.iter_mut().filter(|p| !p.tokens.is_empty()) {
             let from = part.sequence.n_tokens;
@@ -188,6 +207,7 @@ impl<B: Backend> Runner<B> {
         }
         let batch = Batch::new(rows, tables);
         models::step(&self.backend, &self.model, &mut self.state, &mut self.kv, &batch, probe)?;
+        self.n_logits = batch.kept().len();
         parts.iter_mut().for_each(|p| p.sequence.n_tokens += p.tokens.len());
         Ok(())
     }
@@ -210,6 +230,7 @@ where
     }
 
     fn logits(&self, i: usize, out: &mut Vec<f32>) -> Result<(), StepError> {
+        assert!(i < self.n_logits, "row {i} of the {} that wanted logits", self.n_logits);
         Ok(self.backend.read_row(&self.state.logits, i, out)?)
     }
 
@@ -229,10 +250,16 @@ where
             self.backend.kv_save(&self.kv, block, &mut bytes)?;
             blocks.push(bytes);
         }
-        Ok(SavedSequence { n_tokens: sequence.n_tokens, blocks })
+        Ok(SavedSequence { kv_shape: self.kv_shape, n_tokens: sequence.n_tokens, blocks })
     }
 
     fn restore(&mut self, saved: &SavedSequence) -> Result<Sequence, StepError> {
+        if saved.kv_shape != self.kv_shape {
+            return Err(StepError::OtherCache { expected: self.kv_shape, got: saved.kv_shape });
+        }
+        if saved.n_tokens > self.n_ctx {
+            return Err(StepError::ContextFull { need: saved.n_tokens, n_ctx: self.n_ctx });
+        }
         let mut sequence = Sequence::default();
         let filled = self.grow(&mut sequence, saved.n_tokens).and_then(|()| {
             let mut pairs = sequence.blocks.iter().zip(&saved.blocks);

@@ -157,7 +157,7 @@ fn a_saved_sequence_of_another_kv_type_is_refused() {
     let mut a = Sequence::default();
     feed(&mut f16, &mut a, &[1, 2, 3]);
     let saved = f16.session.save(&a).unwrap();
-    assert!(matches!(f32.session.restore(&saved), Err(StepError::Backend(_))));
+    assert!(matches!(f32.session.restore(&saved), Err(StepError::OtherCache { .. })));
     assert_eq!(f32.session.kv_bytes(), 0, "nothing is held for it");
 }
 

@@ -175,12 +175,20 @@ pub fn load_frame<B: Backend>(
         true => Some(t.floats("rope_freqs.weight", h.n_rot / 2)?),
         false => None,
     };
+    if let Some(index) = factors.iter().flatten().position(|f| *f <= 0.0) {
+        let what = "a frequency factor that is not above 0".to_string();
+        return Err(LoadError::BadValue { name: "rope_freqs.weight".to_string(), what, index });
+    }
+    let rope = Rope::new(h.pairing, h.n_rot, h.rope_base, h.rope_scaling, factors.as_deref());
+    if !rope.inv_freq.iter().chain([&rope.magnitude]).all(|f| f.is_finite()) {
+        return Err(LoadError::Rope { base: h.rope_base, scaling: h.rope_scaling });
+    }
     Ok(Frame {
         token_embd: t.matrix("token_embd.weight", h.n_embd, h.n_vocab)?,
         output_norm: t.vector("output_norm.weight", h.n_embd)?,
         output: t.matrix(output, h.n_embd, h.n_vocab)?,
         heads: h.heads,
-        rope: Rope::new(h.pairing, h.n_rot, h.rope_base, h.rope_scaling, factors.as_deref()),
+        rope,
         rms_eps: h.rms_eps,
     })
 }

@@ -7,8 +7,7 @@
 use std::arch::x86_64::*;
 
 use super::load::{
-    half_bits, half_of_each, half_vector, halves, load4, load32, load32_of_each, part_of_each, prefetch, store, store8,
-    vector,
+    half_vector, load16, load16_of_each, load32, load32_of_each, part_of_each, prefetch, store, store8, vector,
 };
 use super::reduce::{sum_half_lanes, sum_lanes, transpose, transpose_halves};
 use super::tile::{self, add_super};
@@ -18,18 +17,33 @@ use crate::kernels::{Panel, Q8Block, STRIP};
 /// Q5_K where `FIVE`, else Q4_K.
 pub(super) struct K45<const FIVE: bool>;
 
-/// The scales (low half) and minima (high half) of a block as sixteen bytes.
+/// The scales (low half) and minima (high half) of a block as sixteen bytes, from its first sixteen.
+///
+/// Behind `d` and `dmin` stand three dwords: six bits of scales 0-3, six bits of minima 0-3, and the low nibbles of scales
+/// and minima 4-7, whose upper two bits are the top of the first two dwords' bytes.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn scales_and_mins(block: &[u8]) -> __m128i {
-    // Twelve bytes: six bits of scales 0-3, six bits of minima 0-3, low nibbles of scales and minima 4-7 whose upper
-    // two bits are the top of the first eight bytes.
-    let [a, b, c] = [4, 8, 12].map(|at| load4(block, at) as u32);
-    let low = 0x3f3f_3f3f;
-    let (nibble, top) = (0x0f0f_0f0f, 0x0303_0303);
-    let scales = [a & low, c & nibble | (a >> 6 & top) << 4];
-    let mins = [b & low, c >> 4 & nibble | (b >> 6 & top) << 4];
-    _mm_set_epi32(mins[1] as i32, mins[0] as i32, scales[1] as i32, scales[0] as i32)
+fn scales_and_mins(head: __m128i) -> __m128i {
+    let six = _mm_shuffle_epi32::<0b10_01_10_01>(head);
+    let nibbles = _mm_srlv_epi32(_mm_shuffle_epi32::<0b11_11_11_11>(head), _mm_setr_epi32(0, 4, 0, 4));
+    let low = _mm_and_si128(six, _mm_set1_epi8(0x3f));
+    let top = _mm_and_si128(_mm_srli_epi32::<2>(six), _mm_set1_epi8(0x30));
+    let high = _mm_or_si128(_mm_and_si128(nibbles, _mm_set1_epi8(0x0f)), top);
+    _mm_unpacklo_epi32(low, high)
+}
+
+/// `d` and `dmin` of eight blocks, from each one's first sixteen bytes.
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+fn scale_pairs(head: [__m128i; STRIP]) -> (__m256, __m256) {
+    let (a, b) = (_mm_unpacklo_epi32(head[0], head[1]), _mm_unpacklo_epi32(head[2], head[3]));
+    let (c, d) = (_mm_unpacklo_epi32(head[4], head[5]), _mm_unpacklo_epi32(head[6], head[7]));
+    // Dword r: `d` of row r in its low half, `dmin` in its high half.
+    let (first, last) = (_mm_unpacklo_epi64(a, b), _mm_unpacklo_epi64(c, d));
+    let low = _mm_set1_epi32(0xffff);
+    let d = _mm_packus_epi32(_mm_and_si128(first, low), _mm_and_si128(last, low));
+    let m = _mm_packus_epi32(_mm_srli_epi32::<16>(first), _mm_srli_epi32::<16>(last));
+    (_mm256_cvtph_ps(d), _mm256_cvtph_ps(m))
 }
 
 /// Bytes `a` and `b` of every lane as two 16-bit numbers.
@@ -45,8 +59,8 @@ fn bytes(v: __m256i, a: usize, b: usize) -> __m256i {
 /// The integer sums of one row's super-block with a token, not yet reduced: products and minima.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn row_sums<const FIVE: bool>(block: &[u8], x: &Q8Block) -> (__m256i, __m128i) {
-    let scales_mins = _mm256_cvtepu8_epi16(scales_and_mins(block));
+fn row_sums<const FIVE: bool>(block: &[u8], head: __m128i, x: &Q8Block) -> (__m256i, __m128i) {
+    let scales_mins = _mm256_cvtepu8_epi16(scales_and_mins(head));
     let x_scales = half_vector(&x.scales);
     let scales = _mm_mullo_epi16(_mm256_castsi256_si128(scales_mins), x_scales);
     let mins = _mm_mullo_epi16(_mm256_extracti128_si256::<1>(scales_mins), x_scales);
@@ -94,16 +108,17 @@ impl<const FIVE: bool> Format for K45<FIVE> {
         let zero = _mm256_setzero_si256();
         for s in 0..strip.n_blocks / 8 {
             let (mut sum, mut min) = ([zero; STRIP], [_mm_setzero_si128(); STRIP]);
-            let (mut d, mut m) = ([0; STRIP], [0; STRIP]);
+            let mut head = [_mm_setzero_si128(); STRIP];
             for r in 0..STRIP {
                 let block = &strip.rows[r][s * Self::BYTES..][..Self::BYTES];
                 prefetch(block, strip.ahead);
                 prefetch(block, strip.ahead + 64);
                 prefetch(block, strip.ahead + 128);
-                (sum[r], min[r]) = row_sums::<FIVE>(block, &x[s]);
-                (d[r], m[r]) = (half_bits(block, 0), half_bits(block, 2));
+                head[r] = load16(block, 0);
+                (sum[r], min[r]) = row_sums::<FIVE>(block, head[r], &x[s]);
             }
-            acc = add_super(acc, sum_lanes(sum), sum_half_lanes(min), halves(d), halves(m), x[s].d);
+            let (d, m) = scale_pairs(head);
+            acc = add_super(acc, sum_lanes(sum), sum_half_lanes(min), d, m, x[s].d);
         }
         acc
     }
@@ -125,9 +140,10 @@ impl<const FIVE: bool> Format for K45<FIVE> {
             }
         }
         // Dword 0 and 1 of a row: scales; 2 and 3: minima; as bytes.
+        let head = load16_of_each(&blocks, 0);
         let mut packed = [_mm_setzero_si128(); STRIP];
         for r in 0..STRIP {
-            packed[r] = scales_and_mins(blocks[r]);
+            packed[r] = scales_and_mins(head[r]);
         }
         let [s0, s1, m0, m1] = transpose_halves(packed);
         for i in 0..4 {
@@ -138,8 +154,8 @@ impl<const FIVE: bool> Format for K45<FIVE> {
             store(&mut panel.mins[i], bytes(m0, 2 * i, 2 * i + 1));
             store(&mut panel.mins[2 + i], bytes(m1, 2 * i, 2 * i + 1));
         }
-        panel.d[0] = store8(half_of_each(&blocks, 0));
-        panel.m[0] = store8(half_of_each(&blocks, 2));
+        let (d, m) = scale_pairs(head);
+        (panel.d[0], panel.m[0]) = (store8(d), store8(m));
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]

@@ -109,6 +109,13 @@ pub(super) fn half_bits(b: &[u8], at: usize) -> i16 {
     i16::from_le_bytes([b[at], b[at + 1]])
 }
 
+/// The half float at `b[at..]` in every lane, as floats.
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+pub(super) fn broadcast_half(b: &[u8], at: usize) -> __m256 {
+    _mm256_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(half_bits(b, at)))))
+}
+
 /// Bytes `at .. at + len` of eight rows.
 #[inline(always)]
 pub(super) fn part_of_each<'a>(rows: &[&'a [u8]; 8], at: usize, len: usize) -> [&'a [u8]; 8] {

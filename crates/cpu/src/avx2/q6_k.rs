@@ -7,7 +7,8 @@
 use std::arch::x86_64::*;
 
 use super::load::{
-    floats, half_of_each, load16, load16_of_each, load32, load32_of_each, part_of_each, prefetch, store, store8, vector,
+    broadcast_half, floats, half_of_each, load16, load16_of_each, load32, load32_of_each, part_of_each, prefetch,
+    store, store8, vector,
 };
 use super::reduce::{sum_lanes, transpose, transpose_floats, transpose_halves};
 use super::tile;
@@ -69,7 +70,6 @@ impl Format for Q6K {
         let mut acc = _mm256_setzero_ps();
         for s in 0..strip.n_blocks / 8 {
             let blocks = part_of_each(&strip.rows, s * BYTES, BYTES);
-            let d = store8(half_of_each(&blocks, 208));
             let x_d = floats(&x[s].block_d);
             let mut terms = [_mm256_setzero_ps(); STRIP];
             for r in 0..STRIP {
@@ -78,7 +78,7 @@ impl Format for Q6K {
                     prefetch(block, strip.ahead + 64 * line);
                 }
                 let sums = _mm256_cvtepi32_ps(row_sums(block, &x[s]));
-                terms[r] = _mm256_mul_ps(sums, _mm256_mul_ps(_mm256_set1_ps(d[r]), x_d));
+                terms[r] = _mm256_mul_ps(sums, _mm256_mul_ps(broadcast_half(block, 208), x_d));
             }
             for term in transpose_floats(terms) {
                 acc = _mm256_add_ps(acc, term);

@@ -15,8 +15,9 @@ pub(super) fn sum_lanes(v: [__m256i; 8]) -> __m256i {
 #[target_feature(enable = "avx2")]
 #[inline]
 pub(super) fn sum_half_lanes(v: [__m128i; 8]) -> __m256i {
-    let w: [__m256i; 4] = std::array::from_fn(|i| _mm256_set_m128i(v[i + 4], v[i]));
-    _mm256_hadd_epi32(_mm256_hadd_epi32(w[0], w[1]), _mm256_hadd_epi32(w[2], w[3]))
+    let (a, b) = (_mm256_set_m128i(v[4], v[0]), _mm256_set_m128i(v[5], v[1]));
+    let (c, d) = (_mm256_set_m128i(v[6], v[2]), _mm256_set_m128i(v[7], v[3]));
+    _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d))
 }
 
 /// Lane `i` of vector `j` becomes lane `j` of vector `i`.

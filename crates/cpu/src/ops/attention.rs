@@ -172,8 +172,15 @@ impl Task<'_> {
             s.tile[q] = self.f.softmax_tile(scores, 1.0 / (d as f32).sqrt());
         }
         let b = self.kv.tile(block, self.il, Part::Value, self.head, &mut s.value);
-        let (a, c, k) = (&s.scores[from * KV_BLOCK..], &mut s.part[from * d..], seen(rows.len() - 1));
-        self.f.gemm(Gemm { m: n_q - from, n: d, k, a, lda: KV_BLOCK, b, ldb: d, c, ldc: d });
+        // Rows that see equally much go together. A row never touches values it does not see: zero times infinity is no zero.
+        let mut row = first;
+        while row < rows.len() {
+            let k = seen(row);
+            let m = rows[row..].iter().enumerate().take_while(|(i, _)| seen(row + i) == k).count() * self.group;
+            let (a, c) = (&s.scores[row * self.group * KV_BLOCK..], &mut s.part[row * self.group * d..]);
+            self.f.gemm(Gemm { m, n: d, k, a, lda: KV_BLOCK, b, ldb: d, c, ldc: d });
+            row += m / self.group;
+        }
         for q in from..n_q {
             let (max, total) = s.tile[q];
             let merged = s.max[q].max(max);

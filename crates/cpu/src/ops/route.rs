@@ -18,6 +18,10 @@ pub fn route_row(logits: &[f32], ids: &mut [u32], weights: &mut [f32], order: &m
     weights.iter_mut().zip(ids.iter()).for_each(|(w, &e)| *w = (logits[e as usize] - largest).exp());
     let sum: f32 = weights.iter().sum();
     weights.iter_mut().for_each(|w| *w /= sum);
+    // A router that computes no numbers must not be taken for one that chose.
+    if logits.iter().any(|v| v.is_nan()) {
+        weights.fill(f32::NAN);
+    }
 }
 
 #[cfg(test)]
@@ -32,6 +36,13 @@ mod tests {
         assert!((weights.iter().sum::<f32>() - 1.0).abs() < 1e-6);
         assert_eq!(weights[0], weights[1]);
         assert!((weights[2] / weights[0] - (-2f32).exp()).abs() < 1e-6);
+    }
+
+    #[test]
+    fn nan_is_not_lost() {
+        let (mut ids, mut weights) = ([0; 1], [0.0; 1]);
+        route_row(&[0.0, -f32::NAN, 1.0], &mut ids, &mut weights, &mut Vec::new());
+        assert!(weights[0].is_nan());
     }
 
     #[test]

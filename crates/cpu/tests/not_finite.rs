@@ -1,0 +1,60 @@
+//! Attention is causal also for values that are not finite, and NaN is not lost in the cache.
+
+use apr_core::backend::{Backend, Heads, KvShape, KvType};
+use apr_core::batch::{Batch, Row};
+use apr_core::probe::NoProbe;
+use apr_cpu::CpuBackend;
+use apr_cpu::kv::{KvCache, Part, Tile};
+
+const HEADS: Heads = Heads { n_head: 1, n_head_kv: 1, head_dim: 32 };
+
+/// The attention of rows `from..` of `qkv` in one step.
+fn attend(b: &CpuBackend, kv: &mut KvCache, qkv: &[f32], from: u32) -> Vec<f32> {
+    let n = HEADS.n_qkv();
+    let rows = (0..qkv.len() / n).map(|i| Row { token: 0, position: from + i as u32, sequence: 0, wants_logits: true });
+    let batch = Batch::new(rows.collect(), vec![vec![0]]);
+    let (mut x, mut out, mut read) = (b.tensor(n, &[]), b.tensor(HEADS.head_dim, &[]), Vec::new());
+    b.write(&mut x, qkv).unwrap();
+    b.attention(&mut out, &x, kv, 0, HEADS, &batch, &mut NoProbe).unwrap();
+    b.read(&out, &mut read).unwrap();
+    read
+}
+
+/// A value too large for f16 at position 1 is no business of position 0, whichever rows share a step.
+#[test]
+fn a_later_position_that_overflows_does_not_reach_an_earlier_one() {
+    let n = HEADS.n_qkv();
+    let mut qkv: Vec<f32> = (0..2 * n).map(|i| (i % 7) as f32 * 0.25 - 0.5).collect();
+    qkv[n + HEADS.v().start] = 1e6;
+    for kv_type in [KvType::F16, KvType::Q8_0, KvType::F32] {
+        let b = CpuBackend::new(1, None).unwrap();
+        let shape = KvShape { n_layer: 1, n_head_kv: 1, head_dim: HEADS.head_dim, kv_type };
+        if kv_type != KvType::F16 {
+            qkv[n + HEADS.v().start] = f32::INFINITY;
+        }
+        let (mut kv, mut alone) = (b.kv_cache(shape), b.kv_cache(shape));
+        b.kv_reserve(&mut kv, 1).unwrap();
+        b.kv_reserve(&mut alone, 1).unwrap();
+        let together = attend(&b, &mut kv, &qkv, 0);
+        let single = attend(&b, &mut alone, &qkv[..n], 0);
+        let bits = |x: &[f32]| x.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+        assert_eq!(
+            bits(&together[..HEADS.head_dim]),
+            bits(&single),
+            "{kv_type}: position 0 with and without position 1"
+        );
+    }
+}
+
+/// A key or value that is not a number is still none when read back.
+#[test]
+fn nan_is_not_lost_in_an_8_bit_cache() {
+    let mut kv = KvCache::new(KvShape { n_layer: 1, n_head_kv: 1, head_dim: 32, kv_type: KvType::Q8_0 });
+    kv.reserve(1).unwrap();
+    let mut x = [1.0f32; 32];
+    x[3] = f32::NAN;
+    kv.store(0, 0, 0, Part::Value, 0, &x);
+    let mut scratch = Tile::default();
+    let read = kv.tile(0, 0, Part::Value, 0, &mut scratch);
+    assert!(read[..32].iter().any(|v| v.is_nan()), "stored NaN, read {:?}", &read[..8]);
+}
