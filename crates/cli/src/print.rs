@@ -33,6 +33,19 @@ pub fn say(text: impl Display) {
     let _ = writeln!(std::io::stderr(), "{}", harmless(&text.to_string()));
 }
 
+/// A JSON value on one line, with every control character escaped: JSON itself asks that of those below space only, and a terminal
+/// obeys those from U+0080 on as well.
+pub fn one_line(value: &serde_json::Value) -> String {
+    let mut line = String::new();
+    for c in value.to_string().chars() {
+        match c {
+            '\u{7f}'..='\u{9f}' => line.push_str(&format!("\\u{:04x}", c as u32)),
+            c => line.push(c),
+        }
+    }
+    line
+}
+
 /// Text without control characters, newline and tab excepted.
 pub fn harmless(text: &str) -> String {
     text.chars().filter(|&c| c == '\n' || c == '\t' || !c.is_control()).collect()

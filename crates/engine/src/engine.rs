@@ -53,7 +53,7 @@ pub enum EngineError {
     Load(#[from] LoadError),
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
-    #[error("the file's chat template: {0}")]
+    #[error(transparent)]
     Template(#[from] TemplateError),
     #[error("the vocabulary has {got} tokens, but 'token_embd.weight' has {expected} rows")]
     Vocabulary { expected: usize, got: usize },

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use crate::failure::{Done, Result, usage};
 use crate::options::{LoadArgs, model_name};
+use crate::print::one_line;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -60,7 +61,7 @@ pub fn run(args: Args) -> Result<Done> {
             "schema": "apr.bench/1", "model": name, "device": device, "threads": n_threads,
             "file_bytes": engine.file.file_bytes, "read_gb_per_s": bandwidth, "results": results,
         });
-        writeln!(out, "{report}")?;
+        writeln!(out, "{}", one_line(&report))?;
     }
     Ok(Done::Ok)
 }

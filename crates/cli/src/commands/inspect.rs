@@ -10,7 +10,7 @@ use apr_engine::model_file::ModelFile;
 use serde_json::{Map, Value as Json, json};
 
 use crate::failure::{Done, Failure, MODEL, Result};
-use crate::print::{bytes, harmless};
+use crate::print::{bytes, harmless, one_line};
 
 /// Elements of an array that are shown.
 const ARRAY_SHOWN: usize = 6;
@@ -39,7 +39,7 @@ pub fn run(args: Args) -> Result<Done> {
     let hparams = file.hparams();
     let mut out = std::io::BufWriter::new(std::io::stdout().lock());
     if args.json {
-        writeln!(out, "{}", report(&file, hparams.as_ref().ok()))?;
+        writeln!(out, "{}", one_line(&report(&file, hparams.as_ref().ok())))?;
     } else {
         write_text(&mut out, &file, hparams.as_ref().ok())?;
     }
@@ -133,7 +133,7 @@ fn elements(a: &Array, n: usize) -> Vec<Json> {
         Array::I32(v) => v.iter().take(n).map(|&x| json!(x)).collect(),
         Array::U64(v) => v.iter().take(n).map(|&x| json!(x)).collect(),
         Array::I64(v) => v.iter().take(n).map(|&x| json!(x)).collect(),
-        Array::F32(v) => v.iter().take(n).map(|&x| json!(x)).collect(),
+        Array::F32(v) => v.iter().take(n).map(|&x| float(x)).collect(),
         Array::F64(v) => v.iter().take(n).map(|&x| json!(x)).collect(),
         Array::Bool(v) => v.iter().take(n).map(|&x| json!(x)).collect(),
         Array::String(v) => v.iter().take(n).map(|x| json!(x)).collect(),
@@ -150,12 +150,17 @@ fn scalar(value: &Value) -> Json {
         Value::I32(x) => json!(x),
         Value::U64(x) => json!(x),
         Value::I64(x) => json!(x),
-        Value::F32(x) => json!(x),
+        Value::F32(x) => float(*x),
         Value::F64(x) => json!(x),
         Value::Bool(x) => json!(x),
         Value::String(x) => json!(x),
         Value::Array(a) => json!(elements(a, a.len())),
     }
+}
+
+/// An f32 in the fewest digits that give it back: 1e-6, not the 9.999999974752427e-7 of its widening. Null where it is no number.
+fn float(x: f32) -> Json {
+    json!(x.to_string().parse::<f64>().expect("a float's text is a float"))
 }
 
 fn report(file: &ModelFile, h: Option<&Hparams>) -> Json {

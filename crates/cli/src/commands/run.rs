@@ -14,7 +14,7 @@ use serde_json::{Map, Value, json};
 
 use crate::failure::{Done, Failure, INTERRUPTED, Result, usage};
 use crate::options::LoadArgs;
-use crate::print::{ModelOut, say};
+use crate::print::{ModelOut, one_line, say};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -141,7 +141,7 @@ pub fn run(args: Args) -> Result<Done> {
     }
     let generated = generated?;
     if args.json {
-        out.write(&format!("{}\n", report(&engine, &generated, load_s)))?;
+        out.write(&format!("{}\n", one_line(&report(&engine, &generated, load_s))))?;
     } else {
         out.write("\n")?;
     }

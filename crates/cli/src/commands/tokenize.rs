@@ -7,7 +7,7 @@ use apr_engine::model_file::ModelFile;
 use serde_json::json;
 
 use crate::failure::{Done, Result};
-use crate::print::harmless;
+use crate::print::{harmless, one_line};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -46,7 +46,7 @@ pub fn run(args: Args) -> Result<Done> {
     let mut out = std::io::BufWriter::new(std::io::stdout().lock());
     if args.json {
         let pieces: Vec<String> = ids.iter().map(|&id| piece(id)).collect();
-        writeln!(out, "{}", json!({"schema": "apr.tokenize/1", "tokens": ids, "pieces": pieces}))?;
+        writeln!(out, "{}", one_line(&json!({"schema": "apr.tokenize/1", "tokens": ids, "pieces": pieces})))?;
     } else if args.ids {
         writeln!(out, "{}", ids.iter().map(u32::to_string).collect::<Vec<_>>().join(" "))?;
     } else {
