@@ -23,12 +23,16 @@ const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 bad or 
 #[derive(Subcommand)]
 enum Command {
     /// Answer a prompt.
+    #[command(after_help = EXIT_CODES)]
     Run(commands::run::Args),
     /// Show what a model file holds: metadata, tensors, quant types, bytes per token, chat template.
+    #[command(after_help = EXIT_CODES)]
     Inspect(commands::inspect::Args),
     /// Turn text into the model's tokens.
+    #[command(after_help = EXIT_CODES)]
     Tokenize(commands::tokenize::Args),
     /// Measure prefill and decode speed, and the machine's read bandwidth beside them.
+    #[command(after_help = EXIT_CODES)]
     Bench(commands::bench::Args),
 }
 

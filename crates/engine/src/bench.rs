@@ -21,6 +21,17 @@ pub struct BenchOptions {
     pub reps: usize,
 }
 
+impl BenchOptions {
+    /// Whether every test fits a context of `n_ctx` positions.
+    ///
+    /// # Errors
+    /// The positions needed and those there are.
+    pub fn check(&self, n_ctx: usize) -> Result<(), StepError> {
+        let need = self.depth.saturating_add(self.n_prompt.max(self.n_gen));
+        if need > n_ctx { Err(StepError::ContextFull { need, n_ctx }) } else { Ok(()) }
+    }
+}
+
 /// One test's figures.
 #[derive(Clone, Debug)]
 pub struct BenchResult {
@@ -46,14 +57,11 @@ pub fn bench(
     o: BenchOptions,
     on_result: &mut dyn FnMut(&BenchResult) -> ControlFlow<()>,
 ) -> Result<(), StepError> {
+    o.check(engine.session.n_ctx())?;
     let suffix = if o.depth > 0 { format!("@d{}", o.depth) } else { String::new() };
     let tests =
         [(format!("pp{}{suffix}", o.n_prompt), o.n_prompt, true), (format!("tg{}{suffix}", o.n_gen), o.n_gen, false)];
     for (test, n, is_prefill) in tests.into_iter().filter(|t| t.1 > 0) {
-        let (need, n_ctx) = (o.depth.saturating_add(n), engine.session.n_ctx());
-        if need > n_ctx {
-            return Err(StepError::ContextFull { need, n_ctx });
-        }
         let mut runs = Vec::new();
         for _ in 0..=o.reps {
             runs.push(timed(engine, o.depth, n, is_prefill)?);

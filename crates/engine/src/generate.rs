@@ -106,8 +106,9 @@ pub fn generate(
     if n_prompt == 0 {
         return Err(GenerateError::EmptyPrompt);
     }
-    let max_tokens = request.max_tokens.unwrap_or_else(|| n_ctx.saturating_sub(n_prompt));
-    if n_prompt.saturating_add(max_tokens.max(1)) > n_ctx {
+    // An answer without a limit needs room for one token at least.
+    let max_tokens = request.max_tokens.unwrap_or_else(|| n_ctx.saturating_sub(n_prompt).max(1));
+    if n_prompt.saturating_add(max_tokens) > n_ctx {
         return Err(GenerateError::ContextOverflow { n_prompt, max_tokens, n_ctx });
     }
     check_memory(engine, n_prompt.saturating_add(request.max_tokens.unwrap_or(0)))?;

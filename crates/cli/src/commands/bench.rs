@@ -36,7 +36,12 @@ pub fn run(args: Args) -> Result<Done> {
     if args.reps == 0 {
         return Err(usage("--reps is 0, expected at least 1"));
     }
+    if args.n_prompt == 0 && args.n_gen == 0 {
+        return Err(usage("-p and -n are both 0: there is nothing to measure"));
+    }
     let mut engine = args.load.load()?;
+    let options = BenchOptions { n_prompt: args.n_prompt, n_gen: args.n_gen, depth: args.depth, reps: args.reps };
+    options.check(engine.session.n_ctx())?;
     let n_threads = args.load.threads.unwrap_or_else(default_threads);
     let (name, device) = (model_name(&args.load.model), engine.device_name.clone());
     let bandwidth = read_gb_per_s(n_threads);
@@ -46,7 +51,6 @@ pub fn run(args: Args) -> Result<Done> {
         writeln!(out, "{:<16} {:>10} {:>8} {:>8} {:>12}", "test", "tok/s", "±", "GB/s", "of bandwidth")?;
     }
     let (mut results, mut written) = (Vec::new(), Ok(()));
-    let options = BenchOptions { n_prompt: args.n_prompt, n_gen: args.n_gen, depth: args.depth, reps: args.reps };
     bench(&mut engine, options, &mut |r| {
         if !args.json {
             written = writeln!(out, "{}", line(r, bandwidth));

@@ -171,15 +171,15 @@ fn prompt_text(args: &Args) -> Result<Vec<u8>> {
 }
 
 fn prompt_tokens(engine: &Engine, args: &Args, text: Vec<u8>, kwargs: Map<String, Value>) -> Result<Vec<u32>> {
+    let content = String::from_utf8_lossy(&text);
+    if matches!(content, Cow::Owned(_)) {
+        say("note: the prompt is not valid UTF-8; bytes that are no character became U+FFFD");
+    }
     if args.raw {
         return Ok(engine.text_tokens(&text, args.special));
     }
     if text.is_empty() {
         return Err(usage("the prompt is empty: there is nothing to answer"));
-    }
-    let content = String::from_utf8_lossy(&text);
-    if matches!(content, Cow::Owned(_)) {
-        say("note: the prompt is not valid UTF-8; bytes that are no character became U+FFFD");
     }
     let mut messages = Vec::new();
     if let Some(system) = &args.system {
