@@ -139,6 +139,20 @@ fn chat_templates_are_checked_at_load() {
 }
 
 #[test]
+fn sampling_defaults_come_from_the_file() {
+    let warm = moe().set("general.sampling.temp", Value::F32(1.0)).write(&folder("warm"), "m.gguf");
+    let tokens = |args: &[&str]| {
+        let args = [&["hi", "-n", "8", "--ignore-eos", "--json"], args].concat().into_iter().map(std::ffi::OsStr::new);
+        apr(["run".as_ref(), warm.as_os_str()].into_iter().chain(args)).json()["tokens"].clone()
+    };
+    assert_ne!(tokens(&["--seed", "1"]), tokens(&["--seed", "2"]));
+    assert_eq!(tokens(&["--seed", "1", "--temp", "0"]), tokens(&["--seed", "2", "--temp", "0"]));
+    let wild = moe().set("general.sampling.top_p", Value::F32(7.0));
+    refused(wild, "wild", &["general.sampling", "top_p is 7"]);
+    refused(moe().string("general.sampling.temp", "hot"), "hot", &["general.sampling.temp", "string"]);
+}
+
+#[test]
 fn tensors_are_held_against_the_metadata() {
     let name = "blk.0.ffn_up_exps.weight";
     refused(moe().without_tensor(name), "missing", &[name, "missing"]);
@@ -197,7 +211,7 @@ fn split_models_run_by_any_part() {
     std::fs::create_dir(&second).unwrap();
     run(&first).fails(3, &["model-00002-of-00002.gguf", "a folder"]);
     std::fs::remove_dir(&second).unwrap();
-    std::fs::write(&second, &std::fs::read(&first).unwrap()).unwrap();
+    std::fs::write(&second, std::fs::read(&first).unwrap()).unwrap();
     run(&first).fails(3, &["part 2", "part 1"]);
 }
 

@@ -13,7 +13,7 @@ use crate::chat_template::{ChatInput, ChatTemplate, RenderedPiece, TemplateError
 use crate::device::{self, Device};
 use crate::memory;
 use crate::model_file::{ModelFile, OpenError};
-use crate::sampler::SamplerConfig;
+use crate::sampler::{SamplerConfig, SamplerError};
 use crate::session::{Session, SessionSettings};
 use crate::tokenizer::{Piece, Tokenizer, TokenizerError, Vocab};
 
@@ -55,6 +55,8 @@ pub enum EngineError {
     Tokenizer(#[from] TokenizerError),
     #[error(transparent)]
     Template(#[from] TemplateError),
+    #[error("the file's defaults general.sampling.*: {0}")]
+    Sampling(SamplerError),
     #[error("the vocabulary has {got} tokens, but 'token_embd.weight' has {expected} rows")]
     Vocabulary { expected: usize, got: usize },
     #[error("--ctx {asked} is more than the {trained} positions the model was trained for")]
@@ -150,7 +152,7 @@ impl Engine {
     /// The sampling settings the file recommends (`general.sampling.*`); greedy where it names none.
     ///
     /// # Errors
-    /// A key of the wrong type.
+    /// A key of the wrong type, or a value out of its range.
     pub fn sampling_defaults(&self) -> Result<SamplerConfig, EngineError> {
         let m = &self.file.gguf.metadata;
         let mut c = SamplerConfig::default();
@@ -162,6 +164,7 @@ impl Engine {
         c.min_p = float("min_p")?.unwrap_or(c.min_p);
         c.repetition_penalty = float("penalty_repeat")?.unwrap_or(c.repetition_penalty);
         c.repeat_last_n = size("penalty_last_n")?.map_or(c.repeat_last_n, |n| n as usize);
+        c.validate().map_err(EngineError::Sampling)?;
         Ok(c)
     }
 }
