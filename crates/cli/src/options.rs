@@ -14,7 +14,7 @@ pub struct LoadArgs {
     /// A GGUF file; any part of a split model.
     pub model: PathBuf,
     /// Positions of the context [default: the smaller of the file's and 32768]
-    #[arg(long, env = "APR_CTX", value_name = "N")]
+    #[arg(long, short = 'c', visible_alias = "ctx-size", env = "APR_CTX", value_name = "N")]
     pub ctx: Option<usize>,
     /// Type of the KV cache: f32, f16 or q8_0
     #[arg(long, env = "APR_KV", default_value = "f16", value_name = "TYPE")]
@@ -29,7 +29,7 @@ pub struct LoadArgs {
     #[arg(long, env = "APR_DEVICE", default_value = "cpu", value_name = "DEVICE", value_parser = ["cpu", "reference"])]
     pub device: String,
     /// Compute on a GPU
-    #[arg(long, conflicts_with = "device")]
+    #[arg(long)]
     pub gpu: bool,
 }
 
@@ -38,7 +38,12 @@ impl LoadArgs {
     pub fn load(&self) -> Result<Engine> {
         let device = match self.device.as_str() {
             _ if self.gpu => Device::Gpu,
-            "reference" => Device::Reference,
+            "reference" => {
+                if self.threads.is_some() || self.isa.is_some() {
+                    say("note: the reference device runs plain loops on one thread; --threads and --isa do not apply");
+                }
+                Device::Reference
+            }
             _ => Device::Cpu { n_threads: self.threads, isa: self.isa },
         };
         let engine = Engine::load(&self.model, EngineOptions { device, kv_type: self.kv, n_ctx: self.ctx })?;

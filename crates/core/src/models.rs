@@ -40,7 +40,7 @@ pub enum LoadError {
     Unknown { name: String, arch: Architecture },
     #[error("tensor '{name}' holds {what} at index {index}")]
     BadValue { name: String, what: String, index: usize },
-    #[error("rotary embedding of base {base} and scaling {scaling:?} has frequencies that are not finite")]
+    #[error("rotary embedding of base {base}, {scaling}, has frequencies that are not finite")]
     Rope { base: f32, scaling: Scaling },
     #[error(transparent)]
     Backend(#[from] BackendError),

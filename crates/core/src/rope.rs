@@ -29,6 +29,18 @@ pub enum Scaling {
     },
 }
 
+impl std::fmt::Display for Scaling {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Scaling::None => f.write_str("not scaled"),
+            Scaling::Linear { factor } => write!(f, "linear scaling by {factor}"),
+            Scaling::Yarn { factor, n_ctx_orig, .. } => {
+                write!(f, "yarn scaling by {factor} from {n_ctx_orig} positions")
+            }
+        }
+    }
+}
+
 /// The rotation of one architecture and file.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rope {

@@ -1,4 +1,4 @@
-//! The stages of a forward pass: the one list of names that `apr trace --save-tensor`, probes and goldens share.
+//! The stages of a forward pass: the one list of names that users, probes and goldens share.
 
 /// A value of the forward pass that can be looked at. In order of computation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

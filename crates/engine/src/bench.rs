@@ -115,7 +115,7 @@ fn summary(test: String, n: usize, runs: &[Timed]) -> BenchResult {
 /// How fast `n_threads` threads read memory: the limit that decoding is held against. Median of several passes over a buffer that
 /// no cache holds.
 pub fn read_gb_per_s(n_threads: usize) -> f64 {
-    const BYTES: usize = 1 << 30;
+    const BYTES: usize = 256 << 20;
     let buffer = vec![1u64; BYTES / 8];
     let share = buffer.len().div_ceil(n_threads.max(1));
     let pass = || {

@@ -102,7 +102,10 @@ fn write_hparams(out: &mut dyn Write, file: &ModelFile, h: &Hparams) -> std::io:
     }
     writeln!(out, "vocabulary        {}", h.n_vocab)?;
     writeln!(out, "context           {}", h.n_ctx_train)?;
-    writeln!(out, "rope              base {}, {:?}, {} values of a head", h.rope_base, h.rope_scaling, h.n_rot)?;
+    writeln!(out, "rope              base {}, {}, {} values of a head", h.rope_base, h.rope_scaling, h.n_rot)?;
+    for note in &h.notes {
+        writeln!(out, "                  ({note})")?;
+    }
     writeln!(out, "bytes per token   {}", bytes(file.bytes_per_token(h)))
 }
 
@@ -176,7 +179,7 @@ fn report(file: &ModelFile, h: Option<&Hparams>) -> Json {
         "gguf_version": g.version,
         "file_bytes": file.file_bytes,
         "parts": file.parts.len(),
-        "architecture": h.map(|h| h.arch.to_string()),
+        "architecture": g.metadata.string("general.architecture").ok().flatten(),
         "bytes_per_token": h.map(|h| file.bytes_per_token(h)),
         "qtypes": mix(file).into_iter().map(entry).collect::<Map<_, _>>(),
         "metadata": metadata,

@@ -26,7 +26,7 @@ pub struct Args {
     #[arg(long = "prompt", short = 'p', value_name = "PROMPT", conflicts_with = "prompt", allow_hyphen_values = true)]
     prompt_flag: Option<String>,
     /// Tokens to generate at most [default: to the end of the context]
-    #[arg(long, short = 'n', value_name = "N", allow_negative_numbers = true)]
+    #[arg(long, short = 'n', visible_alias = "n-predict", value_name = "N", allow_negative_numbers = true)]
     max_tokens: Option<usize>,
     /// System message
     #[arg(long, value_name = "TEXT", conflicts_with = "raw", allow_hyphen_values = true)]
@@ -34,7 +34,7 @@ pub struct Args {
     /// Give the prompt to the model as it is, without the chat template
     #[arg(long)]
     raw: bool,
-    /// With --raw: read the text of control tokens in the prompt as tokens; also shows them in the answer
+    /// Show control tokens in the answer; with --raw also read their text in the prompt as tokens
     #[arg(long)]
     special: bool,
     /// Let a model that can think before it answers do so, or not
@@ -146,7 +146,7 @@ pub fn run(args: Args) -> Result<Done> {
         out.write("\n")?;
     }
     if !args.quiet && !args.json {
-        say(summary(&generated));
+        say(summary(&generated, request.sampler.temperature > 0.0));
     }
     Ok(if generated.finish == Finish::Cancelled { Done::Interrupted } else { Done::Ok })
 }
@@ -229,7 +229,8 @@ fn rate(n: usize, seconds: f64) -> Option<f64> {
     (n > 0 && seconds > 0.0).then(|| n as f64 / seconds)
 }
 
-fn summary(g: &Generated) -> String {
+/// The line on stderr. The seed is told only where it mattered.
+fn summary(g: &Generated, is_random: bool) -> String {
     let speed = |n, time: std::time::Duration| {
         rate(n, time.as_secs_f64()).map_or(String::new(), |r| format!(" ({r:.1} tok/s)"))
     };
@@ -237,13 +238,13 @@ fn summary(g: &Generated) -> String {
     let bandwidth =
         bandwidth.map_or(String::new(), |b| format!(", {:.1} GB/s", b as f64 / g.decode.as_secs_f64() / 1e9));
     format!(
-        "[prompt {} tokens{}; answer {} tokens{}{bandwidth}; {}; seed {}]",
+        "[prompt {} tokens{}; answer {} tokens{}{bandwidth}; ended by {}{}]",
         g.n_prompt,
         speed(g.n_prompt, g.prefill),
         g.tokens.len(),
         speed(g.n_decode_step, g.decode),
         g.finish.name(),
-        g.seed
+        if is_random { format!("; seed {}", g.seed) } else { String::new() }
     )
 }
 

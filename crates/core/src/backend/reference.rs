@@ -1,6 +1,6 @@
 //! The reference backend: weights dequantized, products summed in 64-bit floats, plain loops, no tricks.
 //!
-//! Slow and obviously right. The kernel suite, `apr verify` and the goldens judge every other backend by it.
+//! Slow and obviously right. The kernel suite and the tests judge every other backend by it.
 
 use std::ops::Range;
 

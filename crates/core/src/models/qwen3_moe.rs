@@ -86,8 +86,6 @@ pub fn load<B: Backend>(
     };
     Ok(Weights {
         frame: parts::load_frame(t, h)?,
-        layers: (0..h.n_layer).map(|il| layer(t, il)).collect::<Result2<_>>()?,
+        layers: (0..h.n_layer).map(|il| layer(t, il)).collect::<std::result::Result<_, LoadError>>()?,
     })
 }
-
-type Result2<T> = std::result::Result<T, LoadError>;
