@@ -27,7 +27,9 @@ fn stdout_is_the_answer_and_stderr_the_rest() {
     let done = run(&["hi", "-n", "4"]);
     let summary = done.err.trim_end().to_string();
     assert_eq!(done.err.lines().count(), 1, "{summary}");
-    assert!(summary.starts_with("[prompt 12 tokens") && summary.contains("; length; seed "), "{summary}");
+    assert!(summary.starts_with("[prompt 12 tokens") && summary.contains("; ended by length]"), "{summary}");
+    let drawn = run(&["hi", "-n", "4", "--temp", "1"]);
+    assert!(drawn.err.contains("; ended by length; seed "), "a seed that mattered is told: {}", drawn.err);
     let answer = done.answer();
     assert!(!answer.is_empty() && !answer.contains(['[', '\x1b']), "{answer:?}");
     let quiet = run(&["hi", "-n", "4", "--quiet"]);
@@ -383,7 +385,7 @@ fn ctrl_c_ends_with_what_was_printed() {
         match json {
             true => assert_eq!(serde_json::from_str::<Value>(&done.out).unwrap()["finish_reason"], "cancelled"),
             false => {
-                assert!(done.out.ends_with('\n') && done.err.contains("; cancelled; seed "), "{done:?}");
+                assert!(done.out.ends_with('\n') && done.err.contains("; ended by cancelled"), "{done:?}");
             }
         }
     }

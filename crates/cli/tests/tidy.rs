@@ -156,5 +156,5 @@ fn fixtures_stay_small() {
         fs::read_dir(dir).unwrap().map(|e| bytes(e.unwrap())).sum()
     }
     let n = size(&root().join("fixtures"));
-    assert!(n <= 10_500_000, "fixtures have {n} bytes, at most 10.5 MB");
+    assert!(n <= 10_000_000, "fixtures have {n} bytes, at most 10 MB");
 }
