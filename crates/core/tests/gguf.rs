@@ -554,7 +554,13 @@ proptest! {
         damages.iter().for_each(|d| apply(&mut bytes, d));
         let start = Instant::now();
         let result = parse(&bytes);
-        prop_assert!(start.elapsed() < Duration::from_secs(1));
+        // A machine that pauses for a second does so once, a slow input is slow again.
+        let is_prompt = start.elapsed() < Duration::from_secs(1) || {
+            let start = Instant::now();
+            let _ = parse(&bytes);
+            start.elapsed() < Duration::from_secs(1)
+        };
+        prop_assert!(is_prompt);
         match result {
             Ok(gguf) => {
                 assert_sound(&gguf, bytes.len());
