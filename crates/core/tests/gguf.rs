@@ -419,6 +419,8 @@ fn a_single_file_is_joined_to_itself() {
     let whole = parse(&sample().bytes()).unwrap();
     assert_eq!(join(vec![whole.clone()]).unwrap(), whole);
     assert!(join_all(&[part(0, 1, 1, "a")]).is_ok());
+    assert!(join_all(&[part(0, 0, 1, "a")]).is_ok(), "merged from parts, and says so by a count of 0");
+    assert!(join_all(&[part(0, 2, 2, "a")]).is_err(), "one part of two");
     assert_message(join(Vec::new()), &["at least one file"]);
 }
 

@@ -61,11 +61,11 @@ fn matmul_q8(w: WeightRows<'_>, x: Q8Tokens<'_>, out: &mut Out<'_>, scratch: &mu
         Q4_1 => matmul::<small::Nibbles<true, false>>(w, x, out, scratch),
         Q5_0 => matmul::<small::Nibbles<false, true>>(w, x, out, scratch),
         Q5_1 => matmul::<small::Nibbles<true, true>>(w, x, out, scratch),
-        Q2_K => matmul::<portable::Super<{ Q2_K as usize }>>(w, x, out, scratch),
-        Q3_K => matmul::<portable::Super<{ Q3_K as usize }>>(w, x, out, scratch),
-        IQ4_NL => matmul::<portable::Blocks<{ IQ4_NL as usize }>>(w, x, out, scratch),
-        IQ4_XS => matmul::<portable::Blocks<{ IQ4_XS as usize }>>(w, x, out, scratch),
-        MXFP4 => matmul::<portable::Blocks<{ MXFP4 as usize }>>(w, x, out, scratch),
+        Q2_K => matmul::<portable::Portable<{ Q2_K as usize }>>(w, x, out, scratch),
+        Q3_K => matmul::<portable::Portable<{ Q3_K as usize }>>(w, x, out, scratch),
+        IQ4_NL => matmul::<portable::Portable<{ IQ4_NL as usize }>>(w, x, out, scratch),
+        IQ4_XS => matmul::<portable::Portable<{ IQ4_XS as usize }>>(w, x, out, scratch),
+        MXFP4 => matmul::<portable::Portable<{ MXFP4 as usize }>>(w, x, out, scratch),
         F32 | F16 | BF16 => unreachable!("{} is not quantized", w.qtype()),
     }
 }

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use apr_core::backend::{BackendError, KV_BLOCK, KvShape, KvType};
+use apr_core::backend::{BackendError, KV_BLOCK, KvType};
 use apr_core::gguf::{GgufError, Metadata};
 use apr_core::hparams::{Hparams, HparamsError};
 use apr_core::models::LoadError;
@@ -118,7 +118,7 @@ impl Engine {
         let (session, device_name) = device::open(options.device, &file, &hparams, settings)?;
         if let Some(n_ctx) = options.n_ctx {
             // After loading, when the file's tensors vouch for the sizes and their product fits.
-            check_memory(&hparams, options.kv_type, n_ctx)?;
+            check_memory(&*session, n_ctx)?;
         }
         Ok(Engine { file, hparams, tokenizer, template, device_name, session })
     }
@@ -171,16 +171,14 @@ impl Engine {
 
 /// Refuses a context that was asked for and whose keys and values this machine cannot hold. The default one is allocated as it is
 /// used, and most requests use little of it.
-fn check_memory(h: &Hparams, kv_type: KvType, n_ctx: usize) -> Result<(), EngineError> {
-    let (n_head_kv, head_dim) = (h.heads.n_head_kv, h.heads.head_dim);
-    let block_bytes = KvShape { n_layer: h.n_layer, n_head_kv, head_dim, kv_type }.block_bytes() as u64;
-    let need = (n_ctx.div_ceil(KV_BLOCK) as u64).saturating_mul(block_bytes);
-    match memory::available() {
-        Some(available) if need > available => {
-            let fits = available / block_bytes * KV_BLOCK as u64;
-            Err(EngineError::KvMemory { asked: n_ctx, need, available, fits })
+fn check_memory(session: &dyn Session, asked: usize) -> Result<(), EngineError> {
+    let need = session.kv_bytes_of(asked);
+    match memory::shortage(need) {
+        Some(available) => {
+            let fits = available / session.kv_bytes_of(KV_BLOCK) * KV_BLOCK as u64;
+            Err(EngineError::KvMemory { asked, need, available, fits })
         }
-        _ => Ok(()),
+        None => Ok(()),
     }
 }
 

@@ -123,12 +123,10 @@ pub fn generate(
 
 /// Refuses a sequence whose keys and values would not fit the memory that is left.
 fn check_memory(engine: &Engine, n_tokens: usize) -> Result<(), GenerateError> {
-    let need_bytes = engine.session.kv_bytes_of(n_tokens) as u64;
-    match memory::available() {
-        Some(available_bytes) if need_bytes > available_bytes => {
-            Err(GenerateError::Memory { n_tokens, need_bytes, available_bytes })
-        }
-        _ => Ok(()),
+    let need_bytes = engine.session.kv_bytes_of(n_tokens);
+    match memory::shortage(need_bytes) {
+        Some(available_bytes) => Err(GenerateError::Memory { n_tokens, need_bytes, available_bytes }),
+        None => Ok(()),
     }
 }
 

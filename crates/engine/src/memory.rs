@@ -4,10 +4,15 @@ use std::fs::read_to_string;
 
 /// Bytes that can be allocated without swapping, as far as the system says: the smaller of what the kernel counts as available and
 /// the control group's limit (proc(5) `meminfo`; the kernel's `cgroup-v2` document). `None` where neither can be read.
-pub fn available() -> Option<u64> {
+fn available() -> Option<u64> {
     let machine = read_to_string("/proc/meminfo").ok().and_then(|text| available_of(&text));
     let group = read_to_string("/sys/fs/cgroup/memory.max").ok().and_then(|text| text.trim().parse().ok());
     machine.into_iter().chain(group).min()
+}
+
+/// What is available, where that is less than `need_bytes`.
+pub fn shortage(need_bytes: u64) -> Option<u64> {
+    available().filter(|&available| need_bytes > available)
 }
 
 /// `MemAvailable` of `/proc/meminfo`, which counts in KiB.

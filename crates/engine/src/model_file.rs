@@ -52,8 +52,8 @@ impl ModelFile {
             file_bytes += map.len() as u64;
             parts.push(Arc::new(map));
         }
-        let joined = if paths.len() > 1 { gguf::join(parsed) } else { alone(parsed) };
-        let gguf = joined.map_err(|source| OpenError::Gguf { path: path.to_path_buf(), source })?;
+        // A single file goes the same way: one part of a split model renamed is refused there.
+        let gguf = gguf::join(parsed).map_err(|source| OpenError::Gguf { path: path.to_path_buf(), source })?;
         Ok(ModelFile { path: path.to_path_buf(), gguf, parts, file_bytes })
     }
 
@@ -75,15 +75,6 @@ impl ModelFile {
             _ => n_bytes,
         };
         self.gguf.tensors.iter().map(|t| share(&t.name, t.n_bytes)).sum()
-    }
-}
-
-/// A file that is not split, or one part renamed so that its siblings cannot be found.
-fn alone(mut parsed: Vec<Gguf>) -> Result<Gguf, GgufError> {
-    let gguf = parsed.pop().expect("one file was parsed");
-    match gguf.metadata.u32("split.count")? {
-        Some(n) if n > 1 => gguf::join(vec![gguf]),
-        _ => Ok(gguf),
     }
 }
 

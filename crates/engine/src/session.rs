@@ -89,7 +89,7 @@ pub trait Session: Send {
     fn kv_bytes(&self) -> usize;
 
     /// Bytes of KV cache that a sequence of `n_tokens` takes.
-    fn kv_bytes_of(&self, n_tokens: usize) -> usize;
+    fn kv_bytes_of(&self, n_tokens: usize) -> u64;
 }
 
 impl Sequence {
@@ -279,8 +279,8 @@ where
         self.backend.read_bytes()
     }
 
-    fn kv_bytes_of(&self, n_tokens: usize) -> usize {
-        n_tokens.div_ceil(KV_BLOCK) * self.kv_shape.block_bytes()
+    fn kv_bytes_of(&self, n_tokens: usize) -> u64 {
+        (n_tokens.div_ceil(KV_BLOCK) as u64).saturating_mul(self.kv_shape.block_bytes() as u64)
     }
 
     fn kv_bytes(&self) -> usize {

@@ -6,10 +6,10 @@ use std::ops::Range;
 
 use half::f16;
 
-use super::{Backend, Bytes, Heads, KV_BLOCK, KvShape, KvType, Precision, Result, Routing, WeightData};
+use super::{Backend, Heads, KV_BLOCK, KvShape, KvType, Precision, Result, Routing, WeightData};
 use crate::batch::Batch;
 use crate::probe::{Probe, seen};
-use crate::qtype::{self, GgmlType};
+use crate::qtype;
 use crate::rope::Rope;
 use crate::stage::Stage;
 
@@ -379,11 +379,4 @@ fn store_kv(kv: &mut HostKv, qkv: &HostTensor, il: usize, heads: Heads, batch: &
             }
         }
     }
-}
-
-/// A weight of plain floats, for tests and tools.
-pub fn float_weight(name: &str, n_cols: usize, n_rows: usize, n_mat: usize, values: &[f32]) -> WeightData {
-    assert_eq!(values.len(), n_cols * n_rows * n_mat, "values fill the shape");
-    let bytes = Bytes::from_vec(bytemuck::cast_slice(values).to_vec());
-    WeightData { name: name.to_string(), qtype: GgmlType::F32, n_cols, n_rows, n_mat, bytes }
 }

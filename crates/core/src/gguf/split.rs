@@ -31,7 +31,8 @@ pub fn join(parts: Vec<Gguf>) -> Result<Gguf, GgufError> {
     let n_parts = parts.len();
     let mut parts = parts.into_iter();
     let Some(mut model) = parts.next() else { return Err(GgufError::NoParts) };
-    if n_parts == 1 && model.metadata.get(COUNT).is_none() {
+    // Tools that merge parts leave a count of 0 behind.
+    if n_parts == 1 && model.metadata.u32(COUNT)?.is_none_or(|n| n <= 1) {
         return Ok(model);
     }
     let n_tensors = check_part(&model, &model, 0, n_parts)?;

@@ -8,11 +8,8 @@ use super::{Format, Strip, tile};
 use crate::kernels::{Panel, Q8Block, STRIP};
 use crate::scalar::{Unpacked, unpack};
 
-/// A type with a super-block sum, by its place in [`GgmlType::ALL`].
-pub(super) struct Super<const TYPE: usize>;
-
-/// A type with a float scale per 32 columns, by its place in [`GgmlType::ALL`].
-pub(super) struct Blocks<const TYPE: usize>;
+/// A type by its place in [`GgmlType::ALL`].
+pub(super) struct Portable<const TYPE: usize>;
 
 /// Unpacks and interleaves super-block `s` of eight rows, codes signed.
 fn unpack_portably(qtype: GgmlType, strip: &Strip<'_>, s: usize, panel: &mut Panel) {
@@ -32,26 +29,7 @@ fn unpack_portably(qtype: GgmlType, strip: &Strip<'_>, s: usize, panel: &mut Pan
     }
 }
 
-impl<const TYPE: usize> Format for Super<TYPE> {
-    const TILES_FROM: usize = 0;
-
-    #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn gemv(_: &Strip<'_>, _: &[Q8Block]) -> __m256 {
-        unreachable!("tiles are used from the first token on")
-    }
-
-    #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn unpack(strip: &Strip<'_>, s: usize, panel: &mut Panel) {
-        unpack_portably(GgmlType::ALL[TYPE], strip, s, panel);
-    }
-
-    #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn tile<const N: usize>(panels: &[Panel], _: usize, x: [&[Q8Block]; N]) -> [__m256; N] {
-        tile::super_16(panels, x)
-    }
-}
-
-impl<const TYPE: usize> Format for Blocks<TYPE> {
+impl<const TYPE: usize> Format for Portable<TYPE> {
     const TILES_FROM: usize = 0;
 
     #[target_feature(enable = "avx2,fma,f16c")]
@@ -66,6 +44,10 @@ impl<const TYPE: usize> Format for Blocks<TYPE> {
 
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn tile<const N: usize>(panels: &[Panel], n_blocks: usize, x: [&[Q8Block]; N]) -> [__m256; N] {
-        tile::blocks_signed(panels, n_blocks, x)
+        match GgmlType::ALL[TYPE] {
+            // One exact sum per super-block; the others have a float scale per 32 columns.
+            GgmlType::Q2_K | GgmlType::Q3_K => tile::super_16(panels, x),
+            _ => tile::blocks_signed(panels, n_blocks, x),
+        }
     }
 }
