@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use apr_engine::device::Device;
-use apr_engine::{Engine, EngineOptions, Isa, KvType};
+use apr_engine::{Engine, EngineOptions, Isa, KvType, Precision};
 
 use crate::failure::Result;
 use crate::print::say;
@@ -42,7 +42,7 @@ impl LoadArgs {
                 if self.threads.is_some() || self.isa.is_some() {
                     say("note: the reference device runs plain loops on one thread; --threads and --isa do not apply");
                 }
-                Device::Reference
+                Device::Reference { activations: Precision::F32 }
             }
             _ => Device::Cpu { n_threads: self.threads, isa: self.isa },
         };

@@ -7,13 +7,16 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::batch::Batch;
-use crate::probe::{Probe, View, seen};
+use crate::probe::{Probe, View};
 use crate::qtype::GgmlType;
 use crate::rope::Rope;
 use crate::stage::Stage;
+use crate::stats::RowStats;
 
 pub mod faulty;
+pub mod fed;
 pub mod reference;
+pub mod rounded;
 pub mod unfused;
 
 mod decorator;
@@ -263,6 +266,28 @@ pub trait Backend: Sized {
     /// Copies expert ids to the host; their rows and columns are returned.
     fn read_ids(&self, ids: &Self::Ids, out: &mut Vec<u32>) -> Result<(usize, usize)>;
 
+    /// Rows and columns of expert ids.
+    fn ids_shape(&self, ids: &Self::Ids) -> (usize, usize);
+
+    /// Fills expert ids from the host: as many rows as `values` has.
+    fn write_ids(&self, ids: &mut Self::Ids, values: &[u32]) -> Result<()>;
+
+    /// Statistics of the columns `cols` of each of the rows `rows`, appended to `out`. A device computes them where the values are.
+    fn row_stats(
+        &self,
+        t: &Self::Tensor,
+        rows: Range<usize>,
+        cols: Range<usize>,
+        out: &mut Vec<RowStats>,
+    ) -> Result<()> {
+        let mut row = Vec::new();
+        for i in rows {
+            self.read_row(t, i, &mut row)?;
+            out.push(RowStats::of(&row[cols.clone()]));
+        }
+        Ok(())
+    }
+
     /// An empty KV cache.
     fn kv_cache(&self, shape: KvShape) -> Self::KvCache;
 
@@ -329,7 +354,8 @@ pub trait Backend: Sized {
     /// `x = x + y`
     fn add(&self, x: &mut Self::Tensor, y: &Self::Tensor) -> Result<()>;
 
-    /// A dense SwiGLU block: `out = down (silu(gate x) * up x)`.
+    /// A dense SwiGLU block: `out = down (silu(gate x) * up x)`. Afterwards `s.up` holds [`Stage::FfnUp`] and `s.gate`
+    /// [`Stage::FfnSwigl`] where the backend shows them.
     fn dense_ffn<P: Probe<Self>>(
         &self,
         out: &mut Self::Tensor,
@@ -339,18 +365,11 @@ pub trait Backend: Sized {
         il: usize,
         probe: &mut P,
     ) -> Result<()> {
-        self.matmul(&mut s.gate, 0, &w.gate, x)?;
-        seen(probe, self, Stage::FfnGate, il, &s.gate)?;
-        self.matmul(&mut s.up, 0, &w.up, x)?;
-        seen(probe, self, Stage::FfnUp, il, &s.up)?;
-        self.silu(&mut s.gate)?;
-        seen(probe, self, Stage::FfnSilu, il, &s.gate)?;
-        self.mul(&mut s.gate, &s.up)?;
-        seen(probe, self, Stage::FfnSwigl, il, &s.gate)?;
-        self.matmul(out, 0, &w.down, &s.gate)
+        unfused::dense_ffn(self, out, s, w, x, il, probe)
     }
 
-    /// The routed experts: `out[i] = Σ_s weights[i, s] FFN_{ids[i, s]}(x[i])`.
+    /// The routed experts: `out[i] = Σ_s weights[i, s] FFN_{ids[i, s]}(x[i])`. Afterwards `s.up` holds [`Stage::MoeExpertUp`], `s.gate`
+    /// [`Stage::MoeExpertSwigl`] and `s.down` [`Stage::MoeExpertOut`] where the backend shows them.
     fn experts_ffn<P: Probe<Self>>(
         &self,
         out: &mut Self::Tensor,
@@ -361,16 +380,7 @@ pub trait Backend: Sized {
         il: usize,
         probe: &mut P,
     ) -> Result<()> {
-        self.matmul_experts(&mut s.gate, &w.gate, &routing.ids, x)?;
-        seen(probe, self, Stage::MoeExpertGate, il, &s.gate)?;
-        self.matmul_experts(&mut s.up, &w.up, &routing.ids, x)?;
-        seen(probe, self, Stage::MoeExpertUp, il, &s.up)?;
-        self.silu(&mut s.gate)?;
-        self.mul(&mut s.gate, &s.up)?;
-        seen(probe, self, Stage::MoeExpertSwigl, il, &s.gate)?;
-        self.matmul_experts(&mut s.down, &w.down, &routing.ids, &s.gate)?;
-        seen(probe, self, Stage::MoeExpertOut, il, &s.down)?;
-        self.weighted_sum(out, &s.down, &routing.weights)
+        unfused::experts_ffn(self, out, s, w, routing, x, il, probe)
     }
 
     /// Runs one step; a device may record it once and replay it.

@@ -68,6 +68,13 @@ impl Batch {
         &self.kept
     }
 
+    /// The absolute positions of a stage's rows, of which there are `n_rows`: all, or those that want logits.
+    pub fn positions_of(&self, n_rows: usize) -> impl Iterator<Item = u32> {
+        let all = n_rows == self.rows.len();
+        assert!(all || n_rows == self.kept.len(), "a stage has all rows or those that want logits");
+        (0..n_rows).map(move |i| self.rows[if all { i } else { self.kept[i] as usize }].position)
+    }
+
     /// The block and the slot in it that hold a row's key and value.
     pub fn slot(&self, row: &Row) -> (u32, usize) {
         let p = row.position as usize;

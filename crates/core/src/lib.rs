@@ -11,3 +11,4 @@ pub mod probe;
 pub mod qtype;
 pub mod rope;
 pub mod stage;
+pub mod stats;

@@ -7,15 +7,16 @@ use crate::backend::{Backend, BackendError, Bytes, WeightData};
 use crate::batch::Batch;
 use crate::gguf::{Gguf, TensorInfo};
 use crate::hparams::{Architecture, Hparams, HparamsError};
-use crate::probe::Probe;
+use crate::probe::{NoProbe, Probe};
 use crate::qtype;
 use crate::rope::Scaling;
+use crate::stage::Stage;
 
 pub mod dense;
 pub mod parts;
 pub mod qwen3_moe;
 
-pub use parts::State;
+pub use parts::{State, StateOf};
 
 /// The weights of a model of any architecture.
 pub enum Model<W> {
@@ -71,10 +72,13 @@ impl<B: Backend> TensorSource<'_, B> {
         self.take(name, &[n_cols, n_rows, n_mat])
     }
 
-    /// A vector of floats: a norm or a bias.
+    /// A vector of floats: a norm or a bias. What is not finite in it shows in the pass, as it does in any other weight.
     pub fn vector(&mut self, name: &str, n: usize) -> Result<B::Weight, LoadError> {
-        self.floats(name, n)?;
-        self.take(name, &[n])
+        let data = self.data(name, &[n])?;
+        if !data.qtype.is_float() {
+            return Err(LoadError::NotFloat { name: name.to_string(), got: data.qtype });
+        }
+        Ok(self.backend.upload(&data)?)
     }
 
     /// The values of a vector of finite floats, on the host.
@@ -157,7 +161,7 @@ pub fn load<B: Backend>(
 }
 
 /// Buffers for a step of this model.
-pub fn state<B: Backend>(b: &B, h: &Hparams, model: &Model<B::Weight>) -> State<B> {
+pub fn state<B: Backend>(b: &B, h: &Hparams, model: &Model<B::Weight>) -> StateOf<B> {
     match model {
         Model::Qwen3Moe(m) => qwen3_moe::state(b, h, m),
         Model::Dense(m) => dense::state(b, h, m),
@@ -168,7 +172,7 @@ pub fn state<B: Backend>(b: &B, h: &Hparams, model: &Model<B::Weight>) -> State<
 pub fn step<B: Backend, P: Probe<B>>(
     b: &B,
     model: &Model<B::Weight>,
-    s: &mut State<B>,
+    s: &mut StateOf<B>,
     kv: &mut B::KvCache,
     batch: &Batch,
     probe: &mut P,
@@ -178,4 +182,54 @@ pub fn step<B: Backend, P: Probe<B>>(
         Model::Qwen3Moe(m) => qwen3_moe::forward(b, m, s, kv, batch, probe),
         Model::Dense(m) => dense::forward(b, m, s, kv, batch, probe),
     })
+}
+
+/// The final norm and the logits of given rows of the residual stream, `[n_rows, n_embd]`: what the model would say if it ended there.
+/// The logits end up in `s.logits`.
+pub fn output_of<B: Backend>(
+    b: &B,
+    model: &Model<B::Weight>,
+    s: &mut StateOf<B>,
+    residual: &[f32],
+) -> crate::backend::Result<()> {
+    let (frame, n_layer) = match model {
+        Model::Qwen3Moe(m) => (&m.frame, m.layers.len()),
+        Model::Dense(m) => (&m.frame, m.layers.len()),
+    };
+    b.write(&mut s.x, residual)?;
+    parts::output(b, frame, s, n_layer, &mut NoProbe)
+}
+
+/// The stages that a model computes, in order.
+pub fn stages(h: &Hparams, gguf: &Gguf) -> Vec<Stage> {
+    use Stage::*;
+    let has_bias = gguf.tensor("blk.0.attn_q.bias").is_some();
+    let exists = |stage| match stage {
+        QkvBias => has_bias,
+        FfnGate | FfnUp | FfnSilu | FfnSwigl | FfnOut => h.experts.is_none(),
+        MoeRouterLogits | MoeRouter | MoeRouterIndices | MoeExpertGate | MoeExpertUp | MoeExpertSwigl
+        | MoeExpertOut | MoeFfnOut => h.experts.is_some(),
+        _ => true,
+    };
+    Stage::all().filter(|&stage| exists(stage)).collect()
+}
+
+/// The shape of a stage's value for one position. Scores of attention have a column for each of `n_kv` positions.
+pub fn stage_shape(h: &Hparams, stage: Stage, n_kv: usize) -> Vec<usize> {
+    use Stage::*;
+    let (n_expert, k, n_ff_exp) = h.experts.as_ref().map_or((0, 0, 0), |e| (e.n_expert, e.n_expert_used, e.n_ff_exp));
+    match stage {
+        QkvMatmul | QkvBias => vec![h.heads.n_qkv()],
+        QPostRope | Attention => vec![h.heads.q().len()],
+        KPostRope => vec![h.heads.k().len()],
+        AttnScores | AttnSoftmax => vec![h.heads.n_head, n_kv],
+        FfnGate | FfnUp | FfnSilu | FfnSwigl => vec![h.n_ff],
+        MoeRouterLogits => vec![n_expert],
+        MoeRouter | MoeRouterIndices => vec![k],
+        MoeExpertGate | MoeExpertUp | MoeExpertSwigl => vec![k, n_ff_exp],
+        MoeExpertOut => vec![k, h.n_embd],
+        LmHead => vec![h.n_vocab],
+        Embedding | AttnNorm | AttnOut | PostAttnResidual | FfnNorm | FfnOut | MoeFfnOut | PostFfnResidual
+        | FinalNorm => vec![h.n_embd],
+    }
 }

@@ -1,18 +1,21 @@
 //! Looking into a forward pass while it runs.
 //!
 //! The forward offers every stage to a [`Probe`]. A probe reads, never writes, so that the pass that is traced is the pass that is
-//! served; [`NoProbe`] compiles to nothing. [`Recorder`] keeps chosen stages on the host.
+//! served; [`NoProbe`] compiles to nothing. A [`Watch`] is a probe that does not know the backend, which is what everything above a
+//! session is; [`Recorder`] is one that keeps chosen stages on the host.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use crate::backend::{Backend, Result};
 use crate::batch::Batch;
 use crate::stage::Stage;
+use crate::stats::RowStats;
 
 /// Some columns of a tensor, or the expert ids of a routing.
 pub enum View<'a, B: Backend> {
     /// Columns `cols` of every row of a tensor.
-    Values { tensor: &'a B::Tensor, cols: std::ops::Range<usize> },
+    Values { tensor: &'a B::Tensor, cols: Range<usize> },
     /// Expert ids `[n_tokens, n_expert_used]`.
     Ids(&'a B::Ids),
 }
@@ -41,7 +44,7 @@ pub fn seen_cols<B: Backend, P: Probe<B>>(
     stage: Stage,
     layer: usize,
     tensor: &B::Tensor,
-    cols: std::ops::Range<usize>,
+    cols: Range<usize>,
 ) -> Result<()> {
     p.seen(b, stage, layer, View::Values { tensor, cols })
 }
@@ -59,6 +62,103 @@ impl<B: Backend> Probe<B> for NoProbe {
     #[inline(always)]
     fn seen(&mut self, _: &B, _: Stage, _: usize, _: View<'_, B>) -> Result<()> {
         Ok(())
+    }
+}
+
+/// A stage's values as a watcher meets them, whatever the backend.
+pub trait StageValue {
+    /// Rows and columns.
+    fn shape(&self) -> (usize, usize);
+    /// Whether these are expert ids, which are read as floats, exact below 2^24.
+    fn is_ids(&self) -> bool;
+    /// Copies rows `rows` to the host: `[rows.len(), n_cols]`.
+    fn read(&self, rows: Range<usize>, out: &mut Vec<f32>) -> Result<()>;
+    /// Statistics of each of the rows, computed where the values are.
+    fn stats(&self, rows: Range<usize>, out: &mut Vec<RowStats>) -> Result<()>;
+}
+
+/// A probe that does not know the backend.
+pub trait Watch {
+    /// Called once per step, before the first stage.
+    fn begin(&mut self, batch: &Batch);
+    /// Whether this stage is wanted at all.
+    fn wants(&self, stage: Stage, layer: usize) -> bool;
+    /// A stage has been computed; [`Batch::positions_of`] tells the positions of its rows.
+    fn seen(&mut self, stage: Stage, layer: usize, value: &dyn StageValue) -> Result<()>;
+}
+
+impl<W: Watch + ?Sized> Watch for &mut W {
+    fn begin(&mut self, batch: &Batch) {
+        (**self).begin(batch);
+    }
+    fn wants(&self, stage: Stage, layer: usize) -> bool {
+        (**self).wants(stage, layer)
+    }
+    fn seen(&mut self, stage: Stage, layer: usize, value: &dyn StageValue) -> Result<()> {
+        (**self).seen(stage, layer, value)
+    }
+}
+
+impl<B: Backend, W: Watch> Probe<B> for W {
+    fn begin(&mut self, batch: &Batch) {
+        Watch::begin(self, batch);
+    }
+    fn wants(&self, stage: Stage, layer: usize) -> bool {
+        Watch::wants(self, stage, layer)
+    }
+    fn seen(&mut self, b: &B, stage: Stage, layer: usize, view: View<'_, B>) -> Result<()> {
+        if Watch::wants(self, stage, layer) { Watch::seen(self, stage, layer, &OnDevice { b, view }) } else { Ok(()) }
+    }
+}
+
+/// A stage's values on a backend.
+struct OnDevice<'a, B: Backend> {
+    b: &'a B,
+    view: View<'a, B>,
+}
+
+impl<B: Backend> StageValue for OnDevice<'_, B> {
+    fn shape(&self) -> (usize, usize) {
+        match &self.view {
+            View::Values { tensor, cols } => (self.b.shape(tensor).0, cols.len()),
+            View::Ids(ids) => self.b.ids_shape(ids),
+        }
+    }
+
+    fn is_ids(&self) -> bool {
+        matches!(self.view, View::Ids(_))
+    }
+
+    fn read(&self, rows: Range<usize>, out: &mut Vec<f32>) -> Result<()> {
+        out.clear();
+        match &self.view {
+            View::Values { tensor, cols } => {
+                let mut row = Vec::new();
+                for i in rows {
+                    self.b.read_row(tensor, i, &mut row)?;
+                    out.extend_from_slice(&row[cols.clone()]);
+                }
+            }
+            View::Ids(ids) => {
+                let mut all = Vec::new();
+                let (_, n) = self.b.read_ids(ids, &mut all)?;
+                out.extend(all[rows.start * n..rows.end * n].iter().map(|&id| id as f32));
+            }
+        }
+        Ok(())
+    }
+
+    fn stats(&self, rows: Range<usize>, out: &mut Vec<RowStats>) -> Result<()> {
+        out.clear();
+        match &self.view {
+            View::Values { tensor, cols } => self.b.row_stats(tensor, rows, cols.clone(), out),
+            View::Ids(_) => {
+                let (mut values, n) = (Vec::new(), self.shape().1);
+                self.read(rows, &mut values)?;
+                out.extend(values.chunks_exact(n.max(1)).map(RowStats::of));
+                Ok(())
+            }
+        }
     }
 }
 
@@ -106,7 +206,7 @@ impl Recorder {
     }
 }
 
-impl<B: Backend> Probe<B> for Recorder {
+impl Watch for Recorder {
     fn begin(&mut self, batch: &Batch) {
         self.batch = batch.clone();
     }
@@ -115,34 +215,11 @@ impl<B: Backend> Probe<B> for Recorder {
         self.wanted.as_ref().is_none_or(|w| w.contains(&stage))
     }
 
-    fn seen(&mut self, b: &B, stage: Stage, layer: usize, view: View<'_, B>) -> Result<()> {
-        if !Probe::<B>::wants(self, stage, layer) {
-            return Ok(());
-        }
-        let mut values = Vec::new();
-        let n_rows = match view {
-            View::Values { tensor, cols } => {
-                let mut all = Vec::new();
-                b.read(tensor, &mut all)?;
-                let (n_rows, n_cols) = b.shape(tensor);
-                all.chunks_exact(n_cols).for_each(|row| values.extend_from_slice(&row[cols.clone()]));
-                n_rows
-            }
-            View::Ids(ids) => {
-                let mut all = Vec::new();
-                let (n_rows, _) = b.read_ids(ids, &mut all)?;
-                values.extend(all.iter().map(|&id| id as f32));
-                n_rows
-            }
-        };
-        let rows = self.batch.rows();
+    fn seen(&mut self, stage: Stage, layer: usize, value: &dyn StageValue) -> Result<()> {
+        let (n_rows, mut values) = (value.shape().0, Vec::new());
+        value.read(0..n_rows, &mut values)?;
         let record = self.seen.entry((layer, stage)).or_default();
-        if n_rows == rows.len() {
-            record.positions.extend(rows.iter().map(|r| r.position));
-        } else {
-            assert_eq!(n_rows, self.batch.kept().len(), "a stage has all rows or those that want logits");
-            record.positions.extend(self.batch.kept().iter().map(|&r| rows[r as usize].position));
-        }
+        record.positions.extend(self.batch.positions_of(n_rows));
         record.values.extend(values);
         Ok(())
     }

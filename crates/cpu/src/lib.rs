@@ -198,7 +198,17 @@ impl Backend for CpuBackend {
 
     fn read_ids(&self, ids: &CpuIds, out: &mut Vec<u32>) -> Result<(usize, usize)> {
         out.clone_from(&ids.data);
-        Ok((ids.data.len() / ids.n_cols, ids.n_cols))
+        Ok(self.ids_shape(ids))
+    }
+
+    fn ids_shape(&self, ids: &CpuIds) -> (usize, usize) {
+        (ids.data.len() / ids.n_cols, ids.n_cols)
+    }
+
+    fn write_ids(&self, ids: &mut CpuIds, values: &[u32]) -> Result<()> {
+        ids.data.clear();
+        ids.data.extend_from_slice(values);
+        Ok(())
     }
 
     fn kv_cache(&self, shape: KvShape) -> KvCache {

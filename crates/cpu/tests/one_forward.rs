@@ -5,7 +5,6 @@ mod runs;
 
 use apr_core::backend::KvType;
 use apr_core::backend::reference::Reference;
-use apr_core::backend::unfused::Unfused;
 use apr_core::probe::Recorder;
 use apr_cpu::CpuBackend;
 use apr_cpu::kernels::{Isa, Kernels};
@@ -138,8 +137,8 @@ fn fused_and_unfused_agree() {
     let tokens = prompt(40, 8);
     for isa in isas() {
         let fused = whole(cpu(isa, 2), &tokens, &mut none());
-        let mut unfused = Run::new(Unfused(CpuBackend::new(2, Some(isa)).unwrap()), TINY, KvType::F16, |_| {});
-        unfused.step(&tokens, 0, 40, &mut none());
+        let mut unfused = cpu(isa, 2);
+        unfused.step_unfused(&tokens, &mut none());
         let error = relative_rms(&unfused.logits(), &fused);
         assert!(error <= 1e-5, "{isa}: relative RMS {error:e}");
     }

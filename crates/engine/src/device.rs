@@ -1,6 +1,8 @@
 //! Which backend runs a model: the only place that knows them all.
 
+use apr_core::backend::Precision;
 use apr_core::backend::reference::Reference;
+use apr_core::backend::rounded::Rounded;
 use apr_core::hparams::Hparams;
 use apr_cpu::CpuBackend;
 use apr_cpu::kernels::Isa;
@@ -14,8 +16,9 @@ use crate::session::{Runner, Session, SessionSettings};
 pub enum Device {
     /// The host's cores. `None` takes as many threads as this process may run at once, and the fastest instruction set.
     Cpu { n_threads: Option<usize>, isa: Option<Isa> },
-    /// The plain reference computation, slow and exact.
-    Reference,
+    /// The plain reference computation, slow and exact; with `Int8`, exact but for activations that are rounded as that says, which is
+    /// the noise that comparisons judge by.
+    Reference { activations: Precision },
     /// A CUDA device.
     Gpu,
 }
@@ -40,7 +43,13 @@ pub(crate) fn open(
             let name = format!("cpu ({}, {} threads)", backend.isa(), backend.n_threads());
             Ok((Box::new(Runner::load(backend, file, h, settings)?), name))
         }
-        Device::Reference => Ok((Box::new(Runner::load(Reference, file, h, settings)?), "reference".to_string())),
+        Device::Reference { activations: Precision::F32 } => {
+            Ok((Box::new(Runner::load(Reference, file, h, settings)?), "reference".to_string()))
+        }
+        Device::Reference { activations: Precision::Int8 } => {
+            let name = "reference, activations rounded to 8 bits".to_string();
+            Ok((Box::new(Runner::load(Rounded(Reference), file, h, settings)?), name))
+        }
         Device::Gpu => Err(EngineError::NoGpu),
     }
 }

@@ -16,7 +16,7 @@ pub mod tokenizer;
 
 mod engine;
 
-pub use apr_core::backend::{BackendError, KvType};
+pub use apr_core::backend::{BackendError, KvType, Precision};
 pub use apr_core::gguf;
 pub use apr_core::hparams::Hparams;
 pub use apr_core::qtype::GgmlType;

@@ -1,10 +1,13 @@
 //! Steps on a loaded model: the one entry to the forward pass, and the KV blocks of the sequences on it.
 
-use apr_core::backend::{Backend, BackendError, KV_BLOCK, KvShape, KvType};
+use apr_core::backend::fed::{Fed, Feed, Feeding};
+use apr_core::backend::unfused::Unfused;
+use apr_core::backend::{Backend, BackendError, KV_BLOCK, KvShape, KvType, Precision};
 use apr_core::batch::{Batch, Row};
 use apr_core::hparams::Hparams;
-use apr_core::models::{self, LoadError, Model, State};
-use apr_core::probe::{NoProbe, Probe, Recorder};
+use apr_core::models::{self, LoadError, Model, StateOf};
+use apr_core::probe::{NoProbe, Watch};
+use apr_core::stage::Stage;
 
 use crate::model_file::ModelFile;
 
@@ -59,13 +62,35 @@ pub enum StepError {
     Backend(#[from] BackendError),
 }
 
+/// How a step is looked at.
+pub struct Look<'a> {
+    pub watch: &'a mut dyn Watch,
+    /// Runs the plain bodies of fused ops, so that their interior stages are seen.
+    pub unfused: bool,
+    /// Values that stand in for those of the pass, once they have been seen.
+    pub feed: Option<&'a mut dyn Feed>,
+}
+
 /// A loaded model that runs steps. Engines hold it boxed, so that nothing above names a backend.
 pub trait Session: Send {
     /// Feeds new tokens of some sequences, all in one step. Nothing changes when it fails.
     fn step(&mut self, parts: &mut [Part<'_>]) -> Result<(), StepError>;
 
-    /// As [`step`](Self::step), with a recorder looking on.
-    fn step_recorded(&mut self, parts: &mut [Part<'_>], recorder: &mut Recorder) -> Result<(), StepError>;
+    /// As [`step`](Self::step), with someone looking on.
+    fn step_watched(&mut self, parts: &mut [Part<'_>], look: Look<'_>) -> Result<(), StepError>;
+
+    /// Whether a watched step of this kind shows the stage, where the model computes it.
+    fn shows(&self, stage: Stage, unfused: bool) -> bool;
+
+    /// Precision of activations in products with quantized weights.
+    fn precision(&self) -> Precision;
+
+    /// How keys and values are stored.
+    fn kv_type(&self) -> KvType;
+
+    /// Logits that rows of the residual stream, `[n_rows, n_embd]`, would give: final norm and output matrix. They are then read with
+    /// [`logits`](Self::logits).
+    fn step_output(&mut self, residual: &[f32]) -> Result<(), StepError>;
 
     /// Copies the logits of the `i`-th row that wanted them in the last step.
     fn logits(&self, i: usize, out: &mut Vec<f32>) -> Result<(), StepError>;
@@ -124,12 +149,12 @@ impl BlockPool {
 pub(crate) struct Runner<B: Backend> {
     backend: B,
     model: Model<B::Weight>,
-    state: State<B>,
+    state: StateOf<B>,
     kv: B::KvCache,
     kv_shape: KvShape,
     blocks: BlockPool,
     n_ctx: usize,
-    n_vocab: usize,
+    hparams: Hparams,
     /// Rows of the last step that wanted logits.
     n_logits: usize,
 }
@@ -151,7 +176,7 @@ impl<B: Backend> Runner<B> {
             kv_shape,
             blocks,
             n_ctx: settings.n_ctx,
-            n_vocab: h.n_vocab,
+            hparams: h.clone(),
             n_logits: 0,
         })
     }
@@ -162,8 +187,8 @@ impl<B: Backend> Runner<B> {
             if need > self.n_ctx {
                 return Err(StepError::ContextFull { need, n_ctx: self.n_ctx });
             }
-            if let Some(&token) = part.tokens.iter().find(|&&t| t as usize >= self.n_vocab) {
-                return Err(StepError::Token { token, n_vocab: self.n_vocab });
+            if let Some(&token) = part.tokens.iter().find(|&&t| t as usize >= self.hparams.n_vocab) {
+                return Err(StepError::Token { token, n_vocab: self.hparams.n_vocab });
             }
         }
         Ok(())
@@ -182,7 +207,8 @@ impl<B: Backend> Runner<B> {
         Ok(())
     }
 
-    fn run<P: Probe<B>>(&mut self, parts: &mut [Part<'_>], probe: &mut P) -> Result<(), StepError> {
+    /// The batch of a step, with room for its keys and values; `None` where there is nothing to do.
+    fn batch(&mut self, parts: &mut [Part<'_>]) -> Result<Option<Batch>, StepError> {
         self.check(parts)?;
         self.n_logits = 0;
         let (mut rows, mut tables) = (Vec::new(), Vec::new());
@@ -202,13 +228,31 @@ impl<B: Backend> Runner<B> {
             }));
             tables.push(part.sequence.blocks.clone());
         }
-        if rows.is_empty() {
-            return Ok(());
-        }
-        let batch = Batch::new(rows, tables);
-        models::step(&self.backend, &self.model, &mut self.state, &mut self.kv, &batch, probe)?;
+        Ok((!rows.is_empty()).then(|| Batch::new(rows, tables)))
+    }
+
+    /// Takes note of a step that has been run.
+    fn done(&mut self, parts: &mut [Part<'_>], batch: &Batch) {
         self.n_logits = batch.kept().len();
         parts.iter_mut().for_each(|p| p.sequence.n_tokens += p.tokens.len());
+    }
+
+    /// A step whose stages are seen, and replaced where there is a feed.
+    fn run_watched(&mut self, batch: &Batch, look: Look<'_>) -> Result<(), StepError> {
+        let Look { mut watch, unfused, feed } = look;
+        let (b, model, kv) = (&self.backend, &self.model, &mut self.kv);
+        if let Some(feed) = feed {
+            let fed = Fed::new(b, unfused);
+            let mut state = models::state(&fed, &self.hparams, model);
+            models::step(&fed, model, &mut state, kv, batch, &mut Feeding { watch, feed })?;
+            let mut logits = Vec::new();
+            fed.read(&state.logits, &mut logits)?;
+            b.write(&mut self.state.logits, &logits)?;
+        } else if unfused {
+            models::step(&Unfused(b), model, &mut self.state, kv, batch, &mut watch)?;
+        } else {
+            models::step(b, model, &mut self.state, kv, batch, &mut watch)?;
+        }
         Ok(())
     }
 }
@@ -222,11 +266,36 @@ where
     B::KvCache: Send,
 {
     fn step(&mut self, parts: &mut [Part<'_>]) -> Result<(), StepError> {
-        self.run(parts, &mut NoProbe)
+        let Some(batch) = self.batch(parts)? else { return Ok(()) };
+        models::step(&self.backend, &self.model, &mut self.state, &mut self.kv, &batch, &mut NoProbe)?;
+        self.done(parts, &batch);
+        Ok(())
     }
 
-    fn step_recorded(&mut self, parts: &mut [Part<'_>], recorder: &mut Recorder) -> Result<(), StepError> {
-        self.run(parts, recorder)
+    fn step_watched(&mut self, parts: &mut [Part<'_>], look: Look<'_>) -> Result<(), StepError> {
+        let Some(batch) = self.batch(parts)? else { return Ok(()) };
+        self.run_watched(&batch, look)?;
+        self.done(parts, &batch);
+        Ok(())
+    }
+
+    fn shows(&self, stage: Stage, unfused: bool) -> bool {
+        if unfused { Unfused(&self.backend).shows(stage) } else { self.backend.shows(stage) }
+    }
+
+    fn precision(&self) -> Precision {
+        self.backend.precision()
+    }
+
+    fn kv_type(&self) -> KvType {
+        self.kv_shape.kv_type
+    }
+
+    fn step_output(&mut self, residual: &[f32]) -> Result<(), StepError> {
+        assert!(residual.len().is_multiple_of(self.hparams.n_embd), "whole rows of the residual stream");
+        models::output_of(&self.backend, &self.model, &mut self.state, residual)?;
+        self.n_logits = residual.len() / self.hparams.n_embd;
+        Ok(())
     }
 
     fn logits(&self, i: usize, out: &mut Vec<f32>) -> Result<(), StepError> {

@@ -8,7 +8,7 @@ use apr_engine::device::Device;
 use apr_engine::generate::{Finish, GenerateError, Generated, Request, generate};
 use apr_engine::sampler::SamplerConfig;
 use apr_engine::session::{Logits, Part, Sequence, StepError};
-use apr_engine::{Engine, EngineOptions, KvType};
+use apr_engine::{Engine, EngineOptions, KvType, Precision};
 use serde_json::json;
 
 fn fixture(name: &str) -> PathBuf {
@@ -200,7 +200,8 @@ fn control_text_in_a_message_is_never_a_control_token() {
 #[test]
 fn the_reference_device_generates_the_same_greedy_text_where_it_is_clear() {
     let r = Request { prompt: (100..800).step_by(100).collect(), ..request(4) };
-    let options = EngineOptions { device: Device::Reference, kv_type: KvType::F32, n_ctx: None };
+    let options =
+        EngineOptions { device: Device::Reference { activations: Precision::F32 }, kv_type: KvType::F32, n_ctx: None };
     let mut reference = Engine::load(&fixture("tiny-qwen3moe.gguf"), options).unwrap();
     assert_eq!(run(&mut reference, &r).0.tokens, run(&mut load(2, None, KvType::F32), &r).0.tokens);
 }

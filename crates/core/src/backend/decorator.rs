@@ -39,15 +39,24 @@ where
 macro_rules! delegate {
     () => {
         $crate::backend::decorator::delegate!(types);
+        $crate::backend::decorator::delegate!(precision);
+        $crate::backend::decorator::delegate!(plain);
+        $crate::backend::decorator::delegate!(products);
+        $crate::backend::decorator::delegate!(attention);
+    };
+    (precision) => {
+        fn precision(&self) -> $crate::backend::Precision {
+            self.0.precision()
+        }
+    };
+    (plain) => {
         $crate::backend::decorator::delegate!(op upload(data: &$crate::backend::WeightData) -> Self::Weight);
         $crate::backend::decorator::delegate!(op head_norm(x: &mut Self::Tensor, cols: std::ops::Range<usize>, w: &Self::Weight, eps: f32) -> ());
         $crate::backend::decorator::delegate!(op route(r: &mut $crate::backend::Routing<Self::Tensor, Self::Ids>) -> ());
-        $crate::backend::decorator::delegate!(attention);
-        fn shows(&self, stage: $crate::stage::Stage) -> bool {
-            use $crate::stage::Stage::*;
-            let interior = [FfnGate, FfnUp, FfnSilu, FfnSwigl, MoeExpertGate, MoeExpertUp, MoeExpertSwigl, MoeExpertOut];
-            interior.contains(&stage) || self.0.shows(stage)
-        }
+    };
+    (products) => {
+        $crate::backend::decorator::delegate!(op matmul(out: &mut Self::Tensor, at: usize, w: &Self::Weight, x: &Self::Tensor) -> ());
+        $crate::backend::decorator::delegate!(op matmul_experts(out: &mut Self::Tensor, w: &Self::Weight, ids: &Self::Ids, x: &Self::Tensor) -> ());
     };
     (op $name:ident($($arg:ident: $ty:ty),*) -> $out:ty) => {
         fn $name(&self, $($arg: $ty),*) -> $crate::backend::Result<$out> {
@@ -75,9 +84,6 @@ macro_rules! delegate {
         type Weight = B::Weight;
         type KvCache = B::KvCache;
 
-        fn precision(&self) -> $crate::backend::Precision {
-            self.0.precision()
-        }
         fn read_bytes(&self) -> Option<u64> {
             self.0.read_bytes()
         }
@@ -97,16 +103,19 @@ macro_rules! delegate {
         $crate::backend::decorator::delegate!(op write(t: &mut Self::Tensor, values: &[f32]) -> ());
         $crate::backend::decorator::delegate!(op read_row(t: &Self::Tensor, row: usize, out: &mut Vec<f32>) -> ());
         $crate::backend::decorator::delegate!(op read_ids(ids: &Self::Ids, out: &mut Vec<u32>) -> (usize, usize));
+        fn ids_shape(&self, ids: &Self::Ids) -> (usize, usize) {
+            self.0.ids_shape(ids)
+        }
+        $crate::backend::decorator::delegate!(op write_ids(ids: &mut Self::Ids, values: &[u32]) -> ());
+        $crate::backend::decorator::delegate!(op row_stats(t: &Self::Tensor, rows: std::ops::Range<usize>, cols: std::ops::Range<usize>, out: &mut Vec<$crate::stats::RowStats>) -> ());
         $crate::backend::decorator::delegate!(op kv_reserve(kv: &mut Self::KvCache, n_blocks: usize) -> ());
         $crate::backend::decorator::delegate!(op kv_save(kv: &Self::KvCache, block: u32, out: &mut Vec<u8>) -> ());
         $crate::backend::decorator::delegate!(op kv_restore(kv: &mut Self::KvCache, block: u32, saved: &[u8]) -> ());
         $crate::backend::decorator::delegate!(op embed(out: &mut Self::Tensor, table: &Self::Weight, batch: &$crate::batch::Batch) -> ());
         $crate::backend::decorator::delegate!(op rms_norm(out: &mut Self::Tensor, x: &Self::Tensor, w: &Self::Weight, eps: f32) -> ());
-        $crate::backend::decorator::delegate!(op matmul(out: &mut Self::Tensor, at: usize, w: &Self::Weight, x: &Self::Tensor) -> ());
         $crate::backend::decorator::delegate!(op add_bias(x: &mut Self::Tensor, at: usize, bias: &Self::Weight) -> ());
         $crate::backend::decorator::delegate!(op rope(x: &mut Self::Tensor, cols: std::ops::Range<usize>, head_dim: usize, rope: &$crate::rope::Rope, batch: &$crate::batch::Batch) -> ());
         $crate::backend::decorator::delegate!(op keep_rows(x: &mut Self::Tensor, batch: &$crate::batch::Batch) -> ());
-        $crate::backend::decorator::delegate!(op matmul_experts(out: &mut Self::Tensor, w: &Self::Weight, ids: &Self::Ids, x: &Self::Tensor) -> ());
         $crate::backend::decorator::delegate!(op silu(x: &mut Self::Tensor) -> ());
         $crate::backend::decorator::delegate!(op mul(x: &mut Self::Tensor, y: &Self::Tensor) -> ());
         $crate::backend::decorator::delegate!(op weighted_sum(out: &mut Self::Tensor, x: &Self::Tensor, weights: &Self::Tensor) -> ());

@@ -29,6 +29,8 @@ pub struct Faulty<B>(pub B, pub Fault);
 
 impl<B: Backend> Backend for Faulty<B> {
     delegate!(types);
+    delegate!(precision);
+    delegate!(products);
 
     fn shows(&self, stage: Stage) -> bool {
         self.0.shows(stage)

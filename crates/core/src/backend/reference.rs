@@ -162,7 +162,17 @@ impl Backend for Reference {
 
     fn read_ids(&self, ids: &HostIds, out: &mut Vec<u32>) -> Result<(usize, usize)> {
         out.clone_from(&ids.data);
-        Ok((ids.data.len() / ids.n_cols, ids.n_cols))
+        Ok(self.ids_shape(ids))
+    }
+
+    fn ids_shape(&self, ids: &HostIds) -> (usize, usize) {
+        (ids.data.len() / ids.n_cols, ids.n_cols)
+    }
+
+    fn write_ids(&self, ids: &mut HostIds, values: &[u32]) -> Result<()> {
+        ids.data.clear();
+        ids.data.extend_from_slice(values);
+        Ok(())
     }
 
     fn kv_cache(&self, shape: KvShape) -> HostKv {

@@ -6,7 +6,7 @@ use crate::hparams::Hparams;
 use crate::probe::{Probe, seen};
 use crate::stage::Stage;
 
-use super::parts::{self, AttnKind, AttnWeights, Frame, State};
+use super::parts::{self, AttnKind, AttnWeights, Frame, State, StateOf};
 use super::{LoadError, TensorSource};
 
 /// Weights of one layer.
@@ -27,7 +27,7 @@ pub struct Weights<W> {
 pub fn forward<B: Backend, P: Probe<B>>(
     b: &B,
     m: &Weights<B::Weight>,
-    s: &mut State<B>,
+    s: &mut StateOf<B>,
     kv: &mut B::KvCache,
     batch: &Batch,
     probe: &mut P,
@@ -52,7 +52,7 @@ pub fn forward<B: Backend, P: Probe<B>>(
 }
 
 /// Buffers for a step.
-pub fn state<B: Backend>(b: &B, h: &Hparams, m: &Weights<B::Weight>) -> State<B> {
+pub fn state<B: Backend>(b: &B, h: &Hparams, m: &Weights<B::Weight>) -> StateOf<B> {
     State::new(b, h, &m.frame, m.layers.iter().map(|l| (&l.attn, &l.ffn, None)))
 }
 

@@ -40,33 +40,36 @@ pub struct Frame<W> {
     pub rms_eps: f32,
 }
 
-/// Buffers of a step. Rows are the tokens of the step.
-pub struct State<B: Backend> {
+/// Buffers of a step: tensors `T` and expert ids `I` of a backend. Rows are the tokens of the step.
+pub struct State<T, I> {
     /// Residual stream `[n_tokens, n_embd]`
-    pub x: B::Tensor,
+    pub x: T,
     /// Normalised input of a block `[n_tokens, n_embd]`
-    pub xn: B::Tensor,
+    pub xn: T,
     /// `[n_tokens, n_qkv]`
-    pub qkv: B::Tensor,
+    pub qkv: T,
     /// `[n_tokens, n_head * head_dim]`
-    pub attn: B::Tensor,
+    pub attn: T,
     /// Output of a block `[n_tokens, n_embd]`
-    pub y: B::Tensor,
-    pub ffn: FfnScratch<B::Tensor>,
+    pub y: T,
+    pub ffn: FfnScratch<T>,
     /// Of an architecture with experts.
-    pub routing: Option<Routing<B::Tensor, B::Ids>>,
+    pub routing: Option<Routing<T, I>>,
     /// `[n_kept, n_vocab]`
-    pub logits: B::Tensor,
+    pub logits: T,
 }
 
-impl<B: Backend> State<B> {
+/// The buffers of a step on backend `B`.
+pub type StateOf<B> = State<<B as Backend>::Tensor, <B as Backend>::Ids>;
+
+impl<T, I> State<T, I> {
     /// Buffers for a model with these sizes. Each tensor learns the weights that consume it, over all layers.
-    pub fn new<'w>(
+    pub fn new<'w, B: Backend<Tensor = T, Ids = I>>(
         b: &B,
         h: &Hparams,
         frame: &'w Frame<B::Weight>,
         layers: impl Iterator<Item = (&'w AttnWeights<B::Weight>, &'w FfnWeights<B::Weight>, Option<&'w B::Weight>)>,
-    ) -> State<B>
+    ) -> State<T, I>
     where
         B::Weight: 'w,
     {
@@ -106,7 +109,7 @@ pub fn attention_block<B: Backend, P: Probe<B>>(
     b: &B,
     f: &Frame<B::Weight>,
     w: &AttnWeights<B::Weight>,
-    s: &mut State<B>,
+    s: &mut StateOf<B>,
     kv: &mut B::KvCache,
     batch: &Batch,
     (il, is_last): (usize, bool),
@@ -148,7 +151,7 @@ pub fn attention_block<B: Backend, P: Probe<B>>(
 pub fn output<B: Backend, P: Probe<B>>(
     b: &B,
     f: &Frame<B::Weight>,
-    s: &mut State<B>,
+    s: &mut StateOf<B>,
     il: usize,
     probe: &mut P,
 ) -> Result<()> {

@@ -5,6 +5,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use apr_core::backend::fed::{Fed, Feed, Feeding};
+use apr_core::backend::unfused::Unfused;
 use apr_core::backend::{Backend, KvShape, KvType};
 use apr_core::batch::{Batch, Row};
 use apr_core::gguf;
@@ -60,8 +62,9 @@ const BLOCKS_PER_SEQUENCE: usize = 17;
 /// A fixture loaded into a backend, with its changes to the hyper-parameters.
 pub struct Run<B: Backend> {
     backend: B,
+    hparams: Hparams,
     model: models::Model<B::Weight>,
-    state: models::State<B>,
+    state: models::StateOf<B>,
     kv: B::KvCache,
 }
 
@@ -73,9 +76,10 @@ impl<B: Backend> Run<B> {
         change(&mut hparams);
         let model = models::load(&backend, &parsed, &hparams, &[Arc::new(bytes)]).unwrap();
         let state = models::state(&backend, &hparams, &model);
-        let Hparams { n_layer, heads, .. } = hparams;
-        let kv = backend.kv_cache(KvShape { n_layer, n_head_kv: heads.n_head_kv, head_dim: heads.head_dim, kv_type });
-        Run { backend, model, state, kv }
+        let heads = hparams.heads;
+        let shape = KvShape { n_layer: hparams.n_layer, n_head_kv: heads.n_head_kv, head_dim: heads.head_dim, kv_type };
+        let kv = backend.kv_cache(shape);
+        Run { backend, hparams, model, state, kv }
     }
 
     /// One step over `tokens` from position `from` of one sequence; the last `n_logits` want logits.
@@ -85,6 +89,27 @@ impl<B: Backend> Run<B> {
 
     /// One step of several sequences: number, new tokens, position of the first, how many of the last want logits.
     pub fn step_many(&mut self, parts: &[(usize, &[u32], usize, usize)], probe: &mut Recorder) {
+        let batch = self.batch(parts);
+        models::step(&self.backend, &self.model, &mut self.state, &mut self.kv, &batch, probe).unwrap();
+    }
+
+    /// One step over all of a prompt by the plain bodies of the fusable ops; every row wants logits.
+    pub fn step_unfused(&mut self, tokens: &[u32], probe: &mut Recorder) {
+        let batch = self.batch(&[(0, tokens, 0, tokens.len())]);
+        let unfused = Unfused(&self.backend);
+        models::step(&unfused, &self.model, &mut self.state, &mut self.kv, &batch, probe).unwrap();
+    }
+
+    /// One step over all of a prompt with values of `feed` in place of the run's own; every row wants logits.
+    pub fn step_fed(&mut self, tokens: &[u32], unfused: bool, feed: &mut dyn Feed, watch: &mut Recorder) {
+        let batch = self.batch(&[(0, tokens, 0, tokens.len())]);
+        let fed = Fed::new(&self.backend, unfused);
+        let mut state = models::state(&fed, &self.hparams, &self.model);
+        let mut probe = Feeding { watch, feed };
+        models::step(&fed, &self.model, &mut state, &mut self.kv, &batch, &mut probe).unwrap();
+    }
+
+    fn batch(&mut self, parts: &[(usize, &[u32], usize, usize)]) -> Batch {
         let n_sequence = parts.iter().map(|p| p.0 + 1).max().unwrap();
         self.backend.kv_reserve(&mut self.kv, n_sequence * BLOCKS_PER_SEQUENCE).unwrap();
         let mut rows = Vec::new();
@@ -99,8 +124,7 @@ impl<B: Backend> Run<B> {
         }
         // The blocks of a sequence lie in descending order, so that no test passes by their being in ascending order.
         let table = |s: usize| (0..BLOCKS_PER_SEQUENCE).rev().map(|b| (s * BLOCKS_PER_SEQUENCE + b) as u32).collect();
-        let batch = Batch::new(rows, parts.iter().map(|p| table(p.0)).collect());
-        models::step(&self.backend, &self.model, &mut self.state, &mut self.kv, &batch, probe).unwrap();
+        Batch::new(rows, parts.iter().map(|p| table(p.0)).collect())
     }
 
     /// All logits of the last step, `[rows that wanted them, n_vocab]`.
