@@ -33,6 +33,9 @@ pub enum BackendError {
     /// The weight's type has no kernel on this device.
     #[error("tensor '{tensor}' has type {qtype}, which {device} cannot multiply")]
     UnsupportedType { tensor: String, qtype: GgmlType, device: &'static str },
+    /// Whoever looked on ended the pass, and knows why.
+    #[error("the pass was stopped by whoever looked on")]
+    Stopped,
     /// A saved KV block does not fit the cache it is restored into.
     #[error("saved KV block has {got} bytes, this cache needs {expected}: it was saved with other settings")]
     KvRestore { expected: usize, got: usize },

@@ -97,6 +97,47 @@ impl Stage {
     }
 }
 
+/// Where in a pass a value is computed: a stage, and its layer unless it is one of those that exist once. Ordered as computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Place {
+    /// 0 for what comes before the layers, `usize::MAX` for what comes after them.
+    order: usize,
+    pub stage: Stage,
+}
+
+impl Place {
+    /// The place of a stage. The layer of a global stage does not matter.
+    pub fn new(layer: usize, stage: Stage) -> Place {
+        let order = match stage {
+            Stage::Embedding => 0,
+            Stage::FinalNorm | Stage::LmHead => usize::MAX,
+            _ => layer,
+        };
+        Place { order, stage }
+    }
+
+    /// The layer, where the stage has one.
+    pub fn layer(self) -> Option<usize> {
+        (!self.stage.is_global()).then_some(self.order)
+    }
+
+    /// Reads the name of a tensor in a saved trace.
+    pub fn parse(tensor_name: &str) -> Option<Place> {
+        let place = match tensor_name.strip_prefix("blk.").and_then(|rest| rest.split_once('.')) {
+            Some((layer, stage)) => Place::new(layer.parse().ok()?, Stage::parse(stage).ok()?),
+            None => Place::new(0, Stage::parse(tensor_name).ok()?),
+        };
+        (place.to_string() == tensor_name).then_some(place)
+    }
+}
+
+impl std::fmt::Display for Place {
+    /// As [`Stage::tensor_name`].
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.stage.tensor_name(self.order))
+    }
+}
+
 /// A stage name that does not exist.
 #[derive(Debug, thiserror::Error)]
 #[error("unknown stage '{name}'; the stages are: {}", Stage::all().map(Stage::name).collect::<Vec<_>>().join(", "))]
@@ -115,6 +156,25 @@ mod tests {
             for name in row.2.iter().chain([&row.1]) {
                 assert_eq!(Stage::parse(&format!(" {} ", name.to_uppercase())).unwrap(), row.0);
             }
+        }
+    }
+
+    #[test]
+    fn places_are_ordered_as_computed_and_named_as_in_files() {
+        let places = [
+            Place::new(7, Stage::Embedding),
+            Place::new(0, Stage::AttnNorm),
+            Place::new(0, Stage::PostFfnResidual),
+            Place::new(1, Stage::AttnNorm),
+            Place::new(1, Stage::FinalNorm),
+            Place::new(0, Stage::LmHead),
+        ];
+        assert!(places.is_sorted());
+        for place in places {
+            assert_eq!(Place::parse(&place.to_string()), Some(place));
+        }
+        for bad in ["blk.attn_norm", "blk.x.attn_norm", "blk.1.embedding", "attn_norm", "tokens", "blk.1.attn_nrm"] {
+            assert_eq!(Place::parse(bad), None, "{bad}");
         }
     }
 

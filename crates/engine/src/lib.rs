@@ -13,6 +13,7 @@ pub mod sampler;
 pub mod session;
 pub mod text_stream;
 pub mod tokenizer;
+pub mod trace;
 
 mod engine;
 

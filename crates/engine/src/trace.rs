@@ -1,0 +1,4 @@
+//! Looking into a pass: running tokens while a watch looks on, and saving what it sees.
+
+pub mod file;
+pub mod pass;
