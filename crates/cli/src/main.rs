@@ -5,6 +5,7 @@ use clap::{Parser, Subcommand};
 mod commands;
 mod failure;
 mod options;
+mod page;
 mod print;
 
 use failure::{Done, Failure};
