@@ -145,6 +145,9 @@ function tickText(x) {
   return (lead === 1 ? power : `${lead}·${power}`).replace(/^-/, "−");
 }
 
+/** 10^e, written out where it is short. */
+const decadeText = (e) => (Math.abs(e) <= 3 ? tickText(Number(`1e${e}`)) : `10${String(e).replace(/./g, (c) => SUPER[c])}`);
+
 function niceStep(span, n) {
   const raw = span / Math.max(1, n);
   const ten = 10 ** Math.floor(Math.log10(raw));
@@ -170,7 +173,7 @@ function logScale(lo, hi, a, b, zero) {
   const at = (x) => (x > 0 ? base + ((Math.log10(x) - from) / (to - from)) * (b - base) : a + lane * 0.25);
   const every = Math.max(1, Math.ceil((to - from) / (Math.abs(b - base) / 26)));
   const ticks = [];
-  for (let e = from; e <= to; e += every) ticks.push({ at: at(10 ** e), text: tickText(Number(`1e${e}`)) });
+  for (let e = from; e <= to; e += every) ticks.push({ at: at(10 ** e), text: decadeText(e) });
   if (to - from <= 2) {
     for (let e = from; e < to; e++) for (const m of [2, 5]) ticks.push({ at: at(m * 10 ** e), text: tickText(Number(`${m}e${e}`)) });
   }
@@ -196,14 +199,14 @@ const MARKS = [
 /**
  * Lines over a row of points. `c`: n, xLabel, yLabel, xTicks [{i, text}] or none for 0..n, series [{label, values,
  * color, dash, mark}], band {label, lo, hi}, lines [{y, label}], flags [{i, y?, text, head, rows}] (marked points; without
- * y they stand at the top edge), log true/false/"auto", zero (axis starts at 0), height, head(i).
+ * y they stand at the top edge), edge {label, at: [i]} (points without a value that matter: dashes along the top), log true/false/"auto", zero (axis starts at 0), height, head(i).
  */
 function lineChart(name, title, c) {
   return chart(name, title, (width) => {
     const now = typeof c === "function" ? c() : c;
     const all = [...now.series.map((s) => s.values), now.band?.lo ?? [], now.band?.hi ?? []].flat();
     const legend = legendRow(legendOf(now), width);
-    const frame = { left: 58, right: width - 14, top: legend.height + 12 + (now.flags?.length ? 14 : 0) };
+    const frame = { left: 58, right: width - 14, top: legend.height + 12 + (now.flags?.length ? 14 : 0) + (now.edge?.at.length ? 10 : 0) };
     frame.bottom = frame.top + (now.height ?? 220);
     const x = (i) => (now.n < 2 ? (frame.left + frame.right) / 2
       : frame.left + 6 + (i / (now.n - 1)) * (frame.right - frame.left - 12));
@@ -212,6 +215,7 @@ function lineChart(name, title, c) {
     if (now.band) nodes.push(bandPath(now.band, x, y));
     for (const l of now.lines ?? []) nodes.push(...thresholdLine(frame, y.at(l.y), l.label));
     now.series.forEach((s, k) => nodes.push(...linePaths(s, k, now.n, x, y, frame)));
+    if (now.edge?.at.length) nodes.push(edgeDashes(now.edge, now.n, x, frame));
     (now.flags ?? []).forEach((f) => nodes.push(flagMark(f, x, y, frame)));
     return { height: frame.bottom + 40, nodes, summary: lineSummary(now), ...lineHits(now, x, y, frame) };
   });
@@ -228,9 +232,10 @@ function lineScale(c, seen, frame) {
 }
 
 function legendOf(c) {
-  const items = c.series.length > 1 || c.band || c.lines?.length || c.flags?.length
+  const items = c.series.length > 1 || c.band || c.lines?.length || c.flags?.length || c.edge?.at.length
     ? c.series.map((s, k) => ({ text: s.label, color: colorOf(s, k), dash: s.dash, mark: s.mark === false ? null : k, line: true })) : [];
   if (c.band) items.push({ text: c.band.label, color: "var(--c1)", band: true });
+  if (c.edge?.at.length) items.push({ text: c.edge.label, color: "var(--c5)", dash: "none", mark: null, line: true });
   if (c.flags?.length) items.push({ text: c.flagLabel, color: "var(--bad)", flag: true });
   return items;
 }
@@ -315,9 +320,17 @@ function bandPath(band, x, y) {
 
 function thresholdLine(frame, at, text) {
   return [
-    line(frame.left, at, frame.right, at, { stroke: "var(--bad)", "stroke-width": 1.4, "stroke-dasharray": "6 4" }),
-    label(frame.right - 2, at - 5, text, { "text-anchor": "end", fill: "var(--bad)", stroke: "var(--card)", "stroke-width": 3, "paint-order": "stroke" }),
+    line(frame.left, at, frame.right, at, { stroke: "var(--c4)", "stroke-width": 1.6, "stroke-dasharray": "6 4" }),
+    label(frame.right - 2, at - 5, text, { "text-anchor": "end", fill: "var(--c4)", stroke: "var(--card)", "stroke-width": 3, "paint-order": "stroke" }),
   ];
+}
+
+/** Neighbours join to one dash, as a NaN that has spread fills the rest of the pass. */
+function edgeDashes(edge, n, x, frame) {
+  const at = new Set(edge.at);
+  const half = Math.max(1.5, (frame.right - frame.left) / n / 2);
+  const dash = (r) => `M${round(x(r[0]) - half)} ${frame.top - 8}h${round(x(r[r.length - 1]) - x(r[0]) + 2 * half)}v6H${round(x(r[0]) - half)}z`;
+  return svg("path", { d: runs(n, (i) => at.has(i)).map(dash).join(""), fill: "var(--c5)" });
 }
 
 function flagMark(f, x, y, frame) {
@@ -408,22 +421,25 @@ function rampLegend(c, left) {
   return g;
 }
 
-/** One path per colour: a map of ten thousand cells stays a few dozen elements. */
+/**
+ * One path per colour: a map of ten thousand cells stays a few dozen elements. The ground has the middling colour, so that
+ * no seams show between cells where a printer smooths edges.
+ */
 function cellPaths(c, frame, cell) {
   const paths = new Map();
   c.values.forEach((row, r) => row.forEach((value, k) => {
     const t = c.scale(value);
-    if (t === null) return;
-    const color = shade(Math.round(t * SHADES) / SHADES);
+    const color = t === null ? "var(--card)" : shade(Math.round(t * SHADES) / SHADES);
     const x = round(frame.left + k * cell.w), y = round(frame.top + r * cell.h);
     const w = round(round(frame.left + (k + 1) * cell.w) - x), h = round(round(frame.top + (r + 1) * cell.h) - y);
     paths.set(color, `${paths.get(color) ?? ""}M${x} ${y}h${w}v${h}h${-w}z`);
   }));
-  const g = svg("g", { "shape-rendering": "crispEdges" });
-  paths.forEach((d, color) => g.append(svg("path", { d, fill: color })));
-  const { left, right, top, bottom } = frame;
-  g.append(svg("rect", { x: left, y: top, width: right - left, height: bottom - top, fill: "none", stroke: "var(--rule)" }));
-  return g;
+  const shades = c.values.flat().map(c.scale).filter((t) => t !== null).sort((a, b) => a - b);
+  const box = { x: frame.left, y: frame.top, width: frame.right - frame.left, height: frame.bottom - frame.top };
+  return svg("g", { "shape-rendering": "crispEdges" },
+    svg("rect", { ...box, fill: shades.length ? shade(shades[shades.length >> 1]) : "none" }),
+    [...paths].map(([color, d]) => svg("path", { d, fill: color })),
+    svg("rect", { ...box, fill: "none", stroke: "var(--rule)" }));
 }
 
 function heatAxes(c, frame, cell, m) {
@@ -474,8 +490,10 @@ function heatHits(c, frame, cell, m) {
     move: (hit, dx, dy) => (hit ? { row: clamp(hit.row + dy, n), col: clamp(hit.col + dx, m) } : { row: 0, col: 0 }),
     show: ({ row, col }) => {
       const x = frame.left + col * cell.w, y = frame.top + row * cell.h;
-      const mark = svg("rect", { x: x - 1, y: y - 1, width: cell.w + 2, height: cell.h + 2, fill: "none", stroke: "var(--fg)", "stroke-width": 2 });
-      return { x: x + cell.w, y: y + cell.h, mark: [mark], ...c.tip(row, col) };
+      const ring = (grow, stroke) => svg("rect", {
+        x: x - grow, y: y - grow, width: cell.w + 2 * grow, height: cell.h + 2 * grow, fill: "none", stroke, "stroke-width": 1.6,
+      });
+      return { x: x + cell.w, y: y + cell.h, mark: [ring(0.8, "#fff"), ring(2.2, "#000")], ...c.tip(row, col) };
     },
   };
 }
@@ -523,7 +541,8 @@ function barPanel(panel, k, n, left, width, top, rowHeight) {
   const x = (v) => left + ((v - lo) / (hi - lo)) * room;
   g.append(label(left, top - 10, panel.title, { "font-weight": 600 }));
   if (panel.line) {
-    g.append(line(x(panel.line.value), top - 4, x(panel.line.value), top + n * rowHeight, { stroke: "var(--bad)", "stroke-dasharray": "5 4", "stroke-width": 1.4 }));
+    g.append(line(x(panel.line.value), top - 4, x(panel.line.value), top + n * rowHeight, { stroke: "var(--c4)", "stroke-dasharray": "5 4", "stroke-width": 1.6 }),
+      barLineLabel(panel, left, width, x(panel.line.value), top));
   }
   panel.values.forEach((v, i) => {
     const y = top + i * rowHeight;
@@ -533,6 +552,14 @@ function barPanel(panel, k, n, left, width, top, rowHeight) {
   });
   g.append(line(x(0), top, x(0), top + n * rowHeight, { stroke: "var(--muted)" }));
   return g;
+}
+
+/** The name of a panel's line above it, pushed inside the panel; left out where it would run into the title. */
+function barLineLabel(panel, left, width, at, top) {
+  const half = (panel.line.label.length * CHAR) / 2;
+  const middle = Math.min(at, left + width - half);
+  const clear = middle - half > left + panel.title.length * CHAR + 14;
+  return clear ? label(middle, top - 10, panel.line.label, { "text-anchor": "middle", fill: "var(--c4)" }) : svg("g", {});
 }
 
 /** Stacked columns over layers or the like. `c`: xLabel, yLabel, names (of the columns), series [{label, values, color}]. */

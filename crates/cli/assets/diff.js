@@ -6,10 +6,9 @@ const MODES = {
   shape: "the shapes are not the same",
   weights: "the weights are not the same",
 };
-const SIDE = { free: "free-running", isolated: "isolated" };
 
 function diffPage(d) {
-  pageHead("apr diff", `${baseName(d.a)} against ${baseName(d.b)}`, d.command, d.version);
+  pageHead("apr diff", heading(d.a, d.b), d.command, d.version);
   verdict(d);
   document.getElementById("main").append(endTiles(d));
   sides(d);
@@ -21,7 +20,18 @@ function diffPage(d) {
   if (d.notes?.length) section("notes", "Notes", null, () => [el("ul", {}, d.notes.map((text) => el("li", {}, text)))]);
 }
 
-const baseName = (side) => String(side.path ?? side.kind).split("/").pop();
+const SIDE_ROWS = [["kind", "Kind"], ["path", "File"], ["architecture", "Architecture"], ["device", "Device"], ["isa", "Instructions"],
+  ["precision", "Precision"], ["kv", "KV cache"], ["fused", "Kernels"]];
+const sideText = (side, key) => (key === "fused" && typeof side.fused === "boolean" ? (side.fused ? "fused" : "unfused") : side[key] ?? null);
+
+/** The two sides in few words: by file or, where that is one file, by what they do not share. */
+function heading(a, b) {
+  const name = (side) => String(side.path ?? side.kind).split("/").pop();
+  if (a.path !== b.path) return `${name(a)} against ${name(b)}`;
+  const key = ["device", "isa", "fused", "kv", "precision"].find((k) => a[k] !== b[k]);
+  return key ? `${name(a)}: ${sideText(a, key)} against ${sideText(b, key)}` : `${name(a)} against itself`;
+}
+
 const layerOf = (x) => (isNumber(x.layer) ? `layer ${x.layer}` : null);
 
 /** Where a culprit is, from the coarsest to the finest thing that is known. */
@@ -40,7 +50,7 @@ function verdict(d) {
     f ? el("p", { class: "what" }, "First culprit: ", el("strong", { class: "mono" }, f.stage), place(f) ? ` in ${place(f)}.` : ".") : null,
     f?.why ? el("p", {}, f.why) : null,
     f ? el("p", { class: "muted" }, `Found ${MODES[f.mode] ?? f.mode}. ${errorWords(f)}`) : null,
-    el("p", { class: "muted" }, `Rule: ${limit}. ${d.mode === "free" ? "Only free-running: one side cannot be run again, so no stage could be isolated." : "Each stage was also given the other side's input (isolated)."}`));
+    el("p", { class: "muted" }, `Rule: ${limit}. ${d.mode === "free" ? "Only the free-running passes were compared: no stage was isolated." : "Each stage was also given the other side's input (isolated)."}`));
   document.getElementById("main").append(card);
 }
 
@@ -63,11 +73,8 @@ function endTiles(d) {
 }
 
 function sides(d) {
-  const rows = [["kind", "Kind"], ["path", "File"], ["architecture", "Architecture"], ["device", "Device"], ["isa", "Instructions"],
-    ["precision", "Precision"], ["kv", "KV cache"], ["fused", "Kernels"]];
-  const value = (side, key) => (key === "fused" && typeof side.fused === "boolean" ? (side.fused ? "fused" : "unfused") : side[key] ?? null);
-  const column = (name, side) => el("div", {}, el("h3", {}, name), facts(rows.map(([key, text]) =>
-    [text, value(side, key), value(d.a, key) === value(d.b, key) ? null : "unlike"])));
+  const column = (name, side) => el("div", {}, el("h3", {}, name), facts(SIDE_ROWS.map(([key, text]) =>
+    [text, sideText(side, key), sideText(d.a, key) === sideText(d.b, key) ? null : "unlike"])));
   section("sides", "The two sides", "≠ marks what is not the same on both.", () => [
     el("div", { class: "sides" }, column("A", d.a), column("B", d.b)), tokensOf(d)]);
 }
@@ -107,7 +114,7 @@ function drift(d) {
   if (!measure) return;
   const lead = "Stages in order of computation. Free-running error grows as it is passed on; the isolated error is each stage's own.";
   section("drift", "Error over the stages", lead, () => {
-    const figure = lineChart("drift", "Error over the stages", () => driftChart(d, measure));
+    const figure = lineChart("drift", modesOf(d).length > 1 ? "Free-running and isolated, in one plot" : "Free-running", () => driftChart(d, measure));
     const pick = (picked) => {
       measure = picked;
       redraw(figure);
@@ -118,12 +125,12 @@ function drift(d) {
 
 function driftChart(d, key) {
   const of = (side) => d.stages.map((s) => MEASURES[key].of(s[side]) ?? null);
-  const series = [{ label: "free-running", values: of("free"), color: "var(--c1)", mark: d.stages.length < 60 ? undefined : false }];
-  if (d.stages.some((s) => s.isolated)) series.push({ label: "isolated", values: of("isolated"), color: "var(--c2)", thin: true, mark: series[0].mark });
+  const series = [{ label: "free-running", values: of("free"), color: "var(--c1)", thin: d.stages.length > 300, mark: d.stages.length < 60 ? undefined : false }];
+  if (modesOf(d).includes("isolated")) series.push({ label: "isolated", values: of("isolated"), color: "var(--c2)", thin: true, mark: series[0].mark });
   const noise = d.stages.map((s) => s.isolated?.noise ?? s.free?.noise ?? null);
   if (key === "error" && noise.some((v) => v > 0)) {
     series.push({ label: "noise", values: noise.map((v) => (v > 0 ? v : null)), color: "var(--muted)", dash: "2 3", mark: false, thin: true });
-    series.push({ label: `${fmt(d.threshold, 2)} × noise`, values: noise.map((v) => (v > 0 ? d.threshold * v : null)), color: "var(--bad)", dash: "6 4", mark: false, thin: true });
+    series.push({ label: `${fmt(d.threshold, 2)} × noise`, values: noise.map((v) => (v > 0 ? d.threshold * v : null)), color: "var(--c4)", dash: "6 4", mark: false, thin: true });
   }
   const numbers = flagged(d);
   const flags = [...numbers].map(([i, k]) => ({
@@ -131,6 +138,7 @@ function driftChart(d, key) {
     y: MEASURES[key].of(d.stages[i].isolated) ?? MEASURES[key].of(d.stages[i].free) ?? null,
   }));
   return {
+    edge: { label: "NaN, Inf or another shape", at: d.stages.flatMap((s, i) => (s.shape || broken(s.isolated) || broken(s.free) ? [i] : [])) },
     n: d.stages.length, xLabel: "stage, by layer", yLabel: MEASURES[key].y, log: true, height: 320, series, flags, flagLabel: "culprit",
     lines: key === "ratio" ? [{ y: d.threshold, label: `threshold ${fmt(d.threshold, 2)}` }] : [],
     xTicks: d.stages.flatMap((s, i) => (isNumber(s.layer) && s.layer !== d.stages[i - 1]?.layer ? [{ i, text: String(s.layer) }] : [])),
@@ -151,51 +159,64 @@ function culprits(d) {
 
 // ---- every stage --------------------------------------------------------------------------------------------------
 
+/** Whether a measurement met values that are not finite on either side. */
+const broken = (m) => Boolean(m) && (!isNumber(m.error) || m.nan_a + m.nan_b > 0);
+
 /** Whether one measurement is over what the rule allows. */
 function over(d, m) {
   if (!m) return false;
-  if (m.nan_a !== m.nan_b || (!isNumber(m.error) && m.nan_a + m.nan_b > 0)) return true;
+  if (m.nan_a !== m.nan_b || (!isNumber(m.error) && broken(m))) return true;
   return d.rule === "bits" ? m.n_differ > 0 : isNumber(m.ratio) && m.ratio > d.threshold;
 }
 
 const MEASURE_COLUMNS = [{ head: "error", class: "part" }, { head: "noise" }, { head: "ratio" }, { head: "max |Δ|" }, { head: "worst at" }, { head: "differ" }, { head: "NaN A/B" }];
 
-function measureCells(d, m) {
+/** The cells of one measurement. What is over the limit is a fault in the mode that is judged, and drift in the other. */
+function measureCells(d, m, judged) {
   if (!m) return MEASURE_COLUMNS.map(() => DASH);
-  const bad = over(d, m) ? "bad" : null;
+  const bad = over(d, m) ? (judged ? "bad" : "drift") : null;
   const mark = (text) => (bad ? { text, class: bad } : text);
   const nan = m.nan_a || m.nan_b ? { text: `${int(m.nan_a)} / ${int(m.nan_b)}`, class: "bad" } : "0";
   return [d.rule === "bits" ? fmt(m.error) : mark(fmt(m.error)), fmt(m.noise), mark(fmt(m.ratio)), fmt(m.max_abs),
     isNumber(m.worst_position) ? String(m.worst_position) : DASH, d.rule === "bits" ? mark(int(m.n_differ)) : int(m.n_differ), nan];
 }
 
+/** What was measured, first the mode by which stages are judged: isolated where both sides could run, or else free-running. */
+const modesOf = (d) => (d.stages.some((s) => s.isolated) ? ["isolated", "free"] : ["free"]);
+const MODE_HEADS = { isolated: "Isolated: given the other side's input", free: "Free-running" };
+
 function stageRow(d, s, culprit) {
-  const shape = s.shape && `A ${JSON.stringify(s.shape.a)} B ${JSON.stringify(s.shape.b)}`;
-  const cells = s.shape ? [{ text: shape, class: "bad" }, ...measureCells(d, null).slice(1)] : measureCells(d, s.isolated);
-  return { class: culprit ? "culprit" : null, cells: [s.stage, isNumber(s.layer) ? String(s.layer) : DASH, ...cells, ...measureCells(d, s.free)] };
+  const cells = modesOf(d).flatMap((mode, k) => measureCells(d, s[mode], k === 0));
+  if (s.shape) cells[0] = { text: `A ${JSON.stringify(s.shape.a)} B ${JSON.stringify(s.shape.b)}`, class: "bad" };
+  return { class: culprit ? "culprit" : null, cells: [s.stage, isNumber(s.layer) ? String(s.layer) : DASH, ...cells] };
 }
 
 function stages(d) {
   const numbers = flagged(d);
-  const differs = d.stages.map((s, i) => Boolean(s.shape) || over(d, s.isolated) || over(d, s.free) || numbers.has(i));
+  const differ = d.stages.map((s, i) => Boolean(s.shape) || over(d, s[modesOf(d)[0]]) || numbers.has(i));
+  const sets = { differ, either: d.stages.map((s, i) => differ[i] || over(d, s.free)), all: d.stages.map(() => true) };
+  const size = (name) => sets[name].filter(Boolean).length;
+  const names = [["differ", "only those that differ"], ["either", "those over the limit in either mode"], ["all", "all"]]
+    .filter(([name]) => name !== "either" || modesOf(d).length > 1);
   const layers = [...new Set(d.stages.map((s) => s.layer).filter(isNumber))];
-  const want = { only: differs.some(Boolean), layer: "", text: "" };
-  const limit = d.rule === "bits" ? "any value that is not bit for bit the same" : `a ratio over ${fmt(d.threshold, 2)}`;
-  section("stages", "Every stage", `Bold marks ${limit}, a NaN on one side, or another shape. ▶ marks the culprits.`, () => {
+  const want = { set: size("differ") ? "differ" : "all", layer: "", text: "" };
+  const limit = d.rule === "bits" ? "values that are not bit for bit the same" : `a ratio over ${fmt(d.threshold, 2)}`;
+  const passed = modesOf(d).length > 1 ? " Over the limit only when free-running is drift: it may be passed on from earlier stages." : "";
+  section("stages", "Every stage", `Bold: ${limit}, a NaN on one side, or another shape. ▶ marks the culprits.${passed}`, () => {
     const frame = el("div", {});
     const count = el("span", { class: "count", role: "status" });
     const fillTable = () => {
-      const kept = d.stages.map((s, i) => i).filter((i) => (!want.only || differs[i])
+      const kept = d.stages.map((s, i) => i).filter((i) => sets[want.set][i]
         && (want.layer === "" || String(d.stages[i].layer ?? "") === want.layer) && d.stages[i].stage.includes(want.text));
       count.textContent = `${int(kept.length)} of ${int(d.stages.length)} stages`;
-      const columns = [{ head: "Stage" }, { head: "layer" }, ...MEASURE_COLUMNS, ...MEASURE_COLUMNS];
-      const groups = [["", 2], ["Isolated: given the other side's input", 7], ["Free-running", 7]];
+      const columns = [{ head: "Stage" }, { head: "layer" }, ...modesOf(d).flatMap(() => MEASURE_COLUMNS)];
+      const groups = [["", 2], ...modesOf(d).map((mode) => [MODE_HEADS[mode], MEASURE_COLUMNS.length])];
       frame.replaceChildren(table("Stages in order of computation", columns, kept.map((i) => stageRow(d, d.stages[i], numbers.has(i))), { groups, cls: "wide" }));
     };
-    const only = el("input", { type: "checkbox", checked: want.only, onchange: () => { want.only = only.checked; fillTable(); } });
     const text = el("input", { type: "search", placeholder: "stage name", size: 14, oninput: () => { want.text = text.value.trim(); fillTable(); } });
     fillTable();
-    return [el("div", { class: "controls" }, el("label", { class: "screen" }, only, " only those that differ"),
+    return [el("div", { class: "controls" },
+      choice("Show", names.map(([name, words]) => [name, `${words} (${int(size(name))})`]), want.set, (name) => { want.set = name; fillTable(); }),
       layers.length > 1 ? choice("Layer", [["", "all"], ...layers.map((l) => [String(l), String(l)])], "", (l) => { want.layer = l; fillTable(); }) : null,
       el("label", { class: "screen" }, "Stage ", text), count), frame];
   });

@@ -29,7 +29,7 @@ function fmt(x, digits = 4) {
   if (!isNumber(x)) return DASH;
   if (x === 0) return "0";
   const size = Math.abs(x);
-  if (size >= 1e6 || size < 1e-3) return x.toExponential(Math.max(0, digits - 2)).replace("e+", "e").replace("-", "−");
+  if (size >= 1e6 || size < 1e-3) return x.toExponential(Math.max(0, digits - 2)).replace("e+", "e").replace(/-/g, "−");
   const text = x.toPrecision(digits);
   return (text.includes("e") ? String(Math.round(x)) : text).replace("-", "−");
 }
@@ -55,8 +55,8 @@ function bytes(x) {
 /** Milliseconds in the unit that reads best. */
 function ms(x) {
   if (!isNumber(x)) return DASH;
-  if (x >= 10000) return `${(x / 1000).toPrecision(4)} s`;
-  return x < 0.1 && x > 0 ? `${fmt(1000 * x, 3)} µs` : `${fmt(x, x < 1000 ? 3 : 4)} ms`;
+  if (x >= 1000) return `${fmt(x / 1000, 3)} s`;
+  return x < 0.1 && x > 0 ? `${fmt(1000 * x, 3)} µs` : `${fmt(x, 3)} ms`;
 }
 
 const clip = (text, max) => (text.length > max ? `${Array.from(text).slice(0, max).join("")}…` : text);
@@ -91,15 +91,16 @@ function tile(name, value, note) {
 
 /**
  * A table that scrolls inside its frame. `columns` are {head, class?, part?}; a row is {cells, class?}, its first cell
- * heads the row, a cell is text, a node or {text, class}. `groups` are [text, span] of a heading row above.
+ * heads the row, a cell is text, a node or {text, class}. `groups` are [text, span] of a heading row above; `whole` shows
+ * all rows at once.
  */
-function table(caption, columns, rows, { groups, cls } = {}) {
+function table(caption, columns, rows, { groups, cls, whole } = {}) {
   const heads = columns.map((c) => el("th", { scope: "col", class: c.class }, c.head));
   const top = groups && el("tr", {}, groups.map(([text, span], i) =>
     el("th", { scope: "colgroup", colspan: span, class: i ? "part left" : "left" }, text)));
   const body = el("tbody", {}, rows.map((row) => tableRow(columns, row)));
-  const head = el("thead", {}, top ?? null, el("tr", { class: groups ? "two" : null }, heads));
-  const frame = { class: "scroll", tabindex: 0, role: "region", "aria-label": caption };
+  const head = el("thead", {}, top ?? null, el("tr", {}, heads));
+  const frame = { class: whole ? "scroll whole" : "scroll", tabindex: 0, role: "region", "aria-label": caption };
   return el("div", frame, el("table", { class: cls }, el("caption", {}, caption), head, body));
 }
 

@@ -40,7 +40,7 @@ function anomalies(d) {
   const card = el("section", { class: `card banner ${found.length ? "bad" : "good"}`, "aria-label": "Anomalies" },
     el("h2", {}, found.length ? `⚠ ${int(found.length)} ${found.length > 1 ? "anomalies" : "anomaly"}` : "✓ No anomalies"),
     found.length ? el("ul", {}, found.map((text) => el("li", {}, text)))
-      : el("p", {}, "Every value is finite, layers grow evenly, and no expert is dead or runs hot."));
+      : el("p", {}, `Looked for NaN and Inf, jumps in size from layer to layer${d.experts ? ", dead and hot experts" : ""}.`));
   document.getElementById("main").append(card);
 }
 
@@ -83,11 +83,11 @@ function residual(d) {
     }),
     el("div", { class: "cols" },
       lineChart("residual-shares", "What attention and FFN add", {
-        ...shared, yLabel: "share of the stream's RMS", log: "auto", zero: true, height: 180,
+        ...shared, yLabel: "share of RMS", log: "auto", zero: true, height: 180,
         series: [{ label: "attention", values: r.attn_share }, { label: "FFN", values: r.ffn_share, color: "var(--c2)", dash: "5 3" }],
       }),
-      lineChart("residual-cosine", "Drift: direction before and after a layer", {
-        ...shared, yLabel: "mean cosine (1 = same direction)", height: 180,
+      lineChart("residual-cosine", "Drift: cosine between before and after a layer", {
+        ...shared, yLabel: "mean cosine", height: 180,
         series: [{ label: "cosine", values: r.cosine, color: "var(--c3)" }],
       })),
     el("details", {}, el("summary", {}, "Numbers"), table("Residual stream, one row per layer", [
@@ -147,7 +147,7 @@ function experts(d) {
     heatmap("expert-load", "Tokens per expert", {
       values: x.load, rowLabel: "layer", colLabel: "expert", colText: String, empty: "never used",
       scale: (v) => (v > 0 ? at(v) : null),
-      ticks: [...new Set([1, Math.round(max / 4), max])].map((v) => ({ t: at(v), text: int(v) })),
+      ticks: [...new Set([1, Math.ceil(max / 4), max])].map((v) => ({ t: at(v), text: int(v) })),
       beside: [
         { title: "Entropy, bits", short: "entropy", values: x.entropy, text: (i) => fmt(x.entropy[i], 3), color: "var(--c1)", least: Math.log2(x.n_expert) },
         { title: "Max / mean", short: "max/mean", values: x.imbalance, text: (i) => fmt(x.imbalance[i], 3), color: "var(--c2)" },
@@ -199,7 +199,7 @@ function lens(rows) {
     const width = Math.max(...rows.map((r) => r.top.length), 1);
     const columns = [{ head: "Layer" }, ...Array.from({ length: width }, (_, k) => ({ head: `${k + 1}.`, class: "left" })), { head: "entropy, bits" }];
     const made = rows.map((row) => ({ cells: [String(row.layer), ...Array.from({ length: width }, (_, k) => cell(row.top[k], k, row)), fmt(row.entropy, 3)] }));
-    const shown = table("Most probable tokens by layer; the final choice is bold", columns, made, { cls: "lens" });
+    const shown = table("Most probable tokens by layer; the final choice is bold", columns, made, { cls: "lens", whole: true });
     // The shade is a style of the cell: set through the object model, as no text of the data may reach a style sheet.
     shown.querySelectorAll("tbody tr").forEach((tr, r) => rows[r].top.forEach((t, k) => tr.cells[k + 1].style.setProperty("--p", isNumber(t.p) ? Math.min(1, t.p) : 0)));
     const sentence = since && last ? el("p", {}, "The final choice ", token(last), ` leads from layer ${since.layer} on.`) : null;
@@ -260,7 +260,7 @@ function time(d) {
       panels: [
         { title: "time", values: stages.map((s) => s.ms), text: (i) => `${ms(stages[i].ms)} · ${percent(share(stages[i]))}` },
         {
-          title: "bandwidth, GB/s", values: stages.map((s) => s.gb_per_s), color: "var(--c3)", line: machine ? { value: machine } : null,
+          title: "bandwidth, GB/s", values: stages.map((s) => s.gb_per_s), color: "var(--c3)", line: machine ? { value: machine, label: `machine ${fmt(machine, 3)}` } : null,
           text: (i) => [fmt(stages[i].gb_per_s, 3), ofMachine(stages[i])].filter(Boolean).join(" · "),
         },
       ],
