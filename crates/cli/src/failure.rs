@@ -22,6 +22,8 @@ pub const INTERRUPTED: u8 = 130;
 /// How a command ended well.
 pub enum Done {
     Ok,
+    /// Two sides differ, or something that must hold does not.
+    Differs,
     Interrupted,
 }
 

@@ -35,6 +35,9 @@ enum Command {
     /// Measure prefill and decode speed, and the machine's read bandwidth beside them.
     #[command(after_help = EXIT_CODES)]
     Bench(commands::bench::Args),
+    /// Find where two runs of a model part: two files, two devices, or saved traces.
+    #[command(after_help = "Exit codes: 0 the sides are the same, 1 they differ, 2 they cannot be compared.")]
+    Diff(commands::diff::Args),
 }
 
 fn main() -> std::process::ExitCode {
@@ -43,9 +46,11 @@ fn main() -> std::process::ExitCode {
         Command::Inspect(args) => commands::inspect::run(args),
         Command::Tokenize(args) => commands::tokenize::run(args),
         Command::Bench(args) => commands::bench::run(args),
+        Command::Diff(args) => commands::diff::run(args),
     };
     match result {
         Ok(Done::Ok) => 0.into(),
+        Ok(Done::Differs) => failure::FAILED.into(),
         Ok(Done::Interrupted) => failure::INTERRUPTED.into(),
         // The reader of our output has gone, as in `apr inspect model | head`: nothing to tell anyone.
         Err(Failure { error, .. }) if failure::is_broken_pipe(&error) => 0.into(),

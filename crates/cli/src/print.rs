@@ -59,3 +59,13 @@ pub fn bytes(n: u64) -> String {
         None => format!("{n} B"),
     }
 }
+
+/// The command as it was typed, for reports.
+pub fn command_line() -> String {
+    let quoted = |arg: String| match arg.chars().all(|c| c.is_ascii_alphanumeric() || "-_./,:=+%@".contains(c)) {
+        true if !arg.is_empty() => arg,
+        _ => format!("'{}'", arg.replace('\'', r"'\''")),
+    };
+    let args = std::env::args_os().skip(1).map(|arg| quoted(arg.to_string_lossy().into_owned()));
+    std::iter::once("apr".to_string()).chain(args).collect::<Vec<_>>().join(" ")
+}

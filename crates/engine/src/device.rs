@@ -23,16 +23,27 @@ pub enum Device {
     Gpu,
 }
 
+/// What a model runs on.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DeviceInfo {
+    /// `cpu` or `reference`
+    pub kind: &'static str,
+    /// Instruction set of the kernels, where there is a choice.
+    pub isa: Option<Isa>,
+    /// For people.
+    pub name: String,
+}
+
 /// More threads than this are taken for a typing error.
 const THREADS_MAX: usize = 1024;
 
-/// Loads the model's weights into a device. The second value says what it runs on.
+/// Loads the model's weights into a device.
 pub(crate) fn open(
     device: Device,
     file: &ModelFile,
     h: &Hparams,
     settings: SessionSettings,
-) -> Result<(Box<dyn Session>, String), EngineError> {
+) -> Result<(Box<dyn Session>, DeviceInfo), EngineError> {
     match device {
         Device::Cpu { n_threads, isa } => {
             let n_threads = n_threads.unwrap_or_else(default_threads);
@@ -41,14 +52,17 @@ pub(crate) fn open(
             }
             let backend = CpuBackend::new(n_threads, isa)?;
             let name = format!("cpu ({}, {} threads)", backend.isa(), backend.n_threads());
-            Ok((Box::new(Runner::load(backend, file, h, settings)?), name))
+            let info = DeviceInfo { kind: "cpu", isa: Some(backend.isa()), name };
+            Ok((Box::new(Runner::load(backend, file, h, settings)?), info))
         }
         Device::Reference { activations: Precision::F32 } => {
-            Ok((Box::new(Runner::load(Reference, file, h, settings)?), "reference".to_string()))
+            let info = DeviceInfo { kind: "reference", isa: None, name: "reference".to_string() };
+            Ok((Box::new(Runner::load(Reference, file, h, settings)?), info))
         }
         Device::Reference { activations: Precision::Int8 } => {
             let name = "reference, activations rounded to 8 bits".to_string();
-            Ok((Box::new(Runner::load(Rounded(Reference), file, h, settings)?), name))
+            let info = DeviceInfo { kind: "reference", isa: None, name };
+            Ok((Box::new(Runner::load(Rounded(Reference), file, h, settings)?), info))
         }
         Device::Gpu => Err(EngineError::NoGpu),
     }

@@ -10,7 +10,7 @@ use apr_core::models::LoadError;
 use apr_cpu::CpuError;
 
 use crate::chat_template::{ChatInput, ChatTemplate, RenderedPiece, TemplateError};
-use crate::device::{self, Device};
+use crate::device::{self, Device, DeviceInfo};
 use crate::memory;
 use crate::model_file::{ModelFile, OpenError};
 use crate::sampler::{SamplerConfig, SamplerError};
@@ -21,7 +21,7 @@ use crate::tokenizer::{Piece, Tokenizer, TokenizerError, Vocab};
 const N_CTX_DEFAULT: usize = 32_768;
 
 /// How to load a model.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct EngineOptions {
     pub device: Device,
     pub kv_type: KvType,
@@ -35,8 +35,7 @@ pub struct Engine {
     pub hparams: Hparams,
     pub tokenizer: Tokenizer,
     pub template: Option<ChatTemplate>,
-    /// What it runs on, for people.
-    pub device_name: String,
+    pub device: DeviceInfo,
     pub session: Box<dyn Session>,
 }
 
@@ -115,12 +114,12 @@ impl Engine {
             return Err(EngineError::KvType(hparams.heads.head_dim));
         }
         let settings = SessionSettings { kv_type: options.kv_type, n_ctx };
-        let (session, device_name) = device::open(options.device, &file, &hparams, settings)?;
+        let (session, device) = device::open(options.device, &file, &hparams, settings)?;
         if let Some(n_ctx) = options.n_ctx {
             // After loading, when the file's tensors vouch for the sizes and their product fits.
             check_memory(&*session, n_ctx)?;
         }
-        Ok(Engine { file, hparams, tokenizer, template, device_name, session })
+        Ok(Engine { file, hparams, tokenizer, template, device, session })
     }
 
     /// Tokens of a conversation, by the file's template.

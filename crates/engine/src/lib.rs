@@ -6,6 +6,7 @@
 pub mod bench;
 pub mod chat_template;
 pub mod device;
+pub mod diff;
 pub mod generate;
 pub mod memory;
 pub mod model_file;
@@ -21,5 +22,6 @@ pub use apr_core::backend::{BackendError, KvType, Precision};
 pub use apr_core::gguf;
 pub use apr_core::hparams::Hparams;
 pub use apr_core::qtype::GgmlType;
+pub use apr_core::stage;
 pub use apr_cpu::kernels::Isa;
 pub use engine::{Engine, EngineError, EngineOptions, tokenizer_of};

@@ -43,7 +43,7 @@ pub fn run(args: Args) -> Result<Done> {
     let options = BenchOptions { n_prompt: args.n_prompt, n_gen: args.n_gen, depth: args.depth, reps: args.reps };
     options.check(engine.session.n_ctx())?;
     let n_threads = args.load.threads.unwrap_or_else(default_threads);
-    let (name, device) = (model_name(&args.load.model), engine.device_name.clone());
+    let (name, device) = (model_name(&args.load.model), engine.device.name.clone());
     let bandwidth = read_gb_per_s(n_threads);
     let mut out = std::io::stdout();
     if !args.json {

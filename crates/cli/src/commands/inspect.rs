@@ -110,7 +110,7 @@ fn write_hparams(out: &mut dyn Write, file: &ModelFile, h: &Hparams) -> std::io:
 }
 
 /// A metadata value on one line.
-fn shown(value: &Value) -> String {
+pub fn shown(value: &Value) -> String {
     match value {
         Value::String(s) if s.chars().count() > STRING_SHOWN => {
             let start: String = s.chars().take(STRING_SHOWN).collect();

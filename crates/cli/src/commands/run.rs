@@ -259,7 +259,7 @@ fn report(engine: &Engine, g: &Generated, load_s: f64) -> Value {
         "prompt_tokens": g.n_prompt,
         "completion_tokens": g.tokens.len(),
         "seed": g.seed,
-        "device": engine.device_name,
+        "device": engine.device.name,
         "timings": {
             "load_s": load_s,
             "prefill_s": g.prefill.as_secs_f64(),

@@ -15,8 +15,11 @@ pub struct PassLook<'a> {
     pub feed: Option<&'a mut dyn Feed>,
 }
 
+/// Called after a step with the positions whose logits the session then holds.
+pub type AfterStep<'a> = dyn FnMut(&dyn Session, &[u32]) -> Result<(), StepError> + 'a;
+
 /// Feeds tokens to a sequence, after those it has. Rows of `positions` (absolute, ascending) reach the output; others are dropped after
-/// the last layer's attention. `after` is called after each step with the positions whose logits the session then holds.
+/// the last layer's attention.
 ///
 /// # Errors
 /// What a step refuses.
@@ -26,7 +29,7 @@ pub fn run(
     tokens: &[u32],
     positions: &[u32],
     mut look: PassLook<'_>,
-    after: &mut dyn FnMut(&dyn Session, &[u32]) -> Result<(), StepError>,
+    after: &mut AfterStep<'_>,
 ) -> Result<(), StepError> {
     let first = sequence.n_tokens();
     for (chunk, wanted) in chunks(first..first + tokens.len(), positions) {

@@ -1,0 +1,166 @@
+//! `apr diff`: compares two models, devices or saved traces, and names the first difference.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use apr_engine::device::Device;
+use apr_engine::diff::{DiffOptions, ModelSource, Prompt, Source, diff};
+use apr_engine::{EngineOptions, Isa, KvType, Precision};
+
+use self::fail_on::Condition;
+use crate::failure::{Done, Failure, Result, USAGE, usage};
+use crate::options::token_list;
+use crate::print::one_line;
+
+mod fail_on;
+mod report;
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// Side A: a GGUF file, or a saved trace (a file, or the folder of --save-tensor-dir)
+    a: PathBuf,
+    /// Side B [default: the same file as A, run as the options for B say]
+    b: Option<PathBuf>,
+    /// Text to run both sides on, without the chat template
+    #[arg(long, short = 'p', value_name = "TEXT", conflicts_with = "tokens", allow_hyphen_values = true)]
+    prompt: Option<String>,
+    /// Token ids to run both sides on, as in 1,2,3
+    #[arg(long, value_name = "IDS", value_parser = token_list)]
+    tokens: Option<TokenList>,
+    #[command(flatten)]
+    sides: SideArgs,
+    /// The model behind two saved traces, for the noise between them
+    #[arg(long, value_name = "FILE")]
+    model: Option<PathBuf>,
+    /// How many times its noise a difference may be, where the two sides do not compute the same bits
+    #[arg(long, value_name = "X", default_value_t = 3.0)]
+    threshold: f64,
+    /// End with exit code 1 on this instead of the verdict, as in ratio>5 or mean_kld>0.01; may be given several times
+    #[arg(long, value_name = "CONDITION", value_delimiter = ',')]
+    fail_on: Vec<Condition>,
+    /// Show every layer of every stage
+    #[arg(long)]
+    all: bool,
+    /// Write a page that shows everything
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// A list of token ids, which clap would otherwise take for one id per argument.
+pub type TokenList = Vec<u32>;
+
+/// How the sides are run. What is not said for one side holds for both.
+#[derive(clap::Args)]
+struct SideArgs {
+    /// Where to compute: cpu, or reference (plain loops in high precision, slow)
+    #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = ["cpu", "reference"])]
+    device: String,
+    #[arg(long, value_name = "DEVICE", value_parser = ["cpu", "reference"])]
+    device_a: Option<String>,
+    #[arg(long, value_name = "DEVICE", value_parser = ["cpu", "reference"])]
+    device_b: Option<String>,
+    /// Instruction set of the kernels: scalar or avx2 [default: the fastest this CPU has]
+    #[arg(long, value_name = "ISA")]
+    isa: Option<Isa>,
+    #[arg(long, value_name = "ISA")]
+    isa_a: Option<Isa>,
+    #[arg(long, value_name = "ISA")]
+    isa_b: Option<Isa>,
+    /// Run the plain bodies of fused ops
+    #[arg(long)]
+    unfused: bool,
+    #[arg(long)]
+    unfused_a: bool,
+    #[arg(long)]
+    unfused_b: bool,
+    /// Type of the KV cache: f32, f16 or q8_0
+    #[arg(long, value_name = "TYPE", default_value = "f16")]
+    kv: KvType,
+    #[arg(long, value_name = "TYPE")]
+    kv_a: Option<KvType>,
+    #[arg(long, value_name = "TYPE")]
+    kv_b: Option<KvType>,
+    /// Threads that compute [default: all that this process may use]
+    #[arg(long, short = 't', value_name = "N")]
+    threads: Option<usize>,
+    /// Positions of the context
+    #[arg(long, short = 'c', visible_alias = "ctx-size", value_name = "N")]
+    ctx: Option<usize>,
+}
+
+impl SideArgs {
+    fn source(&self, path: &Path, is_a: bool) -> Result<Source> {
+        if !is_gguf(path)? {
+            return Ok(Source::Trace(if path.is_dir() { path.join("trace.safetensors") } else { path.to_path_buf() }));
+        }
+        let (device, isa, unfused, kv) = match is_a {
+            true => (&self.device_a, self.isa_a, self.unfused_a, self.kv_a),
+            false => (&self.device_b, self.isa_b, self.unfused_b, self.kv_b),
+        };
+        let device = match device.as_ref().unwrap_or(&self.device).as_str() {
+            "reference" => Device::Reference { activations: Precision::F32 },
+            _ => Device::Cpu { n_threads: self.threads, isa: isa.or(self.isa) },
+        };
+        let options = EngineOptions { device, kv_type: kv.unwrap_or(self.kv), n_ctx: self.ctx };
+        Ok(Source::Model(ModelSource { path: path.to_path_buf(), options, unfused: unfused || self.unfused }))
+    }
+}
+
+/// Whether a path is a model; anything else is taken for a trace.
+fn is_gguf(path: &Path) -> Result<bool> {
+    if path.is_dir() {
+        return Ok(false);
+    }
+    let mut magic = [0; 4];
+    let read = File::open(path).and_then(|mut f| f.read(&mut magic));
+    let n = read.map_err(|e| usage(format!("{}: {e}", path.display())))?;
+    Ok(n == 4 && &magic == b"GGUF")
+}
+
+/// As diff(1) has it: whatever keeps two sides from being compared is exit code 2.
+pub fn run(args: Args) -> Result<Done> {
+    compare(&args).map_err(|failure| Failure { code: USAGE, ..failure })
+}
+
+fn compare(args: &Args) -> Result<Done> {
+    let (a, b) = (args.sides.source(&args.a, true)?, args.sides.source(args.b.as_ref().unwrap_or(&args.a), false)?);
+    if args.b.is_none()
+        && matches!((&a, &b), (Source::Model(a), Source::Model(b)) if a.options == b.options && a.unfused == b.unfused)
+    {
+        return Err(usage(
+            "side B is not named and would run as A does: name a second file or trace, or give --device-b, --isa-b, --kv-b or --unfused-b",
+        ));
+    }
+    if !(args.threshold.is_finite() && args.threshold > 0.0) {
+        return Err(usage(format!("--threshold is {}, expected a number above 0", args.threshold)));
+    }
+    let scratch = tempfile::tempdir()?;
+    let text = args.prompt.clone().map(Prompt::Text);
+    let options = DiffOptions {
+        a,
+        b,
+        prompt: args.tokens.clone().map(Prompt::Tokens).or(text),
+        threshold: args.threshold,
+        model: args.model.clone(),
+        scratch: scratch.path().to_path_buf(),
+    };
+    let found = diff(&options).map_err(|e| Failure { code: USAGE, error: e.into() })?;
+    let json = report::json(&found);
+    if let Some(path) = &args.html {
+        std::fs::write(path, crate::page::diff_page(&json))?;
+    }
+    if args.json {
+        println!("{}", one_line(&json));
+    } else {
+        report::text(&found, args.all, &mut std::io::stdout().lock())?;
+    }
+    let differs = match args.fail_on.is_empty() {
+        true => !found.findings.is_empty(),
+        false => args.fail_on.iter().any(|condition| condition.holds(&found)),
+    };
+    Ok(if differs { Done::Differs } else { Done::Ok })
+}
