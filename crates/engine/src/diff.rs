@@ -17,6 +17,7 @@ use crate::session::StepError;
 use crate::trace::file::{SavedTrace, TraceFileError};
 
 pub mod end;
+pub mod isolated;
 pub mod measure;
 pub mod routing;
 pub mod verdict;
@@ -227,7 +228,7 @@ fn compare(options: &DiffOptions) -> Result<Report, DiffError> {
         Source::Trace(path) => {
             let trace = SavedTrace::open(path)?;
             check_equal(&tape, &trace)?;
-            let mut comparison = Comparison::new(&tape, true);
+            let mut comparison = Comparison::new(&tape, &tokens, true);
             comparison.trace(&trace);
             take_free(&mut passes, comparison);
             let info = SideInfo { is_trace: true, path: path.clone(), header: trace.header.clone() };
@@ -346,14 +347,14 @@ fn run_b(
     let is_exact = rule != Rule::Bits
         && noise.as_ref().is_some_and(|n| !n.is_none() && n.model == source.path && n.is_exact(source));
     let keep = |place: Place| is_exact || place.stage == Stage::LmHead;
-    let mut comparison = Comparison::new(tape, true);
+    let mut comparison = Comparison::new(tape, tokens, true);
     let free =
         side.record(&options.scratch.join("b.safetensors"), (tokens, positions), &keep, Some(&mut comparison), None)?;
     take_free(passes, comparison);
     let can_feed = !a.is_trace && passes.shapes.is_empty() && positions.len() == tokens.len();
     let mut fed = None;
     if can_feed {
-        let (mut comparison, mut feed) = (Comparison::new(tape, false), TapeFeed::new(tape));
+        let (mut comparison, mut feed) = (Comparison::new(tape, tokens, false), TapeFeed::new(tape));
         if is_exact {
             let path = options.scratch.join("b-fed.safetensors");
             fed = Some(side.record(&path, (tokens, positions), &keep, Some(&mut comparison), Some(&mut feed))?);

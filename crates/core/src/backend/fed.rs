@@ -4,7 +4,7 @@
 //! A [`Feed`] holds the other pass's values. [`Feeding`] stands where the probe stands: it first shows a stage as this backend computed
 //! it, then puts the other pass's values in its place, from which everything downstream goes on. The backend itself is not touched.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::ops::Range;
 
 use super::unfused::{self, INTERIOR};
@@ -18,15 +18,31 @@ use crate::stage::Stage;
 pub trait Feed {
     /// Called once per step.
     fn begin(&mut self, batch: &Batch);
+    /// What the pass has to compute in a layer, in this step. The stages after the layers count as one more layer.
+    fn work(&self, _layer: usize) -> Work {
+        Work::All
+    }
     /// Whether [`replace`](Self::replace) would change the stage.
     fn has(&self, stage: Stage, layer: usize) -> bool;
     /// Replaces `values`, `[n_rows, n_cols]`, expert ids as floats.
     fn replace(&mut self, stage: Stage, layer: usize, n_rows: usize, values: &mut [f32]) -> Result<()>;
 }
 
+/// How much of a layer a fed pass computes. What is left out is zeros: where every value of interest is fed, so are its inputs, and the
+/// rest need not be there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Work {
+    All,
+    /// Attention only, for the keys and values that it stores.
+    Attention,
+    Nothing,
+}
+
 /// `B` with tensors that a [`Feed`] can reach.
 pub struct Fed<'a, B> {
     inner: &'a B,
+    /// What is computed at present.
+    work: Cell<Work>,
     /// Whether the stages inside fused ops are fed too, by running their plain bodies.
     unfused: bool,
 }
@@ -44,7 +60,7 @@ impl<'a, B: Backend> Fed<'a, B> {
     /// With `unfused`, fusable ops run their plain bodies. So they do anyway where the backend has no others: then nothing changes but
     /// that their interior can be fed.
     pub fn new(inner: &'a B, unfused: bool) -> Fed<'a, B> {
-        Fed { inner, unfused: unfused || INTERIOR.iter().all(|&s| inner.shows(s)) }
+        Fed { inner, work: Cell::new(Work::All), unfused: unfused || INTERIOR.iter().all(|&s| inner.shows(s)) }
     }
 }
 
@@ -81,7 +97,7 @@ impl<B: Backend> Probe<Fed<'_, B>> for Feeding<'_> {
     }
 
     fn seen(&mut self, b: &Fed<'_, B>, stage: Stage, layer: usize, view: View<'_, Fed<'_, B>>) -> Result<()> {
-        match view {
+        let result = match view {
             View::Values { tensor, cols } => tensor.with_mut(|t| {
                 let shown = View::Values { tensor: &*t, cols: cols.clone() };
                 Probe::<B>::seen(&mut self.watch, b.inner, stage, layer, shown)?;
@@ -91,7 +107,9 @@ impl<B: Backend> Probe<Fed<'_, B>> for Feeding<'_> {
                 Probe::<B>::seen(&mut self.watch, b.inner, stage, layer, View::Ids(ids))?;
                 if self.feed.has(stage, layer) { self.feed_ids(b.inner, stage, layer, ids) } else { Ok(()) }
             }),
-        }
+        };
+        b.work.set(self.feed.work(if stage == Stage::PostFfnResidual { layer + 1 } else { layer }));
+        result
     }
 }
 
@@ -144,6 +162,16 @@ fn with_routing<T, I, R>(r: &Routing<Slot<T>, Slot<I>>, f: impl FnOnce(&mut Rout
 }
 
 impl<B: Backend> Fed<'_, B> {
+    /// Whether ops other than attention are left out at present.
+    fn skips(&self) -> bool {
+        self.work.get() != Work::All
+    }
+
+    /// Gives a tensor rows of zeros.
+    fn blank(&self, t: &Slot<B::Tensor>, n_rows: usize) -> Result<()> {
+        t.with_mut(|t| self.inner.write(t, &vec![0.0; n_rows * self.inner.shape(t).1]))
+    }
+
     /// Shows what a fused op has left in its buffers.
     fn show_left<P: Probe<Self>>(&self, left: &[(Stage, &Slot<B::Tensor>)], il: usize, probe: &mut P) -> Result<()> {
         for &(stage, t) in left {
@@ -231,18 +259,30 @@ impl<B: Backend> Backend for Fed<'_, B> {
     }
 
     fn rms_norm(&self, out: &mut Self::Tensor, x: &Self::Tensor, w: &B::Weight, eps: f32) -> Result<()> {
+        if self.skips() {
+            return self.blank(out, self.shape(x).0);
+        }
         out.with_mut(|out| x.with(|x| self.inner.rms_norm(out, x, w, eps)))
     }
 
     fn matmul(&self, out: &mut Self::Tensor, at: usize, w: &B::Weight, x: &Self::Tensor) -> Result<()> {
+        if self.skips() {
+            return self.blank(out, self.shape(x).0);
+        }
         out.with_mut(|out| x.with(|x| self.inner.matmul(out, at, w, x)))
     }
 
     fn add_bias(&self, x: &mut Self::Tensor, at: usize, bias: &B::Weight) -> Result<()> {
+        if self.skips() {
+            return Ok(());
+        }
         x.with_mut(|x| self.inner.add_bias(x, at, bias))
     }
 
     fn head_norm(&self, x: &mut Self::Tensor, cols: Range<usize>, w: &B::Weight, eps: f32) -> Result<()> {
+        if self.skips() {
+            return Ok(());
+        }
         x.with_mut(|x| self.inner.head_norm(x, cols, w, eps))
     }
 
@@ -254,6 +294,9 @@ impl<B: Backend> Backend for Fed<'_, B> {
         rope: &Rope,
         batch: &Batch,
     ) -> Result<()> {
+        if self.skips() {
+            return Ok(());
+        }
         x.with_mut(|x| self.inner.rope(x, cols, head_dim, rope, batch))
     }
 
@@ -267,6 +310,9 @@ impl<B: Backend> Backend for Fed<'_, B> {
         batch: &Batch,
         _: &mut P,
     ) -> Result<()> {
+        if self.work.get() == Work::Nothing {
+            return self.blank(out, self.shape(qkv).0);
+        }
         out.with_mut(|out| qkv.with(|qkv| self.inner.attention(out, qkv, kv, il, heads, batch, &mut NoProbe)))
     }
 
@@ -275,26 +321,47 @@ impl<B: Backend> Backend for Fed<'_, B> {
     }
 
     fn route(&self, routing: &mut Routing<Self::Tensor, Self::Ids>) -> Result<()> {
+        if self.skips() {
+            let n_rows = self.shape(&routing.logits).0;
+            let n_ids = n_rows * self.ids_shape(&routing.ids).1;
+            self.blank(&routing.weights, n_rows)?;
+            return self.write_ids(&mut routing.ids, &vec![0; n_ids]);
+        }
         with_routing(routing, |r| self.inner.route(r))
     }
 
     fn matmul_experts(&self, out: &mut Self::Tensor, w: &B::Weight, ids: &Self::Ids, x: &Self::Tensor) -> Result<()> {
+        if self.skips() {
+            return self.blank(out, self.shape(x).0);
+        }
         out.with_mut(|out| ids.with(|ids| x.with(|x| self.inner.matmul_experts(out, w, ids, x))))
     }
 
     fn silu(&self, x: &mut Self::Tensor) -> Result<()> {
+        if self.skips() {
+            return Ok(());
+        }
         x.with_mut(|x| self.inner.silu(x))
     }
 
     fn mul(&self, x: &mut Self::Tensor, y: &Self::Tensor) -> Result<()> {
+        if self.skips() {
+            return Ok(());
+        }
         x.with_mut(|x| y.with(|y| self.inner.mul(x, y)))
     }
 
     fn weighted_sum(&self, out: &mut Self::Tensor, x: &Self::Tensor, weights: &Self::Tensor) -> Result<()> {
+        if self.skips() {
+            return self.blank(out, self.shape(weights).0);
+        }
         out.with_mut(|out| x.with(|x| weights.with(|w| self.inner.weighted_sum(out, x, w))))
     }
 
     fn add(&self, x: &mut Self::Tensor, y: &Self::Tensor) -> Result<()> {
+        if self.skips() {
+            return Ok(());
+        }
         x.with_mut(|x| y.with(|y| self.inner.add(x, y)))
     }
 
@@ -307,6 +374,9 @@ impl<B: Backend> Backend for Fed<'_, B> {
         il: usize,
         probe: &mut P,
     ) -> Result<()> {
+        if self.skips() {
+            return self.blank(out, self.shape(x).0);
+        }
         if self.unfused {
             return unfused::dense_ffn(self, out, s, w, x, il, probe);
         }
@@ -324,6 +394,9 @@ impl<B: Backend> Backend for Fed<'_, B> {
         il: usize,
         probe: &mut P,
     ) -> Result<()> {
+        if self.skips() {
+            return self.blank(out, self.shape(x).0);
+        }
         if self.unfused {
             return unfused::experts_ffn(self, out, s, w, routing, x, il, probe);
         }

@@ -13,6 +13,7 @@ use apr_core::stage::{Place, Stage};
 
 use super::end::{EndMetrics, EndSum};
 use super::routing::{Route, slot_map};
+use super::tape::{Sample, Tape};
 use crate::trace::file::SavedTrace;
 
 /// The difference of one place at one position.
@@ -52,7 +53,11 @@ pub struct ShapeDiff {
 
 /// Holds a pass B against a pass A on disk.
 pub struct Comparison<'a> {
-    a: &'a SavedTrace,
+    a: &'a dyn Tape,
+    /// All tokens of the pass.
+    tokens: &'a [u32],
+    /// What is compared, where it is not everything.
+    sample: Option<&'a Sample>,
     /// Whether the passes route on their own; otherwise B is fed with A's routing.
     free: bool,
     batch: Batch,
@@ -127,10 +132,12 @@ impl RowDiff {
 }
 
 impl<'a> Comparison<'a> {
-    /// A comparison with `a`. `free` says that B routes on its own.
-    pub fn new(a: &'a SavedTrace, free: bool) -> Comparison<'a> {
+    /// A comparison with `a`, a pass of `tokens`. `free` says that B routes on its own.
+    pub fn new(a: &'a dyn Tape, tokens: &'a [u32], free: bool) -> Comparison<'a> {
         Comparison {
             a,
+            tokens,
+            sample: None,
             free,
             batch: Batch::default(),
             measured: Measured::new(),
@@ -141,6 +148,11 @@ impl<'a> Comparison<'a> {
             end: EndSum::default(),
             row: Vec::new(),
         }
+    }
+
+    /// A comparison of a sample of a pass with a pass fed with it.
+    pub fn sampled(a: &'a dyn Tape, tokens: &'a [u32], sample: &'a Sample) -> Comparison<'a> {
+        Comparison { sample: Some(sample), ..Comparison::new(a, tokens, false) }
     }
 
     /// How far the two sides' next tokens are apart, where both have logits.
@@ -168,6 +180,9 @@ impl<'a> Comparison<'a> {
 
     /// Takes in B's value of a place at a position.
     fn value(&mut self, place: Place, position: u32, b: &[f32]) {
+        if self.sample.is_some_and(|s| !s.has(place, position)) {
+            return;
+        }
         let mut a = std::mem::take(&mut self.row);
         if self.a.read(place, position, &mut a) {
             match place.stage {
@@ -176,7 +191,7 @@ impl<'a> Comparison<'a> {
                 _ => self.compare(place, position, &a, b),
             }
             if place.stage == Stage::LmHead {
-                let next = self.a.header.tokens.get(position as usize + 1).copied();
+                let next = self.tokens.get(position as usize + 1).copied();
                 self.end.add(&a, b, next);
             }
         }

@@ -50,7 +50,7 @@ impl Noise {
         if self.is_none() {
             return Ok(Default::default());
         }
-        let feed = || tape.map(TapeFeed::new);
+        let feed = || tape.map(|tape| TapeFeed::new(tape));
         let recorded = match exact {
             Some(_) => None,
             None => {
@@ -60,7 +60,7 @@ impl Noise {
             }
         };
         let exact = exact.or(recorded.as_ref()).expect("one of the two is there");
-        let mut comparison = Comparison::new(exact, tape.is_none());
+        let mut comparison = Comparison::new(exact, tokens, tape.is_none());
         let (mut side, mut feed) = (self.side(self.activations, self.kv_coarse)?, feed());
         side.run(tokens, positions, &mut comparison, feed.as_mut().map(|f| f as &mut dyn Feed))?;
         Ok((comparison.measured, comparison.routes))
