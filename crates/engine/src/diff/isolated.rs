@@ -95,7 +95,7 @@ mod tests {
     }
 
     fn judged(engine: &mut Engine) -> Judged {
-        let tokens: Vec<u32> = (0..N_TOKENS).map(|i| (i * 2_654_435 >> 7) % 2048).collect();
+        let tokens: Vec<u32> = (0..N_TOKENS).map(|i| ((i * 2_654_435) >> 7) % 2048).collect();
         let sample = Sample { layers: vec![0, 2, 3], positions: vec![1, 2, 60, N_TOKENS - 2, N_TOKENS - 1] };
         judge(engine, &tokens, &sample, 3.0).unwrap()
     }
