@@ -354,7 +354,7 @@ fn run_b(
     let can_feed = !a.is_trace && passes.shapes.is_empty() && positions.len() == tokens.len();
     let mut fed = None;
     if can_feed {
-        let (mut comparison, mut feed) = (Comparison::new(tape, tokens, false), TapeFeed::new(tape));
+        let (mut comparison, mut feed) = (Comparison::new(tape, tokens, false), TapeFeed::new(tape, true));
         if is_exact {
             let path = options.scratch.join("b-fed.safetensors");
             fed = Some(side.record(&path, (tokens, positions), &keep, Some(&mut comparison), Some(&mut feed))?);
@@ -364,12 +364,15 @@ fn run_b(
         passes.isolated = Some(comparison.measured);
     }
     if let (Rule::Ratio { .. }, Some(noise)) = (rule, &noise) {
+        let interior = side.feeds_interior();
         if can_feed {
-            passes.noise_isolated = noise.measure((tokens, positions), Some(tape), fed.as_ref(), &options.scratch)?.0;
+            passes.noise_isolated = noise
+                .measure((tokens, positions), &|| Some(TapeFeed::new(tape, interior)), fed.as_ref(), &options.scratch)?
+                .0;
         }
         if !can_feed || passes.routes.iter().any(|r| r.choice == Choice::Flipped) {
             let exact = is_exact.then_some(&free);
-            passes.noise_free = noise.measure((tokens, positions), None, exact, &options.scratch)?;
+            passes.noise_free = noise.measure((tokens, positions), &|| None, exact, &options.scratch)?;
         }
     }
     passes.costs = flip_costs(&mut side, tape, &free, &passes.routes)?;
@@ -450,7 +453,7 @@ fn noise_of_traces(
     if noise.model.as_os_str().is_empty() {
         return Err(DiffError::NoModel);
     }
-    passes.noise_free = noise.measure(what, None, None, &options.scratch)?;
+    passes.noise_free = noise.measure(what, &|| None, None, &options.scratch)?;
     Ok(())
 }
 

@@ -39,18 +39,17 @@ impl Noise {
             && source.options.kv_type == self.kv_fine
     }
 
-    /// Measures the noise of a pass fed with `tape`, or of a free one. `exact` is the pass of the exact one where it has been run.
-    pub fn measure(
+    /// Measures the noise of a pass with this feed, or of a free one. `exact` is the pass of the exact one where it has been run.
+    pub fn measure<'a>(
         &self,
         (tokens, positions): (&[u32], &[u32]),
-        tape: Option<&SavedTrace>,
+        feed: &dyn Fn() -> Option<TapeFeed<'a>>,
         exact: Option<&SavedTrace>,
         scratch: &Path,
     ) -> Result<(Measured, Vec<Route>), DiffError> {
         if self.is_none() {
             return Ok(Default::default());
         }
-        let feed = || tape.map(|tape| TapeFeed::new(tape));
         let recorded = match exact {
             Some(_) => None,
             None => {
@@ -60,7 +59,7 @@ impl Noise {
             }
         };
         let exact = exact.or(recorded.as_ref()).expect("one of the two is there");
-        let mut comparison = Comparison::new(exact, tokens, tape.is_none());
+        let mut comparison = Comparison::new(exact, tokens, feed().is_none());
         let (mut side, mut feed) = (self.side(self.activations, self.kv_coarse)?, feed());
         side.run(tokens, positions, &mut comparison, feed.as_mut().map(|f| f as &mut dyn Feed))?;
         Ok((comparison.measured, comparison.routes))

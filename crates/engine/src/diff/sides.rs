@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use apr_core::backend::Precision;
 use apr_core::backend::fed::Feed;
+use apr_core::backend::unfused::INTERIOR;
 use apr_core::models;
 use apr_core::probe::{StageValue, Watch};
 use apr_core::stage::{Place, Stage};
@@ -87,6 +88,11 @@ impl Watch for Both<'_> {
 impl Loaded {
     pub fn load(source: &ModelSource) -> Result<Loaded, DiffError> {
         Ok(Loaded { engine: Engine::load(&source.path, source.options)?, unfused: source.unfused })
+    }
+
+    /// Whether a feed reaches the stages inside fusable ops: not those of an op that runs fused.
+    pub fn feeds_interior(&self) -> bool {
+        INTERIOR.iter().all(|&stage| self.engine.session.shows(stage, self.unfused))
     }
 
     /// What a trace of this side says.

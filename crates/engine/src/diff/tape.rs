@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use apr_core::backend::Result;
 use apr_core::backend::fed::{Feed, Work};
+use apr_core::backend::unfused::INTERIOR;
 use apr_core::batch::Batch;
 use apr_core::probe::{StageValue, Watch};
 use apr_core::stage::{Place, Stage};
@@ -106,20 +107,22 @@ impl Watch for MemoryTape<'_> {
 pub struct TapeFeed<'a> {
     tape: &'a dyn Tape,
     sample: Option<&'a Sample>,
+    /// Whether the stages inside fusable ops are fed.
+    interior: bool,
     /// Layers before the last stages.
     n_layer: usize,
     batch: Batch,
 }
 
 impl<'a> TapeFeed<'a> {
-    /// Feeds all of a pass.
-    pub fn new(tape: &'a dyn Tape) -> TapeFeed<'a> {
-        TapeFeed { tape, sample: None, n_layer: 0, batch: Batch::default() }
+    /// Feeds all of a pass. Without `interior` fusable ops are computed whole from their inputs, as a fused one is in any case.
+    pub fn new(tape: &'a dyn Tape, interior: bool) -> TapeFeed<'a> {
+        TapeFeed { tape, sample: None, interior, n_layer: 0, batch: Batch::default() }
     }
 
     /// Feeds a sample of a model of `n_layer` layers. Steps hold positions of the sample or others, never both.
     pub fn sampled(tape: &'a dyn Tape, sample: &'a Sample, n_layer: usize) -> TapeFeed<'a> {
-        TapeFeed { tape, sample: Some(sample), n_layer, batch: Batch::default() }
+        TapeFeed { sample: Some(sample), n_layer, ..TapeFeed::new(tape, true) }
     }
 }
 
@@ -139,7 +142,7 @@ impl Feed for TapeFeed<'_> {
     }
 
     fn has(&self, stage: Stage, layer: usize) -> bool {
-        self.tape.shape(Place::new(layer, stage)).is_some()
+        (self.interior || !INTERIOR.contains(&stage)) && self.tape.shape(Place::new(layer, stage)).is_some()
     }
 
     fn replace(&mut self, stage: Stage, layer: usize, n_rows: usize, values: &mut [f32]) -> Result<()> {
