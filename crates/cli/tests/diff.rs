@@ -143,3 +143,14 @@ fn what_cannot_be_compared_is_refused_with_exit_code_2() {
     assert!(refused(&[&file, "--kv-b", "f32", "--tokens", "1", "--threshold", "0"]).contains("--threshold"));
     assert!(refused(&[&file, "--kv-b", "f32", "--tokens", "1", "--fail-on", "kld>1"]).contains("mean_kld"));
 }
+
+#[test]
+fn models_of_another_make_are_compared_as_far_as_they_go() {
+    let [qwen3, qwen2, odd] = ["qwen3", "qwen2", "qwen3moe-odd"].map(|name| fixture(&format!("arch/{name}.gguf")));
+    let (code, report) = diff(&[&qwen3, &qwen2, "--tokens", "1,2,3"]);
+    assert_eq!((code, &report["first"]["stage"], &report["first"]["mode"]), (1, &json!("embedding"), &json!("shape")));
+    assert_eq!(report["mode"], "free");
+    let one_sided = report["culprits"].as_array().unwrap().iter().find(|c| c["stage"] == "qkv_bias").unwrap();
+    assert_eq!(one_sided["why"], "only B computes this");
+    assert_eq!(diff(&[&qwen3, &odd, "--tokens", "1,2,3"]).0, 1);
+}

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use apr_core::backend::{KvType, Precision};
 use apr_core::gguf::Value;
+use apr_core::models;
 use apr_core::stage::{Place, Stage};
 
 use crate::engine::EngineError;
@@ -242,7 +243,7 @@ fn compare(options: &DiffOptions) -> Result<Report, DiffError> {
         return Err(DiffError::NothingShared);
     }
     if passes.isolated.is_none() {
-        notes.push(isolated_reason(&a, &b, &passes).to_string());
+        notes.push(isolated_reason(&a, &b, &passes, positions.len() == tokens.len()).to_string());
     }
     report(options, (a, b, rule), (tokens, positions), &tape, passes, notes)
 }
@@ -351,7 +352,8 @@ fn run_b(
     let free =
         side.record(&options.scratch.join("b.safetensors"), (tokens, positions), &keep, Some(&mut comparison), None)?;
     take_free(passes, comparison);
-    let can_feed = !a.is_trace && passes.shapes.is_empty() && positions.len() == tokens.len();
+    let can_feed =
+        !a.is_trace && passes.shapes.is_empty() && same_stages(tape, &side) && positions.len() == tokens.len();
     let mut fed = None;
     if can_feed {
         let (mut comparison, mut feed) = (Comparison::new(tape, tokens, false), TapeFeed::new(tape, true));
@@ -377,6 +379,16 @@ fn run_b(
     }
     passes.costs = flip_costs(&mut side, tape, &free, &passes.routes)?;
     Ok((info, rule))
+}
+
+/// Whether a side has the tape's layers: a pass cannot be fed with those of another model.
+fn same_stages(tape: &SavedTrace, side: &Loaded) -> bool {
+    let layers = tape.places().filter_map(Place::layer).max().map_or(0, |il| il + 1);
+    let is_moe = tape.places().any(|p| p.stage == Stage::MoeRouterIndices);
+    let has_bias = tape.places().any(|p| p.stage == Stage::QkvBias);
+    let own = side.places();
+    let has = |stage| own.iter().any(|(p, _)| p.stage == stage);
+    layers == side.engine.hparams.n_layer && is_moe == has(Stage::MoeRouterIndices) && has_bias == has(Stage::QkvBias)
 }
 
 /// What each of the first flips costs: the divergence of B's next token from what it is when this one choice is made as A made it.
@@ -457,11 +469,13 @@ fn noise_of_traces(
     Ok(())
 }
 
-fn isolated_reason(a: &SideInfo, b: &SideInfo, passes: &Passes) -> &'static str {
+fn isolated_reason(a: &SideInfo, b: &SideInfo, passes: &Passes, positions_all: bool) -> &'static str {
     if a.is_trace || b.is_trace {
         "free-running only: a saved trace cannot compute a stage from other inputs"
     } else if !passes.shapes.is_empty() {
         "free-running only: the two sides have stages of different shapes"
+    } else if positions_all {
+        "free-running only: the two sides do not compute the same stages"
     } else {
         "free-running only: not all positions are compared"
     }
@@ -483,7 +497,12 @@ fn report(
     let isolated = Judge::new(rule, Mode::Isolated, measured, &passes.noise_isolated, &[]);
     let files = Files::open(options)?;
     let mut findings: Vec<Finding> = passes.shapes.iter().map(shape_finding).collect();
-    let culprits = if passes.isolated.is_some() { isolated.culprits() } else { free.culprits() };
+    let culprits = match passes.isolated {
+        Some(_) => isolated.culprits(),
+        // What follows the first difference of a free-running pass inherits it.
+        None => free.culprits().into_iter().take(1).collect(),
+    };
+    findings.extend(files.one_sided());
     findings.extend(culprits.iter().map(|c| files.finding(c, rule, tape, &tokens)));
     findings.sort_by_key(|f| f.place);
     if findings.is_empty()
@@ -579,22 +598,18 @@ impl Files {
         let file = self.a.as_ref().or(self.b.as_ref());
         let named = file.and_then(|f| Some(weights::spot(f, &f.hparams().ok()?, c.place, column, token, &ids)));
         let named = named.unwrap_or(Spot { row: Some(column), ..Spot::default() });
-        let (spot, why) = match self.two() {
-            None => (named, format!("the two sides compute column {column} differently{}", from_what(c.mode))),
-            Some((a, b)) => match weights::differing_spot(a, b, c.place, &named) {
-                Some(spot) => {
-                    let why = format!("the files' weights differ: {}", describe(&spot));
-                    (spot, why)
-                }
-                None => {
-                    let why = format!(
-                        "column {column} differs{}, though the weights behind it are the same; {}",
-                        from_what(c.mode),
-                        self.keys()
-                    );
-                    (Spot { tensor: None, super_block: None, row: None, expert: named.expert }, why)
-                }
-            },
+        let differing = self.two().map(|(a, b)| weights::differing_spot(a, b, c.place, &named));
+        let (spot, why) = match differing {
+            Some(Some(spot)) => (spot, "the weights of the two files differ there".to_string()),
+            Some(None) => {
+                let why = format!("{}, though the weights are the same; {}", inputs(c, column), self.keys());
+                (Spot { expert: named.expert, ..Spot::default() }, why)
+            }
+            None => (named, inputs(c, column)),
+        };
+        let why = match (c.row.n_bad_a, c.row.n_bad_b) {
+            (0, 0) => why,
+            (a, b) => format!("{why}; of {} values {a} in A and {b} in B are no numbers", c.row.n),
         };
         let error = if c.row.sum_sq_a > 0.0 { c.row.rms() / c.row.rms_a() } else { c.row.rms() };
         let noise = if c.row.sum_sq_a > 0.0 { c.noise / c.row.rms_a() } else { c.noise };
@@ -610,11 +625,37 @@ impl Files {
         }
     }
 
+    /// Stages and layers that only one of two files computes.
+    fn one_sided(&self) -> Vec<Finding> {
+        let Some((a, b)) = self.two() else { return Vec::new() };
+        let (Ok(h_a), Ok(h_b)) = (a.hparams(), b.hparams()) else { return Vec::new() };
+        let (stages_a, stages_b) = (models::stages(&h_a, &a.gguf), models::stages(&h_b, &b.gguf));
+        let only = |side: &str, place: Place| Finding {
+            place: Some(place),
+            position: None,
+            spot: Spot::default(),
+            mode: Mode::Shape,
+            error: f64::INFINITY,
+            noise: 0.0,
+            ratio: f64::INFINITY,
+            why: format!("only {side} computes this"),
+        };
+        let missing = |side, these: &[Stage], others: &[Stage]| -> Vec<Finding> {
+            these.iter().filter(|s| !others.contains(s)).map(|&s| only(side, Place::new(0, s))).collect()
+        };
+        let mut found = [missing("A", &stages_a, &stages_b), missing("B", &stages_b, &stages_a)].concat();
+        if h_a.n_layer != h_b.n_layer {
+            let side = if h_a.n_layer > h_b.n_layer { "A" } else { "B" };
+            found.push(only(side, Place::new(h_a.n_layer.min(h_b.n_layer), Stage::AttnNorm)));
+        }
+        found
+    }
+
     /// A difference between two files that this prompt does not reach.
     fn unreached(&self) -> Option<Finding> {
         let (a, b) = self.two()?;
         let (place, spot) = weights::first_differing(a, b)?;
-        let why = format!("the files' weights differ where this prompt does not reach: {}", describe(&spot));
+        let why = "the weights of the two files differ there, which this prompt does not reach".to_string();
         Some(Finding { place, position: None, spot, mode: Mode::Weights, error: 0.0, noise: 0.0, ratio: 0.0, why })
     }
 
@@ -633,22 +674,18 @@ impl Files {
 
     fn keys(&self) -> String {
         let keys: Vec<String> = self.metadata().into_iter().map(|m| m.key).collect();
-        if keys.is_empty() {
-            "so is the metadata".to_string()
-        } else {
-            format!("metadata that differs: {}", keys.join(", "))
+        match keys.len() {
+            0 => "so is the metadata".to_string(),
+            1..=4 => format!("metadata that differs: {}", keys.join(", ")),
+            n => format!("metadata that differs: {} and {} more keys", keys[..3].join(", "), n - 3),
         }
     }
 }
 
-fn from_what(mode: Mode) -> &'static str {
-    if mode == Mode::Isolated { " from the same inputs" } else { "" }
-}
-
-fn describe(spot: &Spot) -> String {
-    let mut parts = vec![spot.tensor.clone().unwrap_or_default()];
-    parts.extend(spot.expert.map(|e| format!("expert {e}")));
-    parts.extend(spot.row.map(|r| format!("row {r}")));
-    parts.extend(spot.super_block.map(|b| format!("block {b}")));
-    parts.join(", ")
+/// What is known of a difference that no weight explains.
+fn inputs(c: &Culprit, column: usize) -> String {
+    match c.mode {
+        Mode::Isolated => format!("the two sides compute column {column} differently from the same inputs"),
+        _ => format!("the two sides differ in column {column}"),
+    }
 }

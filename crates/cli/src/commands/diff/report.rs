@@ -262,8 +262,9 @@ fn stage_lines(r: &Report, all: bool, out: &mut impl Write) -> io::Result<()> {
 }
 
 fn worst<'a>(places: &[&'a PlaceReport]) -> Option<&'a PlaceReport> {
-    let key = |p: &PlaceReport| p.isolated.or(p.free).map_or(0.0, |s| if s.ratio > 0.0 { s.ratio } else { s.error });
-    places.iter().copied().max_by(|a, b| key(a).total_cmp(&key(b)))
+    let of = |s: Option<Summary>| s.map_or((0.0, 0.0), |s| (if s.ratio.is_finite() { s.ratio } else { 0.0 }, s.error));
+    let key = |p: &PlaceReport| (of(p.isolated), of(p.free));
+    places.iter().copied().max_by(|a, b| key(a).partial_cmp(&key(b)).unwrap_or(std::cmp::Ordering::Equal))
 }
 
 fn columns(s: Option<&Summary>, rule: Rule) -> (String, String, String, String) {
