@@ -75,6 +75,8 @@ pub trait StageValue {
     fn read(&self, rows: Range<usize>, out: &mut Vec<f32>) -> Result<()>;
     /// Statistics of each of the rows, computed where the values are.
     fn stats(&self, rows: Range<usize>, out: &mut Vec<RowStats>) -> Result<()>;
+    /// Bytes of weights, keys and values that the device has read so far, where it counts them.
+    fn read_bytes(&self) -> Option<u64>;
 }
 
 /// A probe that does not know the backend.
@@ -159,6 +161,10 @@ impl<B: Backend> StageValue for OnDevice<'_, B> {
                 Ok(())
             }
         }
+    }
+
+    fn read_bytes(&self) -> Option<u64> {
+        self.b.read_bytes()
     }
 }
 

@@ -3,6 +3,8 @@
 //! One source for every ISA: the bodies are inlined into functions that enable the ISA's features, one table per ISA. Every sum has an
 //! order of its own that does not depend on how many rows are computed together.
 
+use apr_core::stats::RowStats;
+
 use crate::kernels::Isa;
 
 /// The float loops of one ISA.
@@ -12,6 +14,7 @@ pub struct FloatKernels {
     swiglu: unsafe fn(&mut [f32], &[f32]),
     normalise: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
     axpby: unsafe fn(&mut [f32], f32, &[f32], f32),
+    row_stats: unsafe fn(&[f32]) -> RowStats,
 }
 
 /// `c = a b` for small row-major matrices: `a` `[m, k]`, `b` `[k, n]`, `c` `[m, n]`.
@@ -74,6 +77,12 @@ impl FloatKernels {
         // SAFETY: the table is handed out only where the CPU has its ISA.
         unsafe { (self.axpby)(y, a, x, b) }
     }
+
+    /// What [`RowStats::of`] gives, but for the order of its sums, which is the same on every ISA.
+    pub fn row_stats(&self, values: &[f32]) -> RowStats {
+        // SAFETY: the table is handed out only where the CPU has its ISA.
+        unsafe { (self.row_stats)(values) }
+    }
 }
 
 static SCALAR: FloatKernels = FloatKernels {
@@ -82,6 +91,7 @@ static SCALAR: FloatKernels = FloatKernels {
     swiglu: body::swiglu::<false>,
     normalise: body::normalise::<false>,
     axpby: body::axpby::<false>,
+    row_stats: body::row_stats,
 };
 
 #[cfg(target_arch = "x86_64")]
@@ -91,6 +101,7 @@ static AVX2: FloatKernels = FloatKernels {
     swiglu: avx2::swiglu,
     normalise: avx2::normalise,
     axpby: avx2::axpby,
+    row_stats: avx2::row_stats,
 };
 
 #[cfg(target_arch = "x86_64")]
@@ -121,11 +132,16 @@ mod avx2 {
     pub fn axpby(y: &mut [f32], a: f32, x: &[f32], b: f32) {
         body::axpby::<true>(y, a, x, b)
     }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub fn row_stats(values: &[f32]) -> super::RowStats {
+        body::row_stats(values)
+    }
 }
 
 /// The loops themselves, written over arrays of eight lanes. `FMA` says whether a fused multiply-add is one instruction.
 mod body {
-    use super::Gemm;
+    use super::{Gemm, RowStats};
 
     const LANES: usize = 8;
     type Lanes = [f32; LANES];
@@ -310,6 +326,40 @@ mod body {
             *y = mul_add::<FMA>(a, *y, b * x);
         }
     }
+
+    /// Statistics in eight lanes, merged in order; what is left over comes last. Squares of floats are exact in f64, so that it makes
+    /// no difference whether they are added by one instruction or two.
+    #[inline(always)]
+    pub fn row_stats(values: &[f32]) -> RowStats {
+        let (mut min, mut max) = ([f32::INFINITY; LANES], [f32::NEG_INFINITY; LANES]);
+        let (mut sum, mut sum_sq) = ([0f64; LANES], [0f64; LANES]);
+        let (mut n_nan, mut n_finite, mut n_zero) = ([0u32; LANES], [0u32; LANES], [0u32; LANES]);
+        let (chunks, tail) = values.as_chunks::<LANES>();
+        for chunk in chunks {
+            for l in 0..LANES {
+                let v = chunk[l];
+                let is_finite = v.abs() < f32::INFINITY;
+                n_nan[l] += u32::from(v.is_nan());
+                n_finite[l] += u32::from(is_finite);
+                n_zero[l] += u32::from(v == 0.0);
+                let (low, high) = if is_finite { (v, v) } else { (f32::INFINITY, f32::NEG_INFINITY) };
+                min[l] = if low < min[l] { low } else { min[l] };
+                max[l] = if high > max[l] { high } else { max[l] };
+                let v = f64::from(if is_finite { v } else { 0.0 });
+                sum[l] += v;
+                sum_sq[l] += v * v;
+            }
+        }
+        let mut all = RowStats::EMPTY;
+        for l in 0..LANES {
+            let (n_nan, n_zero, count) = (u64::from(n_nan[l]), u64::from(n_zero[l]), chunks.len() as u64);
+            let n_inf = count - n_nan - u64::from(n_finite[l]);
+            let (min, max, sum, sum_sq) = (min[l], max[l], sum[l], sum_sq[l]);
+            all.merge(&RowStats { count, n_nan, n_inf, n_zero, min, max, sum, sum_sq });
+        }
+        all.merge(&RowStats::of(tail));
+        all
+    }
 }
 
 #[cfg(test)]
@@ -391,6 +441,26 @@ mod tests {
                     assert!((f64::from(out[i]) - e).abs() <= 1e-6, "{} {e}", out[i]);
                 }
             }
+        }
+    }
+
+    #[test]
+    fn statistics_of_a_row_are_the_plain_ones() {
+        let close = |a: f64, b: f64, scale: f64| assert!((a - b).abs() <= 1e-12 * scale, "{a} {b}");
+        for n in [0, 1, 7, 8, 9, 64, 1000, 5003] {
+            let mut x = values(n, n as u32 + 1);
+            for (i, odd) in [f32::NAN, f32::INFINITY, 0.0, -0.0, f32::NEG_INFINITY, -f32::NAN].into_iter().enumerate() {
+                let at = |k: usize| (i * 997 + k * 41) % n.max(1);
+                (0..n.min(40) / 4).for_each(|k| x[at(k)] = odd);
+            }
+            let plain = RowStats::of(&x);
+            let mut of_isas = tables().map(|t| t.row_stats(&x));
+            let first = of_isas.next().unwrap();
+            let counts = |s: &RowStats| (s.count, s.n_nan, s.n_inf, s.n_zero, s.min, s.max);
+            assert_eq!(counts(&first), counts(&plain), "{n} values");
+            close(first.sum, plain.sum, n as f64);
+            close(first.sum_sq, plain.sum_sq, n as f64);
+            assert!(of_isas.all(|s| s == first), "every ISA sums in the same order");
         }
     }
 }

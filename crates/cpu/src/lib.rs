@@ -14,6 +14,7 @@ use apr_core::batch::Batch;
 use apr_core::probe::{Probe, seen};
 use apr_core::rope::Rope;
 use apr_core::stage::Stage;
+use apr_core::stats::RowStats;
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -208,6 +209,21 @@ impl Backend for CpuBackend {
     fn write_ids(&self, ids: &mut CpuIds, values: &[u32]) -> Result<()> {
         ids.data.clear();
         ids.data.extend_from_slice(values);
+        Ok(())
+    }
+
+    fn row_stats(&self, t: &CpuTensor, rows: Range<usize>, cols: Range<usize>, out: &mut Vec<RowStats>) -> Result<()> {
+        let (first, n) = (rows.start, out.len());
+        out.resize(n + rows.len(), RowStats::EMPTY);
+        // Waking another thread costs more than a few rows.
+        let per_task = rows.len().div_ceil(4 * self.n_threads()).max(4);
+        let parts: Vec<Mutex<&mut [RowStats]>> = out[n..].chunks_mut(per_task).map(Mutex::new).collect();
+        self.pool.run(parts.len(), &|_, task| {
+            let mut part = parts[task].lock().unwrap_or_else(|e| e.into_inner());
+            for (i, stats) in part.iter_mut().enumerate() {
+                *stats = self.float.row_stats(&t.row(first + task * per_task + i)[cols.clone()]);
+            }
+        });
         Ok(())
     }
 

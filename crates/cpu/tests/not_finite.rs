@@ -3,6 +3,7 @@
 use apr_core::backend::{Backend, Heads, KvShape, KvType};
 use apr_core::batch::{Batch, Row};
 use apr_core::probe::NoProbe;
+use apr_core::stats::RowStats;
 use apr_cpu::CpuBackend;
 use apr_cpu::kv::{KvCache, Part, Tile};
 
@@ -57,4 +58,25 @@ fn nan_is_not_lost_in_an_8_bit_cache() {
     let mut scratch = Tile::default();
     let read = kv.tile(0, 0, Part::Value, 0, &mut scratch);
     assert!(read[..32].iter().any(|v| v.is_nan()), "stored NaN, read {:?}", &read[..8]);
+}
+
+#[test]
+fn statistics_are_of_the_rows_and_columns_asked_for() {
+    let (n_rows, n_cols) = (37, 20);
+    let mut values: Vec<f32> = (0..n_rows * n_cols).map(|i| (i % 13) as f32 - 6.0).collect();
+    values[5 * n_cols + 7] = f32::NAN;
+    values[30 * n_cols + 8] = f32::NEG_INFINITY;
+    let expected = |rows: std::ops::Range<usize>, cols: std::ops::Range<usize>| {
+        rows.map(|i| RowStats::of(&values[i * n_cols + cols.start..i * n_cols + cols.end])).collect::<Vec<_>>()
+    };
+    for n_threads in [1, 2, 3] {
+        let b = CpuBackend::new(n_threads, None).unwrap();
+        let mut x = b.tensor(n_cols, &[]);
+        b.write(&mut x, &values).unwrap();
+        for (rows, cols) in [(0..37, 0..20), (0..37, 3..9), (5..6, 7..8), (29..37, 8..20), (4..4, 0..20)] {
+            let mut out = vec![RowStats::EMPTY];
+            b.row_stats(&x, rows.clone(), cols.clone(), &mut out).unwrap();
+            assert_eq!(out[1..], expected(rows, cols), "small integers sum exactly, in any order");
+        }
+    }
 }
