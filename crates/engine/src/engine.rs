@@ -137,6 +137,18 @@ impl Engine {
         Ok(self.tokenizer.encode(&pieces))
     }
 
+    /// What the template is given for a conversation: the messages and the file's BOS and EOS; an answer is asked for.
+    pub fn chat_input(&self, messages: Vec<serde_json::Value>) -> ChatInput {
+        let token = |id: Option<u32>| id.and_then(|id| self.tokenizer.token_text(id)).unwrap_or_default().to_string();
+        ChatInput {
+            messages,
+            add_generation_prompt: true,
+            bos_token: token(self.tokenizer.bos()),
+            eos_token: token(self.tokenizer.eos()),
+            ..ChatInput::default()
+        }
+    }
+
     /// Tokens of plain text. CONTROL tokens are found in it only with `parse_control`.
     pub fn text_tokens(&self, text: &[u8], parse_control: bool) -> Vec<u32> {
         let mut tokens = self.tokenizer.encode_bytes(text, parse_control);

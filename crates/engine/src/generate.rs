@@ -102,16 +102,7 @@ pub fn generate(
     cancel: &AtomicBool,
     on_text: &mut dyn FnMut(&str),
 ) -> Result<Generated, GenerateError> {
-    let (n_prompt, n_ctx) = (request.prompt.len(), engine.session.n_ctx());
-    if n_prompt == 0 {
-        return Err(GenerateError::EmptyPrompt);
-    }
-    // An answer without a limit needs room for one token at least.
-    let max_tokens = request.max_tokens.unwrap_or_else(|| n_ctx.saturating_sub(n_prompt).max(1));
-    if n_prompt.saturating_add(max_tokens) > n_ctx {
-        return Err(GenerateError::ContextOverflow { n_prompt, max_tokens, n_ctx });
-    }
-    check_memory(engine, n_prompt.saturating_add(request.max_tokens.unwrap_or(0)))?;
+    let max_tokens = check_fits(engine, request.prompt.len(), request.max_tokens)?;
     let mut sequence = Sequence::default();
     let mut result = run(engine, request, max_tokens, &mut sequence, cancel, on_text);
     if let Ok(generated) = &mut result {
@@ -119,6 +110,24 @@ pub fn generate(
     }
     engine.session.release(&mut sequence);
     result
+}
+
+/// Refuses a request that does not fit the context or the memory; the tokens it may generate at most are returned.
+///
+/// # Errors
+/// An empty prompt, and what is too long, before anything is computed.
+pub(crate) fn check_fits(engine: &Engine, n_prompt: usize, max_tokens: Option<usize>) -> Result<usize, GenerateError> {
+    let n_ctx = engine.session.n_ctx();
+    if n_prompt == 0 {
+        return Err(GenerateError::EmptyPrompt);
+    }
+    // An answer without a limit needs room for one token at least.
+    let most = max_tokens.unwrap_or_else(|| n_ctx.saturating_sub(n_prompt).max(1));
+    if n_prompt.saturating_add(most) > n_ctx {
+        return Err(GenerateError::ContextOverflow { n_prompt, max_tokens: most, n_ctx });
+    }
+    check_memory(engine, n_prompt.saturating_add(max_tokens.unwrap_or(0)))?;
+    Ok(most)
 }
 
 /// Refuses a sequence whose keys and values would not fit the memory that is left.

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use apr_core::gguf::{self, Gguf, GgufError};
 use apr_core::hparams::{Hparams, HparamsError};
 use memmap2::Mmap;
+use sha2::{Digest, Sha256};
 
 /// An opened model: metadata, tensor directory and the mapped bytes.
 pub struct ModelFile {
@@ -63,6 +64,13 @@ impl ModelFile {
     /// See [`Hparams::from_gguf`].
     pub fn hparams(&self) -> Result<Hparams, HparamsError> {
         Hparams::from_gguf(&self.gguf)
+    }
+
+    /// SHA-256 of the file in hexadecimal, of a split model's parts one after the other. Reads every byte.
+    pub fn sha256(&self) -> String {
+        let mut hash = Sha256::new();
+        self.parts.iter().for_each(|part| hash.update((**part).as_ref()));
+        hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
     /// Bytes of weights that one decoded token reads: everything but the embedding table (of which it reads one row, unless the

@@ -92,6 +92,36 @@ struct Candidate {
     logit: f32,
 }
 
+/// A token's standing among all at one position.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Ranked {
+    pub token: u32,
+    pub logit: f32,
+    /// Softmax probability.
+    pub p: f64,
+}
+
+/// The `k` best of one position's logits, best first and lower ids first among equals, and the entropy of the whole distribution in
+/// bits. Logits that are not finite are left out; NaN is the entropy of nothing.
+pub fn ranked(logits: &[f32], k: usize) -> (Vec<Ranked>, f64) {
+    let all = logits.iter().enumerate().map(|(token, logit)| Candidate { token: token as u32, logit: *logit });
+    let mut candidates: Vec<Candidate> = all.filter(|c| c.logit.is_finite()).collect();
+    let best = candidates.iter().map(|c| c.logit).fold(f32::NEG_INFINITY, f32::max);
+    let (mut total, mut moment) = (0.0, 0.0);
+    for c in &candidates {
+        let w = weight(c.logit, best, 1.0);
+        total += w;
+        moment += w * (f64::from(c.logit) - f64::from(best));
+    }
+    if k < candidates.len() {
+        candidates.select_nth_unstable_by(k, better_first);
+        candidates.truncate(k);
+    }
+    candidates.sort_unstable_by(better_first);
+    let rank = |c: &Candidate| Ranked { token: c.token, logit: c.logit, p: weight(c.logit, best, 1.0) / total };
+    (candidates.iter().map(rank).collect(), (total.ln() - moment / total) / std::f64::consts::LN_2)
+}
+
 impl SamplerConfig {
     /// Names the first field that is out of its range.
     pub fn validate(&self) -> Result<(), SamplerError> {
@@ -324,7 +354,7 @@ mod tests {
     }
 
     /// Ids best first, with their probabilities, by a full sort.
-    fn ranked(logits: &[f32]) -> Vec<(u32, f64)> {
+    fn sorted(logits: &[f32]) -> Vec<(u32, f64)> {
         let best = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let total: f64 = logits.iter().map(|l| weight(*l, best, 1.0)).sum();
         let mut ranked: Vec<_> =
@@ -340,14 +370,14 @@ mod tests {
     proptest! {
         #[test]
         fn top_k_keeps_the_k_best(logits in rows(), k in 1u32..310) {
-            let mut expected: Vec<u32> = ranked(&logits).iter().take(k as usize).map(|r| r.0).collect();
+            let mut expected: Vec<u32> = sorted(&logits).iter().take(k as usize).map(|r| r.0).collect();
             expected.sort_unstable();
             prop_assert_eq!(kept(SamplerConfig { top_k: k, ..warm() }, &logits), expected);
         }
 
         #[test]
         fn top_p_keeps_the_fewest_that_hold_the_mass(logits in rows(), top_p in 0.01f32..0.99) {
-            let ranked = ranked(&logits);
+            let ranked = sorted(&logits);
             let kept = kept(SamplerConfig { top_p, ..warm() }, &logits);
             let mass: f64 = ranked.iter().take(kept.len()).map(|r| r.1).sum();
             let without_last: f64 = ranked.iter().take(kept.len() - 1).map(|r| r.1).sum();
@@ -359,7 +389,7 @@ mod tests {
 
         #[test]
         fn min_p_keeps_a_share_of_the_best(logits in rows(), min_p in 0.01f32..1.0) {
-            let ranked = ranked(&logits);
+            let ranked = sorted(&logits);
             let kept = kept(SamplerConfig { min_p, ..warm() }, &logits);
             for (token, probability) in &ranked {
                 let share = probability / ranked[0].1 - f64::from(min_p);
@@ -368,9 +398,22 @@ mod tests {
         }
 
         #[test]
+        fn ranking_is_a_full_sort_cut_short(logits in rows(), k in 0usize..310) {
+            let (found, entropy) = ranked(&logits, k);
+            let expected = sorted(&logits);
+            prop_assert_eq!(found.len(), k.min(logits.len()));
+            for (found, (token, p)) in found.iter().zip(&expected) {
+                prop_assert_eq!((found.token, found.logit), (*token, logits[*token as usize]));
+                prop_assert!((found.p - p).abs() < 1e-12);
+            }
+            let plain: f64 = expected.iter().filter(|(_, p)| *p > 0.0).map(|(_, p)| -p * p.log2()).sum();
+            prop_assert!((entropy - plain).abs() < 1e-9);
+        }
+
+        #[test]
         fn cold_and_top_1_are_greedy(logits in rows(), seed: u64) {
             let greedy = sampler(SamplerConfig::default()).sample(&logits).unwrap();
-            prop_assert_eq!(greedy, ranked(&logits)[0].0);
+            prop_assert_eq!(greedy, sorted(&logits)[0].0);
             let one = SamplerConfig { top_k: 1, seed: Some(seed), ..warm() };
             prop_assert_eq!(sampler(one).sample(&logits).unwrap(), greedy);
             let cold = SamplerConfig { temperature: 1e-30, seed: Some(seed), ..warm() };
@@ -387,6 +430,15 @@ mod tests {
                 prop_assert_eq!(sampler.sample(&logits).unwrap() as usize % every, 0);
             }
         }
+    }
+
+    #[test]
+    fn what_is_not_finite_has_no_rank() {
+        let (found, entropy) = ranked(&[f32::NAN, 1.0, f32::INFINITY, 2.0, f32::NEG_INFINITY], 9);
+        assert_eq!(found.iter().map(|r| r.token).collect::<Vec<_>>(), [3, 1]);
+        assert!((found[0].p + found[1].p - 1.0).abs() < 1e-12 && entropy < 1.0);
+        let (none, entropy) = ranked(&[f32::NAN], 1);
+        assert!(none.is_empty() && entropy.is_nan());
     }
 
     #[test]

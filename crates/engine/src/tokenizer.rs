@@ -269,6 +269,13 @@ impl Tokenizer {
         }
     }
 
+    /// What one token says, for people: half a character is U+FFFD, CONTROL tokens are spelled out.
+    pub fn piece(&self, id: u32) -> String {
+        let mut bytes = Vec::new();
+        self.decode_bytes(id, &mut bytes, true);
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
     /// A token as the file writes it; `None` for an id past the vocabulary.
     pub fn token_text(&self, id: u32) -> Option<&str> {
         self.texts.get(id as usize).map(String::as_str)

@@ -7,7 +7,9 @@ use apr_engine::chat_template::ChatInput;
 use apr_engine::device::Device;
 use apr_engine::generate::{Finish, GenerateError, Generated, Request, generate};
 use apr_engine::sampler::SamplerConfig;
-use apr_engine::session::{Logits, Part, Sequence, StepError};
+use apr_engine::session::{Logits, Look, Part, Sequence, StepError};
+use apr_engine::stage::{Place, Stage};
+use apr_engine::trace::stats::{StatsPlan, StatsWatch};
 use apr_engine::{Engine, EngineOptions, KvType, Precision};
 use serde_json::json;
 
@@ -204,4 +206,54 @@ fn the_reference_device_generates_the_same_greedy_text_where_it_is_clear() {
         EngineOptions { device: Device::Reference { activations: Precision::F32 }, kv_type: KvType::F32, n_ctx: None };
     let mut reference = Engine::load(&fixture("tiny-qwen3moe.gguf"), options).unwrap();
     assert_eq!(run(&mut reference, &r).0.tokens, run(&mut load(2, None, KvType::F32), &r).0.tokens);
+}
+
+/// Logits of every position of a prompt in chunks of 50, watched or not.
+fn all_logits(engine: &mut Engine, tokens: &[u32], watch: Option<&mut StatsWatch<'_>>) -> Vec<u32> {
+    let (mut sequence, mut bits, mut row) = (Sequence::default(), Vec::new(), Vec::new());
+    let mut watch = watch;
+    for tokens in tokens.chunks(50) {
+        let mut parts = [Part { sequence: &mut sequence, tokens, logits: Logits::All }];
+        match &mut watch {
+            Some(watch) => {
+                let look = Look { watch: &mut **watch, unfused: false, feed: None };
+                engine.session.step_watched(&mut parts, look).unwrap();
+            }
+            None => engine.session.step(&mut parts).unwrap(),
+        }
+        for i in 0..tokens.len() {
+            engine.session.logits(i, &mut row).unwrap();
+            bits.extend(row.iter().map(|v| v.to_bits()));
+        }
+    }
+    engine.session.release(&mut sequence);
+    bits
+}
+
+#[test]
+fn statistics_change_no_bit_and_do_not_depend_on_threads() {
+    let tokens: Vec<u32> = (0..120).map(|i| (i * 37) % 2000).collect();
+    let plan = || StatsPlan { positions: 20..120, followed: vec![20, 60, 119], unfused: false };
+    let mut accounts = Vec::new();
+    for n_threads in [1, 2] {
+        let mut engine = load(n_threads, None, KvType::F16);
+        let before = engine.session.read_bytes();
+        let plain = all_logits(&mut engine, &tokens, None);
+        let read = engine.session.read_bytes().zip(before).map(|(now, before)| now - before);
+        let mut watch = StatsWatch::new(plan(), engine.session.read_bytes(), None);
+        assert_eq!(all_logits(&mut engine, &tokens, Some(&mut watch)), plain, "{n_threads} threads");
+        assert_eq!(watch.stats.total().bytes, read, "every byte is booked on a stage");
+        accounts.push(watch.stats);
+    }
+    let (one, two) = (&accounts[0], &accounts[1]);
+    assert_eq!((&one.stages, &one.routers, &one.followed), (&two.stages, &two.routers, &two.followed));
+    assert_eq!(one.stages[&Place::new(2, Stage::AttnOut)].stats.count, 100 * 256);
+    for router in one.routers.values() {
+        assert_eq!((router.load.iter().sum::<u64>(), router.margin.len()), (200, 100));
+        assert!(router.margin.iter().all(|m| (0.0..1.0).contains(m)));
+    }
+    for followed in one.followed.values() {
+        assert_eq!((&followed.positions[..], followed.last.len()), (&[20, 60, 119][..], 256));
+        assert!(followed.cosine.iter().all(|c| (0.1..1.0).contains(c)), "a layer turns the residual a little");
+    }
 }

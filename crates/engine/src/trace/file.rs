@@ -169,9 +169,10 @@ impl TraceWriter {
         let partial = path.with_extension("safetensors.partial");
         let io = |source| TraceFileError::Io { path: partial.clone(), source };
         let file = File::options().read(true).write(true).create(true).truncate(true).open(&partial).map_err(io)?;
-        file.set_len((8 + header_bytes + at) as u64).map_err(io)?;
         let positions = header.positions.clone();
         let writer = TraceWriter { file, path: path.to_path_buf(), partial, header_bytes, tensors: places, positions };
+        // From here on a failure takes the file away again.
+        writer.file.set_len((8 + header_bytes + at) as u64).map_err(|source| writer.io(source))?;
         writer.write_header(header)?;
         Ok(writer)
     }
@@ -179,6 +180,11 @@ impl TraceWriter {
     /// Whether the trace has the tensor.
     pub fn has(&self, place: Place) -> bool {
         self.tensors.contains_key(&place)
+    }
+
+    /// Shape of a place's value for one position, where the trace has it.
+    pub fn shape(&self, place: Place) -> Option<&[usize]> {
+        self.tensors.get(&place).map(|t| t.shape.as_slice())
     }
 
     /// Writes the rows of `values` whose positions are saved; `positions` ascend.

@@ -44,12 +44,26 @@ impl Watch for SaveWatch {
     }
 
     fn seen(&mut self, stage: Stage, layer: usize, value: &dyn StageValue) -> Result<()> {
-        let n_rows = value.shape().0;
+        let ((n_rows, n_cols), place) = (value.shape(), Place::new(layer, stage));
         value.read(0..n_rows, &mut self.values)?;
+        // Scores of attention have a column for each position so far; the file has one for each that comes.
+        if let Some(&[n_head, n_kv]) = self.writer.shape(place).filter(|s| s.iter().product::<usize>() > n_cols) {
+            self.values = widened(&self.values, n_cols / n_head, n_kv);
+        }
         let positions: Vec<u32> = self.batch.positions_of(n_rows).collect();
-        self.writer.write(Place::new(layer, stage), &positions, &self.values).map_err(|e| {
+        self.writer.write(place, &positions, &self.values).map_err(|e| {
             self.failure = Some(e);
             BackendError::Stopped
         })
     }
+}
+
+/// Rows of `from` values with zeros added up to `to`.
+fn widened(values: &[f32], from: usize, to: usize) -> Vec<f32> {
+    let mut out = Vec::with_capacity(values.len() / from * to);
+    for row in values.chunks_exact(from) {
+        out.extend_from_slice(row);
+        out.resize(out.len() + to - from, 0.0);
+    }
+    out
 }
