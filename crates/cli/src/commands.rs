@@ -5,3 +5,4 @@ pub mod diff;
 pub mod inspect;
 pub mod run;
 pub mod tokenize;
+pub mod trace;

@@ -6,6 +6,8 @@ use apr_engine::generate::GenerateError;
 use apr_engine::model_file::OpenError;
 use apr_engine::sampler::SamplerError;
 use apr_engine::session::StepError;
+use apr_engine::trace::TraceError;
+use apr_engine::trace::file::TraceFileError;
 use apr_engine::{BackendError, EngineError};
 
 /// The command could not do what was asked.
@@ -74,15 +76,35 @@ fn open_code(e: &OpenError) -> u8 {
 
 impl From<GenerateError> for Failure {
     fn from(e: GenerateError) -> Failure {
+        Failure { code: generate_code(&e), error: e.into() }
+    }
+}
+
+fn generate_code(e: &GenerateError) -> u8 {
+    match e {
+        GenerateError::EmptyPrompt | GenerateError::ContextOverflow { .. } => USAGE,
+        GenerateError::Memory { .. } => RESOURCE,
+        GenerateError::Sampler(SamplerError::NotFinite { .. } | SamplerError::NothingLeft { .. }) => FAILED,
+        GenerateError::Sampler(_) => USAGE,
+        GenerateError::Step(e) => step_code(e),
+    }
+}
+
+impl From<TraceError> for Failure {
+    fn from(e: TraceError) -> Failure {
         let code = match &e {
-            GenerateError::EmptyPrompt | GenerateError::ContextOverflow { .. } => USAGE,
-            GenerateError::Memory { .. } => RESOURCE,
-            GenerateError::Sampler(SamplerError::NotFinite { .. } | SamplerError::NothingLeft { .. }) => FAILED,
-            GenerateError::Sampler(_) => USAGE,
-            GenerateError::Step(e) => step_code(e),
+            TraceError::Generate(e) => generate_code(e),
+            TraceError::NoToken { .. } => FAILED,
+            TraceError::File(TraceFileError::Io { source, .. }) if is_full(source) => RESOURCE,
+            TraceError::File(_) => FAILED,
         };
         Failure { code, error: e.into() }
     }
+}
+
+/// Whether a file cannot be written for lack of room.
+fn is_full(e: &io::Error) -> bool {
+    matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge)
 }
 
 impl From<StepError> for Failure {

@@ -35,6 +35,9 @@ enum Command {
     /// Measure prefill and decode speed, and the machine's read bandwidth beside them.
     #[command(after_help = EXIT_CODES)]
     Bench(commands::bench::Args),
+    /// Look inside a model: its stages and shapes, or with a prompt every stage of the forward pass.
+    #[command(after_help = EXIT_CODES)]
+    Trace(commands::trace::Args),
     /// Find where two runs of a model part: two files, two devices, or saved traces.
     #[command(after_help = "Exit codes: 0 the sides are the same, 1 they differ, 2 they cannot be compared.")]
     Diff(commands::diff::Args),
@@ -46,6 +49,7 @@ fn main() -> std::process::ExitCode {
         Command::Inspect(args) => commands::inspect::run(args),
         Command::Tokenize(args) => commands::tokenize::run(args),
         Command::Bench(args) => commands::bench::run(args),
+        Command::Trace(args) => commands::trace::run(args),
         Command::Diff(args) => commands::diff::run(args),
     };
     match result {

@@ -57,8 +57,11 @@ pub fn model_name(path: &Path) -> String {
     path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default()
 }
 
+/// A list of token ids, which clap would otherwise take for one id per argument.
+pub type TokenList = Vec<u32>;
+
 /// Reads token ids, as in `1,2,3`.
-pub fn token_list(text: &str) -> std::result::Result<Vec<u32>, String> {
+pub fn token_list(text: &str) -> std::result::Result<TokenList, String> {
     let id = |part: &str| part.trim().parse().map_err(|_| format!("'{}' is no token id", part.trim()));
     text.split(',').map(id).collect()
 }

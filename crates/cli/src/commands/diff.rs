@@ -10,7 +10,7 @@ use apr_engine::{EngineOptions, Isa, KvType, Precision};
 
 use self::fail_on::Condition;
 use crate::failure::{Done, Failure, Result, USAGE, usage};
-use crate::options::token_list;
+use crate::options::{TokenList, token_list};
 use crate::print::one_line;
 
 mod fail_on;
@@ -49,9 +49,6 @@ pub struct Args {
     #[arg(long)]
     json: bool,
 }
-
-/// A list of token ids, which clap would otherwise take for one id per argument.
-pub type TokenList = Vec<u32>;
 
 /// How the sides are run. What is not said for one side holds for both.
 #[derive(clap::Args)]

@@ -186,16 +186,7 @@ fn prompt_tokens(engine: &Engine, args: &Args, text: Vec<u8>, kwargs: Map<String
         messages.push(json!({"role": "system", "content": system}));
     }
     messages.push(json!({"role": "user", "content": content}));
-    let token = |id: Option<u32>| id.and_then(|id| engine.tokenizer.token_text(id)).unwrap_or_default().to_string();
-    let input = ChatInput {
-        messages,
-        add_generation_prompt: true,
-        enable_thinking: args.enable_thinking,
-        kwargs,
-        bos_token: token(engine.tokenizer.bos()),
-        eos_token: token(engine.tokenizer.eos()),
-        ..ChatInput::default()
-    };
+    let input = ChatInput { enable_thinking: args.enable_thinking, kwargs, ..engine.chat_input(messages) };
     Ok(engine.chat_tokens(&input)?)
 }
 

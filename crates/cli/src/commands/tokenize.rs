@@ -38,20 +38,15 @@ pub fn run(args: Args) -> Result<Done> {
         }
     };
     let ids = tokenizer.encode_bytes(&text, args.special);
-    let piece = |id: u32| {
-        let mut bytes = Vec::new();
-        tokenizer.decode_bytes(id, &mut bytes, true);
-        String::from_utf8_lossy(&bytes).into_owned()
-    };
     let mut out = std::io::BufWriter::new(std::io::stdout().lock());
     if args.json {
-        let pieces: Vec<String> = ids.iter().map(|&id| piece(id)).collect();
+        let pieces: Vec<String> = ids.iter().map(|&id| tokenizer.piece(id)).collect();
         writeln!(out, "{}", one_line(&json!({"schema": "apr.tokenize/1", "tokens": ids, "pieces": pieces})))?;
     } else if args.ids {
         writeln!(out, "{}", ids.iter().map(u32::to_string).collect::<Vec<_>>().join(" "))?;
     } else {
         for id in ids {
-            writeln!(out, "{id:>8}  {:?}", harmless(&piece(id)))?;
+            writeln!(out, "{id:>8}  {:?}", harmless(&tokenizer.piece(id)))?;
         }
     }
     out.flush()?;
