@@ -98,10 +98,6 @@ impl Loaded {
     /// What a trace of this side says.
     pub fn header(&self, tokens: &[u32], positions: &[u32]) -> TraceHeader {
         let e = &self.engine;
-        let precision = match e.session.precision() {
-            Precision::F32 => "f32",
-            Precision::Int8 => "int8",
-        };
         TraceHeader {
             producer: concat!("apr ", env!("CARGO_PKG_VERSION")).to_string(),
             model: e.file.path.display().to_string(),
@@ -111,7 +107,7 @@ impl Loaded {
             positions: positions.to_vec(),
             device: e.device.kind.to_string(),
             isa: e.device.isa.map(|isa| isa.to_string()).unwrap_or_default(),
-            precision: precision.to_string(),
+            precision: e.session.precision().to_string(),
             kv: e.session.kv_type().to_string(),
             fused: !self.unfused,
             ..TraceHeader::default()
