@@ -32,7 +32,7 @@ function tiles(d) {
     tile("Tokens", int(d.tokens.length), `${int(d.run.n_prompt)} of the prompt, ${int(d.run.n_decode)} decoded`),
     tile("Next token", top ? token(top) : DASH, top ? `probability ${percent(top.p)}` : null),
     tile("NaN and Inf", int(broken), broken ? "in the stages traced" : "none in any stage"),
-    tile("Time", ms(time), isNumber(time) && time > 0 ? `${fmt((1000 * d.tokens.length) / time, 3)} tokens/s, traced` : null));
+    tile("Time", ms(time), isNumber(time) && time > 0 ? `${fmt((1000 * d.run.n_prompt) / time, 3)} tokens/s of the prompt` : null));
 }
 
 function anomalies(d) {
@@ -253,7 +253,7 @@ function time(d) {
   const share = (s) => (sum > 0 && isNumber(s.ms) ? s.ms / sum : null);
   const machine = isNumber(t.machine_gb_per_s) ? t.machine_gb_per_s : null;
   const ofMachine = (s) => (machine && isNumber(s.gb_per_s) ? percent(s.gb_per_s / machine) : null);
-  const lead = `${ms(t.total_ms)} in all, tracing included.${machine ? ` The dashed line is what this machine can read: ${fmt(machine, 3)} GB/s.` : ""}`;
+  const lead = `${ms(t.total_ms)} for the prompt, looking on not counted.${machine ? ` The dashed line is what this machine can read: ${fmt(machine, 3)} GB/s.` : ""}`;
   section("time", "Time", lead, () => [
     barChart("stage-time", "Time and bandwidth per stage, all layers", {
       labels: stages.map((s) => s.stage),

@@ -75,8 +75,9 @@ pub struct DecodeStep {
 
 /// What was seen.
 pub struct Traced {
-    /// Of the prompt.
+    /// Of the prompt, at the positions that were asked for.
     pub stats: Stats,
+    pub positions: Range<u32>,
     /// At the prompt's last position.
     pub output: Output,
     pub steps: Vec<DecodeStep>,
@@ -171,7 +172,7 @@ impl Run<'_> {
             steps.push(DecodeStep { token, stats, output });
         }
         let lens = if request.detailed { self.lens(&stats)? } else { Vec::new() };
-        Ok(Traced { stats, output, steps, lens, saved: None })
+        Ok(Traced { stats, positions: request.positions.clone(), output, steps, lens, saved: None })
     }
 
     /// Feeds tokens; their account, and what their last position says.

@@ -38,7 +38,7 @@ pub fn find(traced: &Traced) -> Vec<Anomaly> {
     let steps = traced.steps.iter().map(|s| &s.stats);
     // A decode step has the values of the steps before it in its cache: the first that is bad says it all.
     out.extend([&traced.stats].into_iter().chain(steps).find_map(not_finite));
-    growth(&traced.stats, &mut out);
+    growth(traced, &mut out);
     moments(&traced.stats, &mut out);
     experts(traced, &mut out);
     out
@@ -62,13 +62,20 @@ fn not_finite(stats: &Stats) -> Option<Anomaly> {
 }
 
 /// Layers that make the residual jump.
-fn growth(stats: &Stats, out: &mut Vec<Anomaly>) {
+fn growth(traced: &Traced, out: &mut Vec<Anomaly>) {
+    // Others attend to the first token, and training blows it up (Sun et al. 2024, "Massive Activations").
+    let first = match traced.positions.contains(&0) {
+        true => "; the first position does this in healthy models, look at others with --positions",
+        false => "",
+    };
+    let stats = &traced.stats;
     let rms = |layer| stats.of(layer, Stage::PostFfnResidual).map(|s| s.rms());
     for layer in 1..stats.n_layer() {
         let (Some(before), Some(after)) = (rms(layer - 1), rms(layer)) else { continue };
         let times = after / before;
         if times > GROWTH_MAX && times.is_finite() {
-            let text = format!("the residual grows {times:.1} times in layer {layer}: RMS {before:.4} to {after:.4}");
+            let text =
+                format!("the residual grows {times:.1} times in layer {layer}: RMS {before:.4} to {after:.4}{first}");
             let place = Some(Place::new(layer, Stage::PostFfnResidual));
             out.push(Anomaly { kind: "growth", place, position: None, text });
         }
@@ -186,7 +193,7 @@ mod tests {
             ..Stats::default()
         };
         let output = Output { position: 0, stats: RowStats::EMPTY, entropy: 0.0, best: Vec::new() };
-        Traced { stats, output, steps: Vec::new(), lens: Vec::new(), saved: None }
+        Traced { stats, positions: 3..4, output, steps: Vec::new(), lens: Vec::new(), saved: None }
     }
 
     fn kinds(t: &Traced) -> Vec<&'static str> {
