@@ -209,6 +209,10 @@ function lens(rows) {
 
 function logits(d) {
   const { top, position, entropy, l2_norm } = d.logits;
+  if (top.length === 0) {
+    section("logits", "Logits", `Position ${int(position)}: no logit is finite.`, () => []);
+    return;
+  }
   section("logits", "Logits", `Position ${int(position)}: entropy ${bits(entropy)}, L2 norm ${fmt(l2_norm)}.`, () => [
     barChart("top-logits", `The ${top.length} highest logits`, {
       labels: top.map((t) => visible(t.text) || `#${t.id}`),

@@ -69,12 +69,14 @@ impl RowStats {
 
     /// Standard deviation of the finite values; NaN without any.
     pub fn std_dev(&self) -> f64 {
-        (self.sum_sq / self.n_finite() as f64 - self.mean().powi(2)).max(0.0).sqrt()
+        let variance = self.sum_sq / self.n_finite() as f64 - self.mean().powi(2);
+        // Rounding may take it below zero; `max` would make a number of NaN.
+        if variance < 0.0 { 0.0 } else { variance.sqrt() }
     }
 
-    /// Euclidean norm of the finite values.
+    /// Euclidean norm of the finite values; NaN without any.
     pub fn l2(&self) -> f64 {
-        self.sum_sq.sqrt()
+        if self.n_finite() == 0 { f64::NAN } else { self.sum_sq.sqrt() }
     }
 
     /// Root mean square of the finite values; NaN without any.
@@ -96,6 +98,8 @@ mod tests {
         let mut whole = RowStats::of(&[1.0, f32::NAN]);
         whole.merge(&RowStats::of(&[-3.0, f32::INFINITY, 0.0, f32::NEG_INFINITY]));
         assert_eq!(whole, s);
-        assert!(RowStats::EMPTY.mean().is_nan() && RowStats::EMPTY.std_dev().is_nan());
+        for none in [RowStats::EMPTY, RowStats::of(&[f32::NAN, f32::INFINITY])] {
+            assert!([none.mean(), none.std_dev(), none.l2(), none.rms()].iter().all(|v| v.is_nan()), "{none:?}");
+        }
     }
 }
