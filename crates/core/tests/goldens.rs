@@ -97,13 +97,21 @@ fn skipped_renormalisation_shows() {
 }
 
 #[test]
+fn wrong_routings_show() {
+    fault_shows(Fault::UniformWeights, "moe_router ");
+    fault_shows(Fault::DropTopExpert, "moe_router ");
+    fault_shows(Fault::RepeatExpert, "moe_router_indices");
+    fault_shows(Fault::WrongExpert, "moe_router_indices");
+}
+
+#[test]
 fn a_kv_position_off_by_one_shows() {
     fault_shows(Fault::KvOffByOne, "attention");
 }
 
 #[test]
 fn a_wrong_rope_base_shows_at_position_1000() {
-    let mut run = Run::new(Reference, TINY, KvType::F32, |h| h.rope_base *= 1.01);
+    let mut run = Run::new(Faulty(Reference, Fault::WrongRopeBase), TINY, KvType::F32, same);
     let found = difference_at_1024(&mut run).expect("a wrong RoPE base is noticed");
     assert!(found.contains("post_rope"), "{found}");
 }
