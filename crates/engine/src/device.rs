@@ -30,6 +30,8 @@ pub struct DeviceInfo {
     pub kind: &'static str,
     /// Instruction set of the kernels, where there is a choice.
     pub isa: Option<Isa>,
+    /// Threads that compute, where that is the caller's choice.
+    pub n_threads: Option<usize>,
     /// For people.
     pub name: String,
 }
@@ -52,16 +54,16 @@ pub(crate) fn open(
             }
             let backend = CpuBackend::new(n_threads, isa)?;
             let name = format!("cpu ({}, {} threads)", backend.isa(), backend.n_threads());
-            let info = DeviceInfo { kind: "cpu", isa: Some(backend.isa()), name };
+            let info = DeviceInfo { kind: "cpu", isa: Some(backend.isa()), n_threads: Some(backend.n_threads()), name };
             Ok((Box::new(Runner::load(backend, file, h, settings)?), info))
         }
         Device::Reference { activations: Precision::F32 } => {
-            let info = DeviceInfo { kind: "reference", isa: None, name: "reference".to_string() };
+            let info = DeviceInfo { kind: "reference", isa: None, n_threads: None, name: "reference".to_string() };
             Ok((Box::new(Runner::load(Reference, file, h, settings)?), info))
         }
         Device::Reference { activations: Precision::Int8 } => {
             let name = "reference, activations rounded to 8 bits".to_string();
-            let info = DeviceInfo { kind: "reference", isa: None, name };
+            let info = DeviceInfo { kind: "reference", isa: None, n_threads: None, name };
             Ok((Box::new(Runner::load(Rounded(Reference), file, h, settings)?), info))
         }
         Device::Gpu => Err(EngineError::NoGpu),

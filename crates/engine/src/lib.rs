@@ -15,6 +15,7 @@ pub mod session;
 pub mod text_stream;
 pub mod tokenizer;
 pub mod trace;
+pub mod verify;
 
 mod engine;
 

@@ -124,7 +124,7 @@ impl<B: Backend> Faulty<B> {
     /// Spoils what attention gave.
     fn spoil_attention(&self, out: &mut B::Tensor, batch: &Batch, is_watched: bool) -> Result<()> {
         let scale = match self.1 {
-            Fault::Unsteady => 1.0 + (OFF - 1.0) * (N_CALL.fetch_add(1, Ordering::Relaxed) % 7) as f32,
+            Fault::Unsteady => 1.0 + (OFF - 1.0) * (N_CALL.fetch_add(1, Ordering::Relaxed) % 1009) as f32 / 100.0,
             Fault::WatchedDiffers if is_watched => OFF,
             Fault::DecodeDiffers if batch.rows().len() == 1 => OFF,
             Fault::NanInAttention | Fault::NeighbourLeaks => 1.0,
