@@ -6,3 +6,4 @@ pub mod inspect;
 pub mod run;
 pub mod tokenize;
 pub mod trace;
+pub mod verify;

@@ -8,6 +8,7 @@ use apr_engine::sampler::SamplerError;
 use apr_engine::session::StepError;
 use apr_engine::trace::TraceError;
 use apr_engine::trace::file::TraceFileError;
+use apr_engine::verify::VerifyError;
 use apr_engine::{BackendError, EngineError};
 
 /// The command could not do what was asked.
@@ -110,6 +111,16 @@ fn is_full(e: &io::Error) -> bool {
 impl From<StepError> for Failure {
     fn from(e: StepError) -> Failure {
         Failure { code: step_code(&e), error: e.into() }
+    }
+}
+
+impl From<VerifyError> for Failure {
+    fn from(e: VerifyError) -> Failure {
+        match e {
+            VerifyError::Context { .. } => Failure { code: USAGE, error: e.into() },
+            VerifyError::Step(e) => e.into(),
+            VerifyError::Engine(e) => e.into(),
+        }
     }
 }
 

@@ -41,6 +41,9 @@ enum Command {
     /// Find where two runs of a model part: two files, two devices, or saved traces.
     #[command(after_help = "Exit codes: 0 the sides are the same, 1 they differ, 2 they cannot be compared.")]
     Diff(commands::diff::Args),
+    /// Check what must hold of every pass on a model, this machine and this build.
+    #[command(after_help = EXIT_CODES)]
+    Verify(commands::verify::Args),
 }
 
 fn main() -> std::process::ExitCode {
@@ -51,6 +54,7 @@ fn main() -> std::process::ExitCode {
         Command::Bench(args) => commands::bench::run(args),
         Command::Trace(args) => commands::trace::run(args),
         Command::Diff(args) => commands::diff::run(args),
+        Command::Verify(args) => commands::verify::run(args),
     };
     match result {
         Ok(Done::Ok) => 0.into(),

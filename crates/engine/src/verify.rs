@@ -35,7 +35,8 @@ const fn contract(id: &'static str, statement: &'static str, fault: &'static str
 }
 
 /// The contracts that [`verify`] checks, in its order.
-pub const CONTRACTS: [Contract; 15] = [
+pub const CONTRACTS: [Contract; 16] = [
+    contract("FALSIFY-TOKENIZER-001", "the tokens of a text are the text again", "byte-without-token"),
     contract("FALSIFY-FORWARD-003", "every stage has its shape, in every layer", "KeepAllRows"),
     contract("FALSIFY-FORWARD-004", "every value of every stage is a finite number", "NanInAttention"),
     contract("FALSIFY-MOE-ROUTER-001", "router weights of a token sum to 1", "SkipRenormalise"),

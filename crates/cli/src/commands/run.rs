@@ -12,6 +12,7 @@ use apr_engine::generate::{Finish, Generated, Request, generate};
 use apr_engine::sampler::SamplerConfig;
 use serde_json::{Map, Value, json};
 
+use crate::commands::verify;
 use crate::failure::{Done, Failure, INTERRUPTED, Result, usage};
 use crate::options::LoadArgs;
 use crate::print::{ModelOut, one_line, say};
@@ -51,6 +52,9 @@ pub struct Args {
     /// Go on after an end of turn
     #[arg(long)]
     ignore_eos: bool,
+    /// Check the contracts on this model first, and refuse to answer where one is broken
+    #[arg(long)]
+    verify: bool,
     /// Print one JSON object: text, tokens, finish reason, timings
     #[arg(long)]
     json: bool,
@@ -121,6 +125,9 @@ pub fn run(args: Args) -> Result<Done> {
         ignore_eos: args.ignore_eos,
         show_control: args.special,
     };
+    if args.verify {
+        verify::or_refuse(&mut engine)?;
+    }
     let (cancel, answering) = on_ctrl_c()?;
     let (mut out, mut broken, mut printed) = (ModelOut::new(), None, false);
     let mut print = |text: &str| {

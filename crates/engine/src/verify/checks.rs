@@ -29,6 +29,15 @@ const LONG_S: f64 = 60.0;
 /// differ by more, where an activation lies between two 8-bit codes.
 const FUSED_BOUND: f64 = 1e-5;
 
+/// Scripts, white space, code, and characters of several code points, all composed as Unicode's NFC has them.
+const TEXTS: [&str; 5] = [
+    "The quick brown fox doesn't jump over 1,234.5 lazy dogs!  Two spaces,\ta tab.\r\n\n   Done.",
+    "fn main() { println!(\"{:?}\", vec![0u8; 1 << 10]); } // <|im_end|> is text here",
+    "Größe, naïve façade, Ελληνικά, Русский, العربية, עברית, हिन्दी, ไทย",
+    "大規模言語モデル 专家混合 한국어 模型",
+    "👩\u{200d}🔬 🇩🇪 1️⃣ \u{feff} x\u{300} \u{a0}\u{2028}§¶±×÷€",
+];
+
 /// What a check found.
 struct Finding {
     sampled: String,
@@ -56,7 +65,7 @@ impl Reporter<'_> {
 
     fn tally(&mut self, id: &str, tally: &Tally, unit: &'static str, sampled: &str) {
         let measure = Measure { value: tally.worst, bound: tally.bound, unit };
-        self.found(id, Finding { sampled: format!("{} of {sampled}", tally.n), measure, at: tally.at });
+        self.found(id, Finding { sampled: format!("{} {sampled}", tally.n), measure, at: tally.at });
     }
 
     fn skipped(&mut self, id: &str, why: &str) {
@@ -67,7 +76,12 @@ impl Reporter<'_> {
 /// Checks every contract of the table, in its order.
 pub fn run(subject: &mut Subject<'_>, report: &mut dyn FnMut(CheckResult)) -> Result<(), VerifyError> {
     let mut reporter = Reporter { report };
-    let mut lines = lines(subject)?;
+    let n_ctx = subject.session.n_ctx();
+    if n_ctx < N_SHORT_MIN {
+        return Err(VerifyError::Context { need: N_SHORT_MIN, n_ctx });
+    }
+    reporter.found("FALSIFY-TOKENIZER-001", text_comes_back(subject));
+    let mut lines = lines(subject, n_ctx)?;
     let watched = check_stages(subject, &mut lines, &mut reporter)?;
     reporter.found("FALSIFY-TRACE-001", watched);
     for (id, way) in [
@@ -94,12 +108,26 @@ pub fn run(subject: &mut Subject<'_>, report: &mut dyn FnMut(CheckResult)) -> Re
     Ok(())
 }
 
-/// A short line and, where context and speed allow, a long one.
-fn lines(subject: &mut Subject<'_>) -> Result<Vec<Line>, VerifyError> {
-    let (n_ctx, n_vocab) = (subject.session.n_ctx(), subject.hparams.n_vocab.min(subject.tokenizer.n_vocab()));
-    if n_ctx < N_SHORT_MIN {
-        return Err(VerifyError::Context { need: N_SHORT_MIN, n_ctx });
+/// That text is not changed by becoming tokens.
+fn text_comes_back(subject: &Subject<'_>) -> Finding {
+    let (mut n_token, mut n_changed) = (0, 0);
+    for text in TEXTS {
+        let tokens = subject.tokenizer.encode_text(text, false);
+        let mut bytes = Vec::new();
+        tokens.iter().for_each(|&t| subject.tokenizer.decode_bytes(t, &mut bytes, false));
+        n_token += tokens.len();
+        n_changed += usize::from(bytes != text.as_bytes());
     }
+    Finding {
+        sampled: format!("{} texts of {n_token} tokens", TEXTS.len()),
+        measure: Measure { value: n_changed as f64, bound: 0.0, unit: "texts that changed" },
+        at: None,
+    }
+}
+
+/// A short line and, where context and speed allow, a long one.
+fn lines(subject: &mut Subject<'_>, n_ctx: usize) -> Result<Vec<Line>, VerifyError> {
+    let n_vocab = subject.hparams.n_vocab.min(subject.tokenizer.n_vocab());
     let mut timed = |n: usize| -> Result<f64, StepError> {
         let (mut sequence, start) = (Sequence::default(), Instant::now());
         step(subject.session, &mut sequence, &some_tokens(n, n_vocab, 1), Logits::Last, &mut Eyes::default())?;
@@ -155,8 +183,8 @@ fn check_stages(
     let positions =
         format!("at positions {} in {} layers", positions.collect::<Vec<_>>().join(" and "), subject.hparams.n_layer);
     let of = |what: &str| format!("{what} {positions}");
-    reporter.tally("FALSIFY-FORWARD-003", &checks.shape, "wrong shapes", &of("the stages"));
-    reporter.tally("FALSIFY-FORWARD-004", &checks.finite, "values of a row that are no number", &of("the rows"));
+    reporter.tally("FALSIFY-FORWARD-003", &checks.shape, "wrong shapes", &of("stages"));
+    reporter.tally("FALSIFY-FORWARD-004", &checks.finite, "values of a row that are no number", &of("rows"));
     for (id, tally, unit) in [
         ("FALSIFY-MOE-ROUTER-001", &checks.sum, "off 1"),
         ("FALSIFY-MOE-ROUTER-002", &checks.distinct, "wrong or repeated ids"),
@@ -164,7 +192,7 @@ fn check_stages(
         ("FALSIFY-MOE-ROUTER-004", &checks.softmax, "off the softmax"),
     ] {
         match subject.hparams.experts {
-            Some(_) => reporter.tally(id, tally, unit, &of("the routings")),
+            Some(_) => reporter.tally(id, tally, unit, &of("routings")),
             None => reporter.skipped(id, "the model has no experts"),
         }
     }
