@@ -7,6 +7,7 @@
 #[path = "../../core/tests/support/runs.rs"]
 mod runs;
 
+use apr_core::backend::faulty::{Fault, Faulty};
 use apr_core::backend::{Backend, KvType};
 use apr_core::probe::Recorder;
 use apr_core::stage::Stage;
@@ -42,9 +43,13 @@ fn margin_after(x: &[f32], k: usize) -> f32 {
 }
 
 fn last_128(isa: Isa, kv: KvType) -> (Golden, Recorder) {
+    last_128_of(CpuBackend::new(2, Some(isa)).unwrap(), kv)
+}
+
+fn last_128_of(backend: impl Backend, kv: KvType) -> (Golden, Recorder) {
     let golden = Golden::read(GOLDEN);
     let (tokens, mut probe) = (golden.ids("tokens"), Recorder::of(&[Stage::LmHead, Stage::MoeRouterIndices]));
-    let mut run = Run::new(CpuBackend::new(2, Some(isa)).unwrap(), TINY, kv, |_| {});
+    let mut run = Run::new(backend, TINY, kv, |_| {});
     run.step(&tokens[..512], 0, 0, &mut Recorder::of(&[]));
     run.step(&tokens[512..896], 512, 0, &mut Recorder::of(&[]));
     run.step(&tokens[896..], 896, 128, &mut probe);
@@ -106,6 +111,17 @@ fn the_next_token_is_distributed_as_in_float32() {
                 logits.positions[i]
             );
         }
+    }
+}
+
+/// What the bound lets pass is rounding: faults that leave fluent text are beyond it.
+#[test]
+fn a_fault_is_outside_the_bound() {
+    for fault in [Fault::SkipRenormalise, Fault::UniformWeights, Fault::DropHeadNorm, Fault::SwapExperts] {
+        let (golden, probe) = last_128_of(Faulty(CpuBackend::new(2, None).unwrap(), fault), KvType::F16);
+        let kl = median_kl(&golden, &probe);
+        println!("{fault:?}: median KL {kl:.6}");
+        assert!(kl > 5.0 * MEDIAN_KL_MAX, "{fault:?}: median KL {kl}, bound {MEDIAN_KL_MAX}");
     }
 }
 
