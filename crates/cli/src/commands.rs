@@ -3,6 +3,7 @@
 pub mod bench;
 pub mod diff;
 pub mod inspect;
+pub mod replay;
 pub mod run;
 pub mod tokenize;
 pub mod trace;

@@ -44,6 +44,9 @@ enum Command {
     /// Check what must hold of every pass on a model, this machine and this build.
     #[command(after_help = EXIT_CODES)]
     Verify(commands::verify::Args),
+    /// Run the op of a bundle of `apr diff` on a device and say whether the difference is there again.
+    #[command(after_help = "Exit codes: 0 the op gives what it should, 1 the difference is there again, 2 trouble.")]
+    Replay(commands::replay::Args),
 }
 
 fn main() -> std::process::ExitCode {
@@ -55,6 +58,7 @@ fn main() -> std::process::ExitCode {
         Command::Trace(args) => commands::trace::run(args),
         Command::Diff(args) => commands::diff::run(args),
         Command::Verify(args) => commands::verify::run(args),
+        Command::Replay(args) => commands::replay::run(args),
     };
     match result {
         Ok(Done::Ok) => 0.into(),

@@ -7,7 +7,7 @@
 
 use std::path::{Path, PathBuf};
 
-use apr_core::backend::{KvType, Precision};
+use apr_core::backend::Precision;
 use apr_core::gguf::Value;
 use apr_core::models;
 use apr_core::stage::{Place, Stage};
@@ -17,15 +17,21 @@ use crate::model_file::{ModelFile, OpenError};
 use crate::session::StepError;
 use crate::trace::file::{SavedTrace, TraceFileError};
 
+pub mod bundle;
 pub mod end;
 pub mod isolated;
 pub mod measure;
+pub mod op;
+pub mod replay;
 pub mod routing;
 pub mod verdict;
 pub mod weights;
 
+mod blocks;
+mod exact;
 mod noise;
 mod sides;
+mod site;
 mod tape;
 
 use end::EndMetrics;
@@ -38,6 +44,8 @@ use tape::{RouteFeed, TapeFeed};
 use verdict::{Culprit, Judge, Mode, Rule, Summary};
 use weights::Spot;
 
+/// Side A's pass, in the scratch folder.
+const TAPE_FILE: &str = "a.safetensors";
 /// Flips of experts whose cost is measured: each takes a pass.
 const COSTED_FLIPS: usize = 8;
 
@@ -111,6 +119,8 @@ pub struct PlaceReport {
 pub struct Finding {
     pub place: Option<Place>,
     pub position: Option<u32>,
+    /// Column of the stage's value that shows it.
+    pub column: Option<usize>,
     pub spot: Spot,
     pub mode: Mode,
     /// Relative root mean square at the position.
@@ -217,7 +227,7 @@ struct Passes {
 }
 
 fn compare(options: &DiffOptions) -> Result<Report, DiffError> {
-    let tape_path = options.scratch.join("a.safetensors");
+    let tape_path = options.scratch.join(TAPE_FILE);
     let (tape, a, tokens) = side_a(options, &tape_path)?;
     if tokens.is_empty() {
         return Err(DiffError::Empty);
@@ -436,8 +446,7 @@ fn noise_between(options: &DiffOptions, a: &SideInfo, b: &SideInfo, source: &Mod
 }
 
 fn noise_of(a: &SideInfo, b: &SideInfo, model: PathBuf, n_ctx: Option<usize>) -> Option<Noise> {
-    let kv = |s: &SideInfo| s.header.kv.parse::<KvType>().unwrap_or(KvType::F32);
-    let (kv_a, kv_b) = (kv(a), kv(b));
+    let (kv_a, kv_b) = (a.kv_type(), b.kv_type());
     let (kv_fine, kv_coarse) = if coarseness(kv_a) <= coarseness(kv_b) { (kv_a, kv_b) } else { (kv_b, kv_a) };
     let is_int8 = [a, b].iter().any(|s| s.precision() == Precision::Int8);
     let activations = if is_int8 { Precision::Int8 } else { Precision::F32 };
@@ -505,6 +514,11 @@ fn report(
     findings.extend(files.one_sided());
     findings.extend(culprits.iter().map(|c| files.finding(c, rule, tape, &tokens)));
     findings.sort_by_key(|f| f.place);
+    if let (Source::Model(source_a), Source::Model(source_b), Some(file), None) =
+        (&options.a, &options.b, &files.a, &files.b)
+    {
+        blocks::name(&mut findings, (file, tape), [(source_a, &a), (source_b, &b)])?;
+    }
     if findings.is_empty()
         && let Some(unreached) = files.unreached()
     {
@@ -557,6 +571,7 @@ fn shape_finding(s: &ShapeDiff) -> Finding {
     Finding {
         place: Some(s.place),
         position: None,
+        column: None,
         spot: Spot::default(),
         mode: Mode::Shape,
         error: f64::INFINITY,
@@ -616,6 +631,7 @@ impl Files {
         Finding {
             place: Some(c.place),
             position: Some(c.row.position),
+            column: Some(column),
             spot,
             mode: c.mode,
             error,
@@ -633,6 +649,7 @@ impl Files {
         let only = |side: &str, place: Place| Finding {
             place: Some(place),
             position: None,
+            column: None,
             spot: Spot::default(),
             mode: Mode::Shape,
             error: f64::INFINITY,
@@ -656,7 +673,8 @@ impl Files {
         let (a, b) = self.two()?;
         let (place, spot) = weights::first_differing(a, b)?;
         let why = "the weights of the two files differ there, which this prompt does not reach".to_string();
-        Some(Finding { place, position: None, spot, mode: Mode::Weights, error: 0.0, noise: 0.0, ratio: 0.0, why })
+        let (mode, position, column) = (Mode::Weights, None, None);
+        Some(Finding { place, position, column, spot, mode, error: 0.0, noise: 0.0, ratio: 0.0, why })
     }
 
     /// Metadata keys that differ.

@@ -67,6 +67,8 @@ pub enum EngineError {
     #[error("8-bit KV needs heads of a multiple of 32 values, this model's have {0}; use --kv f16 or f32")]
     KvType(usize),
     #[error(transparent)]
+    Backend(#[from] BackendError),
+    #[error(transparent)]
     Cpu(#[from] CpuError),
     #[error("{got} threads: expected between 1 and {max}")]
     Threads { got: usize, max: usize },
@@ -86,6 +88,7 @@ impl EngineError {
                 | KvMemory { .. }
                 | Cpu(CpuError::Threads { .. })
                 | Load(LoadError::Backend(BackendError::OutOfMemory { .. }))
+                | Backend(BackendError::OutOfMemory { .. })
         )
     }
 

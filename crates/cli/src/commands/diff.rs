@@ -5,13 +5,14 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use apr_engine::device::Device;
-use apr_engine::diff::{DiffOptions, ModelSource, Prompt, Source, diff};
+use apr_engine::diff::bundle::{self, BundleError};
+use apr_engine::diff::{DiffOptions, ModelSource, Prompt, Report, Source, diff, replay};
 use apr_engine::{EngineOptions, Isa, KvType, Precision};
 
 use self::fail_on::Condition;
 use crate::failure::{Done, Failure, Result, USAGE, usage};
 use crate::options::{TokenList, token_list};
-use crate::print::one_line;
+use crate::print::{one_line, say};
 
 mod fail_on;
 mod report;
@@ -45,6 +46,9 @@ pub struct Args {
     /// Write a page that shows everything
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
+    /// Write a repro of the first difference: inputs, weights and expected results of the one op, for `apr replay`
+    #[arg(long, value_name = "FILE")]
+    bundle: Option<PathBuf>,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -155,9 +159,36 @@ fn compare(args: &Args) -> Result<Done> {
     } else {
         report::text(&found, args.all, &mut std::io::stdout().lock())?;
     }
+    if let Some(path) = &args.bundle {
+        write_bundle(&options, &found, path)?;
+    }
     let differs = match args.fail_on.is_empty() {
         true => !found.findings.is_empty(),
         false => args.fail_on.iter().any(|condition| condition.holds(&found)),
     };
     Ok(if differs { Done::Differs } else { Done::Ok })
+}
+
+/// Writes a repro of the first finding, or says why there is none.
+fn write_bundle(options: &DiffOptions, found: &Report, path: &Path) -> Result<()> {
+    let trouble = |e: BundleError| Failure { code: USAGE, error: e.into() };
+    let bundle = match bundle::bundle(options, found) {
+        Err(none @ BundleError::None(_)) => {
+            say(none);
+            return Ok(());
+        }
+        other => other.map_err(trouble)?,
+    };
+    bundle.write(path).map_err(trouble)?;
+    let device =
+        if let Source::Model(b) = &options.b { b.options.device } else { Device::Cpu { n_threads: None, isa: None } };
+    let done = replay::replay(&bundle, device).map_err(trouble)?;
+    let again = if done.reproduced_by.is_some() { "is there again" } else { "is not there" };
+    say(format_args!(
+        "wrote {}; on {}, the difference {again} when this op runs alone: apr replay {}",
+        path.display(),
+        done.device.name,
+        path.display()
+    ));
+    Ok(())
 }

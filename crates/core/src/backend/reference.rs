@@ -64,7 +64,7 @@ impl HostKv {
 }
 
 /// Rounds values to what the KV type can hold.
-fn round_kv(kv_type: KvType, x: &mut [f32]) {
+pub fn round_kv(kv_type: KvType, x: &mut [f32]) {
     match kv_type {
         KvType::F32 => {}
         KvType::F16 => x.iter_mut().for_each(|v| *v = f16::from_f32(*v).to_f32()),

@@ -251,7 +251,7 @@ impl<'a> Comparison<'a> {
 }
 
 /// Whether two experts' logits are one number but for the rounding of a softmax in 32-bit floats.
-fn is_tie(logits: &[f32], a: f32, b: f32) -> bool {
+pub(super) fn is_tie(logits: &[f32], a: f32, b: f32) -> bool {
     match (logits.get(a as usize), logits.get(b as usize)) {
         (Some(x), Some(y)) => a == b || (x - y).abs() <= 1e-6 * x.abs().max(1.0),
         _ => a == b,

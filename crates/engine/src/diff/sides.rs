@@ -2,9 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use apr_core::backend::Precision;
 use apr_core::backend::fed::Feed;
 use apr_core::backend::unfused::INTERIOR;
+use apr_core::backend::{KvType, Precision};
 use apr_core::models;
 use apr_core::probe::{StageValue, Watch};
 use apr_core::stage::{Place, Stage};
@@ -48,6 +48,11 @@ impl SideInfo {
             (h.producer.clone(), h.device.clone(), h.isa.clone(), h.precision.clone(), h.kv.clone(), h.fused)
         };
         of(self) == of(other)
+    }
+
+    /// How the side stores keys and values.
+    pub fn kv_type(&self) -> KvType {
+        self.header.kv.parse().unwrap_or(KvType::F32)
     }
 
     /// Precision of the side's activations.

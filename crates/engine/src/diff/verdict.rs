@@ -8,7 +8,7 @@ use super::measure::{Measured, RowDiff};
 use super::routing::{Choice, Route};
 
 /// The part of a value's size that float sums in another order may differ by. Sums of thousands of terms in 32-bit floats stay below.
-const FLOAT_NOISE: f64 = 4e-6;
+pub(super) const FLOAT_NOISE: f64 = 4e-6;
 /// What a free-running pass adds to it per layer.
 const FLOAT_NOISE_PER_LAYER: f64 = 2e-6;
 
