@@ -78,3 +78,73 @@ fn standing_out(
     let largest = apart.enumerate().max_by(|x, y| x.1.total_cmp(&y.1));
     Ok(largest.filter(|(_, apart)| *apart > RATIO_MIN * rms).map(|(block, _)| block))
 }
+
+#[cfg(test)]
+mod tests {
+    use apr_core::backend::faulty::{Fault, Faulty};
+    use apr_core::backend::reference::Reference;
+    use apr_core::backend::{Bytes, WeightData};
+    use apr_core::qtype::{GgmlType, quantize_row};
+
+    use super::*;
+
+    const N_COLS: usize = 1024;
+
+    fn wave(n: usize) -> Vec<f32> {
+        (0..n).map(|i| ((i * i + 3 * i) as f32 * 0.37).sin()).collect()
+    }
+
+    fn product(qtype: GgmlType) -> StageOp {
+        let (n_rows, n_cols) = (5, N_COLS);
+        let bytes = Bytes::from_vec(quantize_row(qtype, &wave(n_rows * n_cols)).unwrap());
+        let weight = Some(WeightData { name: "w".to_string(), qtype, n_cols, n_rows, n_mat: 1, bytes });
+        StageOp { kind: Kind::Product { of_expert: false }, inputs: vec![Input::row(wave(n_cols))], weight }
+    }
+
+    /// The op as a device computes it that reads one byte of row 3 wrongly.
+    fn misread(op: &StageOp, byte: usize) -> StageOp {
+        let w = op.weight();
+        let mut bytes = w.bytes.to_vec();
+        bytes[3 * w.row_bytes() + byte] ^= 0x40;
+        StageOp { weight: Some(WeightData { bytes: Bytes::from_vec(bytes), ..w.clone() }), ..op.clone() }
+    }
+
+    #[test]
+    fn the_block_that_a_device_misreads_is_named() {
+        let cpu = Device::Cpu { n_threads: Some(2), isa: None };
+        for (qtype, n_block) in [(GgmlType::Q4_K, 144), (GgmlType::Q6_K, 210), (GgmlType::Q8_0, 34)] {
+            let good = masked(&product(qtype)).unwrap();
+            let a = Reference;
+            let a = good.run(&a).unwrap();
+            for block in [0, 2, 3] {
+                // A high byte of the block's scale.
+                let at = if qtype == GgmlType::Q6_K { 209 } else { 1 };
+                let bad = misread(&good, block * n_block + at);
+                let b = device::run_ops(cpu, &[&bad]).unwrap().0.concat();
+                let found = |row| standing_out(&good, row, &a, &b, Precision::Int8).unwrap();
+                assert_eq!(found(3), Some(block), "{qtype}");
+                assert_eq!(found(2), None, "{qtype}");
+            }
+        }
+    }
+
+    #[test]
+    fn rounding_names_no_block_and_floats_have_none() {
+        let good = masked(&product(GgmlType::Q4_K)).unwrap();
+        let cpu = Device::Cpu { n_threads: Some(1), isa: None };
+        let (a, b) = (good.run(&Reference).unwrap(), device::run_ops(cpu, &[&good]).unwrap().0.concat());
+        for row in 0..5 {
+            assert_eq!(standing_out(&good, row, &a, &b, Precision::Int8).unwrap(), None);
+        }
+        assert!(masked(&product(GgmlType::F32)).is_none());
+    }
+
+    #[test]
+    fn a_wrong_decoder_is_found_in_every_row() {
+        let good = masked(&product(GgmlType::Q6_K)).unwrap();
+        let (a, b) = (good.run(&Reference).unwrap(), good.run(&Faulty(Reference, Fault::ReadQ6kAsQ4k)).unwrap());
+        for row in 0..5 {
+            assert!(standing_out(&good, row, &a, &b, Precision::F32).unwrap().is_some());
+        }
+    }
+}

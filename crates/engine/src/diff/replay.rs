@@ -140,3 +140,153 @@ fn numbers_of(values: &[f32]) -> Vec<f32> {
 fn quotient(a: f64, b: f64) -> f64 {
     if a == 0.0 { 0.0 } else { a / b }
 }
+
+#[cfg(test)]
+mod tests {
+    use apr_core::backend::{Bytes, Heads, KvType, WeightData};
+    use apr_core::qtype::{GgmlType, quantize_row};
+    use apr_core::rope::{Pairing, Rope, Scaling};
+
+    use super::*;
+    use crate::diff::op::Input;
+
+    /// Values that look like a model's, the same each time.
+    fn values(n: usize, seed: u64) -> Vec<f32> {
+        let mut x = 0x9E37_79B9_7F4A_7C15u64.wrapping_mul(seed + 1);
+        let mut uniform = || {
+            x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (x >> 40) as f32 / (1 << 24) as f32 - 0.5
+        };
+        (0..n).map(|_| uniform() + uniform() + uniform() + uniform()).collect()
+    }
+
+    fn weight(qtype: GgmlType, n_rows: usize, n_cols: usize) -> Option<WeightData> {
+        let bytes = quantize_row(qtype, &values(n_rows * n_cols, 7)).expect("the type has a quantizer");
+        Some(WeightData { name: "w".to_string(), qtype, n_cols, n_rows, n_mat: 1, bytes: Bytes::from_vec(bytes) })
+    }
+
+    fn op(kind: Kind, inputs: &[(usize, usize)], weight: Option<WeightData>) -> StageOp {
+        let input = |(i, &(n_rows, n_cols)): (usize, &(usize, usize))| Input {
+            n_cols,
+            values: values(n_rows * n_cols, i as u64),
+        };
+        StageOp { kind, inputs: inputs.iter().enumerate().map(input).collect(), weight }
+    }
+
+    fn every_kind() -> Vec<StageOp> {
+        use GgmlType::{F32, Q4_K, Q8_0};
+        let heads = Heads { n_head: 6, n_head_kv: 2, head_dim: 64 };
+        let attention =
+            |n: usize, kv_type| op(Kind::Attention { heads, kv_type }, &[(1, 384), (n, 128), (n, 128)], None);
+        let rotate = |pairing, n_rot| Kind::Rotate {
+            eps: 1e-6,
+            head_dim: 64,
+            rope: Rope::new(pairing, n_rot, 1e4, Scaling::None, None),
+            position: 1234,
+        };
+        vec![
+            op(Kind::Product { of_expert: false }, &[(1, 512)], weight(Q4_K, 40, 512)),
+            op(Kind::Product { of_expert: true }, &[(3, 96)], weight(Q8_0, 17, 96)),
+            op(Kind::Product { of_expert: false }, &[(1, 40)], weight(F32, 1, 40)),
+            op(Kind::Norm { eps: 1e-5 }, &[(1, 40)], weight(F32, 1, 40)),
+            op(Kind::Bias, &[(1, 40)], weight(GgmlType::F16, 1, 40)),
+            op(rotate(Pairing::Halves, 64), &[(1, 192)], weight(F32, 1, 64)),
+            op(rotate(Pairing::Adjacent, 32), &[(1, 192)], None),
+            op(Kind::Embedding, &[], weight(Q4_K, 1, 256)),
+            attention(1, KvType::F32),
+            attention(64, KvType::F16),
+            attention(65, KvType::Q8_0),
+            attention(200, KvType::F16),
+            op(Kind::Route { n_used: 8, ids: false }, &[(1, 128)], None),
+            op(Kind::Route { n_used: 8, ids: true }, &[(1, 128)], None),
+            op(Kind::Silu, &[(1, 100)], None),
+            op(Kind::Swiglu, &[(1, 100), (1, 100)], None),
+            op(Kind::WeightedSum, &[(1, 320), (1, 8)], None),
+            op(Kind::Add, &[(1, 100), (1, 100)], None),
+        ]
+    }
+
+    fn bundle(op: StageOp) -> Bundle {
+        op.check().unwrap();
+        let expected = exact(&op);
+        assert_eq!(expected.len(), op.n_results());
+        Bundle { op, op_a: None, expected, got_a: None, got_b: None, about: Vec::new(), by_bits: false }
+    }
+
+    const CPU: Device = Device::Cpu { n_threads: Some(2), isa: None };
+    const REFERENCE: Device = Device::Reference { activations: Precision::F32 };
+
+    #[test]
+    fn every_op_gives_what_it_should_and_what_is_off_is_told() {
+        for op in every_kind() {
+            let (name, mut bundle) = (op.kind.name(), bundle(op));
+            for device in [CPU, REFERENCE] {
+                let done = replay(&bundle, device).unwrap();
+                assert!(done.reproduced_by.is_none() && done.ratio < 1.5, "{name} on {device:?}: {done:?}");
+            }
+            let last = bundle.expected.len() - 1;
+            bundle.expected[last] += 1.0;
+            for device in [CPU, REFERENCE] {
+                let done = replay(&bundle, device).unwrap();
+                assert!(done.reproduced_by.is_some() && done.worst == last, "{name} on {device:?}: {done:?}");
+            }
+            bundle.expected[last] = f64::NAN;
+            assert!(replay(&bundle, CPU).unwrap().reproduced_by.is_some(), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_file_holds_all_of_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("bundle");
+        for op in every_kind() {
+            let mut before = bundle(op);
+            before.got_b = Some(vec![1.5; before.expected.len()]);
+            before.about = vec![("stage".to_string(), "attn_norm".to_string())];
+            before.write(&path).unwrap();
+            let after = Bundle::read(&path).unwrap();
+            assert_eq!((&after.op.kind, &after.op.inputs), (&before.op.kind, &before.op.inputs));
+            assert_eq!((&after.expected, &after.got_b, &after.got_a), (&before.expected, &before.got_b, &None));
+            let weight = |b: &Bundle| b.op.weight.as_ref().map(|w| (w.qtype, w.n_rows, w.n_cols, w.bytes.to_vec()));
+            assert!(weight(&after) == weight(&before) && after.op_a.is_none());
+            assert_eq!(after.get("stage"), Some("attn_norm"));
+        }
+    }
+
+    #[test]
+    fn an_op_whose_sizes_do_not_fit_is_refused() {
+        for good in every_kind() {
+            for i in 0..good.inputs.len() {
+                let mut bad = good.clone();
+                bad.inputs[i].n_cols = 0;
+                assert!(bad.check().is_err(), "{}", good.kind.name());
+                let mut bad = good.clone();
+                bad.inputs.pop();
+                assert!(bad.check().is_err(), "{}", good.kind.name());
+            }
+            if let Some(w) = &good.weight {
+                let weight = WeightData { bytes: Bytes::from_vec(w.bytes[1..].to_vec()), ..w.clone() };
+                assert!(StageOp { weight: Some(weight), ..good.clone() }.check().is_err(), "{}", good.kind.name());
+            }
+        }
+    }
+
+    #[test]
+    fn keys_and_values_that_the_sides_store_otherwise_are_noise() {
+        let heads = Heads { n_head: 2, n_head_kv: 1, head_dim: 32 };
+        let of = |kv_type| op(Kind::Attention { heads, kv_type }, &[(1, 64), (90, 32), (90, 32)], None);
+        let a = of(KvType::F16);
+        let both = Bundle { op_a: Some(a.clone()), expected: exact(&a), ..bundle(of(KvType::Q8_0)) };
+        let done = replay(&both, CPU).unwrap();
+        assert!(done.error > 1e-3 && done.ratio < 1.5 && done.reproduced_by.is_none(), "{done:?}");
+    }
+
+    #[test]
+    fn one_wrong_row_of_many_is_not_lost_among_them() {
+        let mut b = bundle(op(Kind::Product { of_expert: false }, &[(1, 256)], weight(GgmlType::Q4_K, 4096, 256)));
+        b.expected[4000] += 0.5;
+        let done = replay(&b, CPU).unwrap();
+        assert!(done.ratio < RATIO_MAX && done.worst == 4000, "{done:?}");
+        assert_eq!(done.reproduced_by, Some(Reason::Element));
+    }
+}
