@@ -17,7 +17,7 @@ use crate::model_file::ModelFile;
 use crate::trace::file::SavedTrace;
 
 /// Findings that are looked into: each makes two backends.
-const FINDINGS_MAX: usize = 8;
+const FINDINGS_MAX: usize = 4;
 /// How many times the noise the results of a block must be apart.
 const RATIO_MIN: f64 = 3.0;
 

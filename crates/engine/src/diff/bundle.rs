@@ -82,7 +82,9 @@ pub fn bundle(options: &DiffOptions, report: &Report) -> Result<Bundle, BundleEr
         return Err(none("the two sides' values have other shapes, so there is no result to compare"));
     }
     let model = |source: &Source| if let Source::Model(m) = source { Some(m.path.clone()) } else { None };
-    let path_a = model(&options.a).or_else(|| options.model.clone()).or_else(|| model(&options.b));
+    // A trace knows its model's path, which may be gone.
+    let of_trace = Some(PathBuf::from(&report.a.header.model)).filter(|path| ModelFile::open(path).is_ok());
+    let path_a = model(&options.a).or_else(|| options.model.clone()).or(of_trace).or_else(|| model(&options.b));
     let path_a = path_a.ok_or_else(|| none("the weights of two traces are not known; name the model with --model"))?;
     let path_b = model(&options.b).unwrap_or_else(|| path_a.clone());
     let tape = options.tape()?;

@@ -253,7 +253,58 @@ pub(super) fn rows_of(w: &WeightData, mat: usize, rows: Range<usize>) -> Result<
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
+    use crate::device::Device;
+    use crate::diff::exact::exact;
+    use crate::diff::measure::RowDiff;
+    use crate::diff::sides::{Loaded, ModelSource};
+    use crate::diff::verdict::Mode;
+    use crate::engine::EngineOptions;
+    use apr_core::backend::Precision;
+
+    fn finding(place: Place, position: u32, column: usize) -> Finding {
+        let (mode, spot, why) = (Mode::Isolated, Spot::default(), String::new());
+        let (position, column) = (Some(position), Some(column));
+        Finding { place: Some(place), position, column, spot, mode, error: 1.0, noise: 0.0, ratio: 2.0, why }
+    }
+
+    /// Computes every stage of a pass alone and compares it with the pass.
+    fn check_all(fixture: &str, n_stages: usize) {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures").join(fixture);
+        let device = Device::Reference { activations: Precision::F32 };
+        let options = EngineOptions { device, kv_type: KvType::F16, n_ctx: None };
+        let source = ModelSource { path, options, unfused: false };
+        let (mut side, dir) = (Loaded::load(&source).unwrap(), tempfile::tempdir().unwrap());
+        let (tokens, positions): (Vec<u32>, Vec<u32>) = ((0..70).map(|i| 7 + 3 * i % 200).collect(), (0..70).collect());
+        let to = dir.path().join("tape.safetensors");
+        let tape = side.record(&to, (&tokens, &positions), &|_| true, None, None).unwrap();
+        let mut stages = std::collections::BTreeSet::new();
+        for place in tape.places() {
+            stages.insert(place.stage);
+            for position in [0, 69] {
+                let mut row = Vec::new();
+                assert!(tape.read(place, position, &mut row));
+                for column in [0, row.len() / 2, row.len() * 3 / 4, row.len() - 1] {
+                    let taken = take(&tape, &side.engine.file, KvType::F16, &finding(place, position, column)).unwrap();
+                    assert!(taken.columns.contains(&column), "{fixture} {place} {column}: {:?}", taken.columns);
+                    let expected: Vec<f32> = exact(&taken.op).iter().map(|&v| v as f32).collect();
+                    let d = RowDiff::of(position, &expected, &row[taken.columns]);
+                    assert!(d.rms() <= 3e-6 * d.rms_a(), "{fixture} {place} position {position}: {d:?}");
+                }
+            }
+        }
+        assert_eq!(stages.len(), n_stages, "{stages:?}");
+    }
+
+    #[test]
+    fn every_stage_of_a_pass_can_be_computed_alone() {
+        check_all("tiny-qwen3moe.gguf", 20);
+        check_all("arch/qwen2.gguf", 18);
+        check_all("arch/llama3-ropefreqs.gguf", 17);
+        check_all("arch/qwen3-yarn.gguf", 17);
+    }
 
     #[test]
     fn rows_are_taken_around_the_culprit() {
