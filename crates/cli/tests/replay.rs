@@ -14,7 +14,6 @@ mod faults;
 #[path = "../../core/tests/support/gguf_writer.rs"]
 mod gguf_writer;
 #[path = "support/model.rs"]
-#[allow(dead_code)] // Each test binary uses a part of it.
 mod model;
 
 use apr::{Done, apr, fixture, folder};

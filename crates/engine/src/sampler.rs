@@ -67,7 +67,9 @@ pub enum SamplerError {
     OutOfRange { field: &'static str, expected: &'static str, got: f32 },
     #[error("logit_bias names token {token}, but the vocabulary has {vocabulary} tokens")]
     UnknownToken { token: u32, vocabulary: usize },
-    #[error("the logit of token {token} is {got}; the model computed something that is not a number or is infinite")]
+    #[error(
+        "the logit of token {token} is {got}; the model computed something that is not a number or is infinite; apr trace shows where"
+    )]
     NotFinite { token: usize, got: f32 },
     #[error("no token can be chosen: all {vocabulary} logits are negative infinity")]
     NothingLeft { vocabulary: usize },

@@ -1,4 +1,5 @@
 //! A fixture taken apart, so that a test can break one thing in it and write it out again.
+#![allow(dead_code)] // Each test binary uses a part of it.
 
 use std::path::{Path, PathBuf};
 
