@@ -2,6 +2,7 @@
 
 use std::io;
 
+use apr_engine::diff::DiffError;
 use apr_engine::generate::GenerateError;
 use apr_engine::model_file::OpenError;
 use apr_engine::sampler::SamplerError;
@@ -117,9 +118,10 @@ impl From<StepError> for Failure {
 impl From<VerifyError> for Failure {
     fn from(e: VerifyError) -> Failure {
         match e {
-            VerifyError::Context { .. } => Failure { code: USAGE, error: e.into() },
-            VerifyError::Step(e) => e.into(),
-            VerifyError::Engine(e) => e.into(),
+            VerifyError::Step(e) | VerifyError::Reference(DiffError::Step(e)) => e.into(),
+            VerifyError::Engine(e) | VerifyError::Reference(DiffError::Engine(e)) => e.into(),
+            VerifyError::Reference(e) => Failure { code: FAILED, error: e.into() },
+            e => Failure { code: USAGE, error: e.into() },
         }
     }
 }

@@ -47,7 +47,7 @@ fn json_says_what_was_sampled_measured_and_allowed() {
     assert_eq!(report["model"], "tiny-qwen3moe");
     assert!(report["seconds"].as_f64().unwrap() > 0.0 && report["device"].as_str().unwrap().starts_with("cpu"));
     let contracts = report["contracts"].as_array().unwrap();
-    assert!(contracts.len() >= 16, "{}", contracts.len());
+    assert!(contracts.len() >= 17, "{}", contracts.len());
     for c in contracts {
         assert_eq!(c["result"], "pass", "{c}");
         assert!(c["id"].as_str().unwrap().starts_with("FALSIFY-") && !c["statement"].as_str().unwrap().is_empty());
@@ -66,7 +66,7 @@ fn every_architecture_kv_type_and_device_keeps_what_applies_to_it() {
             let done = apr([&["verify", &path], args].concat());
             assert_eq!(done.code, Some(0), "{name} {args:?}: {}", done.out);
             let skipped = done.out.lines().filter(|line| line.starts_with("– ")).count();
-            let expected = if name.contains("moe") { 0 } else { 4 } + if args.contains(&"reference") { 2 } else { 0 };
+            let expected = if name.contains("moe") { 0 } else { 4 } + if args.contains(&"reference") { 3 } else { 0 };
             assert_eq!(skipped, expected, "{name} {args:?}: {}", done.out);
         }
     }
@@ -89,6 +89,18 @@ fn faults_in_files_are_refused_or_break_their_contracts() {
             }
         }
     }
+}
+
+#[test]
+fn layers_and_positions_of_the_reference_are_chosen() {
+    let report = apr(["verify", &tiny(), "--layers", "3,1", "--positions", "500,2", "--json"]).json();
+    let last = report["contracts"].as_array().unwrap().last().unwrap();
+    assert_eq!(last["id"], "FALSIFY-PRECISION-001");
+    let sampled = last["sampled"].as_str().unwrap();
+    assert!(sampled.starts_with("positions 2, 500 in layers 1, 3 and at the output"), "{sampled}");
+    assert!(last["measured"].as_f64().unwrap() > 0.5, "the device rounds, as it says: {last}");
+    apr(["verify", &tiny(), "--layers", "1,4"]).fails(2, &["layer 4", "has 4"]);
+    apr(["verify", &tiny(), "--positions", "64", "-c", "64"]).fails(2, &["position 64", "has 64"]);
 }
 
 #[test]

@@ -10,16 +10,22 @@ use apr_core::hparams::Hparams;
 use apr_core::stage::{Place, Stage};
 
 use crate::device::{self, Device};
+use crate::diff::DiffError;
 use crate::engine::{Engine, EngineError};
+use crate::model_file::ModelFile;
 use crate::session::{Session, SessionSettings, StepError};
 use crate::tokenizer::Tokenizer;
 
 mod checks;
 mod passes;
+mod precision;
+mod report;
 mod stages;
 
 #[cfg(test)]
 mod tests;
+
+use report::Reporter;
 
 /// A claim that is checked on a model.
 #[derive(Debug, PartialEq, Eq)]
@@ -35,7 +41,7 @@ const fn contract(id: &'static str, statement: &'static str, fault: &'static str
 }
 
 /// The contracts that [`verify`] checks, in its order.
-pub const CONTRACTS: [Contract; 16] = [
+pub const CONTRACTS: [Contract; 17] = [
     contract("FALSIFY-TOKENIZER-001", "the tokens of a text are the text again", "byte-without-token"),
     contract("FALSIFY-FORWARD-003", "every stage has its shape, in every layer", "KeepAllRows"),
     contract("FALSIFY-FORWARD-004", "every value of every stage is a finite number", "NanInAttention"),
@@ -52,7 +58,21 @@ pub const CONTRACTS: [Contract; 16] = [
     contract("FALSIFY-TRACE-002", "fused feed-forward blocks give what their plain bodies give", "FusedDiffers"),
     contract("FALSIFY-KV-001", "a sequence goes on from saved keys and values as from its own", "KvRestoreForgets"),
     contract("FALSIFY-BATCHING-005", "logits do not depend on the number of threads", "Unsteady"),
+    contract(
+        "FALSIFY-PRECISION-001",
+        "stages differ from exact arithmetic by the noise of the declared precision",
+        "WrongRopeBase",
+    ),
 ];
+
+/// What to verify of a model.
+#[derive(Clone, Debug, Default)]
+pub struct VerifyOptions {
+    /// Layers that are held against the reference; by default the first, one in the middle and the last.
+    pub layers: Option<Vec<usize>>,
+    /// Positions that are held against the reference; by default a few at the beginning and a few at the end of the longest line.
+    pub positions: Option<Vec<u32>>,
+}
 
 /// How a check ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -103,10 +123,16 @@ pub struct VerifyReport {
 pub enum VerifyError {
     #[error("verifying takes {need} positions and the context has {n_ctx}; raise --ctx")]
     Context { need: usize, n_ctx: usize },
+    #[error("there is no layer {layer}: the model has {n_layer}, from 0 on")]
+    NoLayer { layer: usize, n_layer: usize },
+    #[error("there is no position {position}: the context has {n_ctx}, from 0 on")]
+    NoPosition { position: u32, n_ctx: usize },
     #[error(transparent)]
     Step(#[from] StepError),
     #[error(transparent)]
     Engine(#[from] EngineError),
+    #[error(transparent)]
+    Reference(#[from] DiffError),
 }
 
 impl VerifyReport {
@@ -138,8 +164,8 @@ impl std::fmt::Display for At {
     }
 }
 
-/// Makes the same model's session with another number of threads.
-type Reload<'a> = dyn FnMut() -> Result<Box<dyn Session>, EngineError> + 'a;
+/// Makes a session on a model with a number of threads.
+type Reload<'a> = dyn Fn(&ModelFile, &Hparams, SessionSettings, usize) -> Result<Box<dyn Session>, EngineError> + 'a;
 
 /// What is verified.
 struct Subject<'a> {
@@ -147,32 +173,59 @@ struct Subject<'a> {
     hparams: &'a Hparams,
     gguf: &'a Gguf,
     tokenizer: &'a Tokenizer,
-    /// Absent where threads are not the caller's to choose.
-    reload: Option<(usize, &'a mut Reload<'a>)>,
+    /// Another number of threads, and a session with them. Absent where threads are not the caller's to choose.
+    reload: Option<(usize, Load<'a>)>,
 }
+
+/// Makes another session on the same model.
+type Load<'a> = Box<dyn Fn() -> Result<Box<dyn Session>, EngineError> + 'a>;
 
 /// Checks every contract on a loaded model; `report` gets each result as it comes. How many tokens are used depends on how fast the
 /// model's first steps are, so that also a large model takes no more than a few minutes.
 ///
 /// # Errors
-/// A context too small to try anything in, or a machine that cannot go on. A broken contract is a result, not an error.
-pub fn verify(engine: &mut Engine, report: &mut dyn FnMut(&CheckResult)) -> Result<VerifyReport, VerifyError> {
+/// Options that ask for what the model does not have, a context too small to try anything in, or a machine that cannot go on. A broken
+/// contract is a result, not an error.
+pub fn verify(
+    engine: &mut Engine,
+    options: &VerifyOptions,
+    report: &mut dyn FnMut(&CheckResult),
+) -> Result<VerifyReport, VerifyError> {
+    let isa = engine.device.isa;
+    let reload = |file: &ModelFile, hparams: &Hparams, settings, n_threads| {
+        Ok(device::open(Device::Cpu { n_threads: Some(n_threads), isa }, file, hparams, settings)?.0)
+    };
+    run(engine, options, &reload, report)
+}
+
+/// As [`verify`], with sessions of other numbers of threads as `reload` makes them.
+fn run(
+    engine: &mut Engine,
+    options: &VerifyOptions,
+    reload: &Reload<'_>,
+    report: &mut dyn FnMut(&CheckResult),
+) -> Result<VerifyReport, VerifyError> {
     let start = Instant::now();
+    precision::check(engine, options)?;
     let settings = SessionSettings { kv_type: engine.session.kv_type(), n_ctx: engine.session.n_ctx() };
-    let (file, hparams, isa) = (&engine.file, &engine.hparams, engine.device.isa);
-    let n_threads = engine.device.n_threads.map(|n| if n > 1 { n / 2 } else { 2 });
-    let mut load = || Ok(device::open(Device::Cpu { n_threads, isa }, file, hparams, settings)?.0);
+    let (file, hparams) = (&engine.file, &engine.hparams);
+    let other = engine.device.n_threads.map(|n| if n > 1 { n / 2 } else { 2 });
+    let load = |n: usize| -> Load<'_> { Box::new(move || reload(file, hparams, settings, n)) };
     let mut subject = Subject {
         session: &mut *engine.session,
         hparams,
         gguf: &file.gguf,
         tokenizer: &engine.tokenizer,
-        reload: n_threads.map(|n| (n, &mut load as &mut Reload<'_>)),
+        reload: other.map(|n| (n, load(n))),
     };
     let mut results = Vec::new();
-    checks::run(&mut subject, &mut |result| {
+    let mut send = |result| {
         report(&result);
         results.push(result);
-    })?;
+    };
+    let mut reporter = Reporter::new(&mut send);
+    let tokens = checks::run(&mut subject, &mut reporter)?;
+    drop(subject);
+    precision::run(engine, options, tokens, &mut reporter)?;
     Ok(VerifyReport { results, time: start.elapsed() })
 }

@@ -3,7 +3,7 @@
 use std::io::Write;
 
 use apr_engine::Engine;
-use apr_engine::verify::{CheckResult, Measure, Outcome, VerifyReport, verify};
+use apr_engine::verify::{CheckResult, Measure, Outcome, VerifyOptions, VerifyReport, verify};
 use serde_json::{Value, json};
 
 use crate::failure::{Done, FAILED, Failure, Result};
@@ -14,6 +14,12 @@ use crate::print::{one_line, say};
 pub struct Args {
     #[command(flatten)]
     load: LoadArgs,
+    /// Layers to hold against the reference, as in 0,24 [default: the first, one in the middle and the last]
+    #[arg(long, value_name = "LAYERS", value_delimiter = ',')]
+    layers: Vec<usize>,
+    /// Positions to hold against the reference, as in 1,1000 [default: some early and some late ones]
+    #[arg(long, value_name = "POSITIONS", value_delimiter = ',')]
+    positions: Vec<u32>,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -24,7 +30,11 @@ pub fn run(args: Args) -> Result<Done> {
     let (name, device) = (model_name(&args.load.model), engine.device.name.clone());
     let mut out = std::io::stdout();
     let (mut written, mut head) = (Ok(()), format!("{name} on {device}\n"));
-    let report = verify(&mut engine, &mut |result| {
+    let options = VerifyOptions {
+        layers: Some(args.layers).filter(|layers| !layers.is_empty()),
+        positions: Some(args.positions).filter(|positions| !positions.is_empty()),
+    };
+    let report = verify(&mut engine, &options, &mut |result| {
         if !args.json && written.is_ok() {
             written = writeln!(out, "{}{}", std::mem::take(&mut head), line(result));
         }
@@ -41,7 +51,7 @@ pub fn run(args: Args) -> Result<Done> {
 /// Verifies a model before it is asked anything, and refuses to go on where a contract is broken.
 pub fn or_refuse(engine: &mut Engine) -> Result<()> {
     say("verifying the model before it answers");
-    let report = verify(engine, &mut |result| {
+    let report = verify(engine, &VerifyOptions::default(), &mut |result| {
         if result.outcome == Outcome::Failed {
             say(line(result));
         }

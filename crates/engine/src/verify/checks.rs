@@ -12,8 +12,9 @@ use apr_core::probe::{Recorder, Recording};
 use apr_core::stage::Stage;
 
 use super::passes::{Eyes, Line, Rows, TAIL, Way, difference, some_tokens, step};
-use super::stages::{StageChecks, Tally};
-use super::{At, CONTRACTS, CheckResult, Measure, Outcome, Subject, VerifyError};
+use super::report::{Finding, Reporter};
+use super::stages::StageChecks;
+use super::{At, Measure, Subject, VerifyError};
 use crate::session::{Logits, Look, Part, Sequence, StepError};
 
 /// Tokens of the short line: enough to route to many experts.
@@ -38,51 +39,16 @@ const TEXTS: [&str; 5] = [
     "👩\u{200d}🔬 🇩🇪 1️⃣ \u{feff} x\u{300} \u{a0}\u{2028}§¶±×÷€",
 ];
 
-/// What a check found.
-struct Finding {
-    sampled: String,
-    measure: Measure,
-    at: Option<At>,
-}
-
-/// Gives results their contracts and hands them on.
-struct Reporter<'a> {
-    report: &'a mut dyn FnMut(CheckResult),
-}
-
-impl Reporter<'_> {
-    fn send(&mut self, id: &str, outcome: Outcome, sampled: String, measure: Option<Measure>, at: Option<At>) {
-        let contract = CONTRACTS.iter().find(|c| c.id == id).expect("a contract of the table");
-        (self.report)(CheckResult { contract, outcome, sampled, measure, at });
-    }
-
-    fn found(&mut self, id: &str, finding: Finding) {
-        let Finding { sampled, measure, at } = finding;
-        // A measure that is not a number is within no bound.
-        let outcome = if measure.value <= measure.bound { Outcome::Passed } else { Outcome::Failed };
-        self.send(id, outcome, sampled, Some(measure), at);
-    }
-
-    fn tally(&mut self, id: &str, tally: &Tally, unit: &'static str, sampled: &str) {
-        let measure = Measure { value: tally.worst, bound: tally.bound, unit };
-        self.found(id, Finding { sampled: format!("{} {sampled}", tally.n), measure, at: tally.at });
-    }
-
-    fn skipped(&mut self, id: &str, why: &str) {
-        self.send(id, Outcome::Skipped(why.to_string()), String::new(), None, None);
-    }
-}
-
-/// Checks every contract of the table, in its order.
-pub fn run(subject: &mut Subject<'_>, report: &mut dyn FnMut(CheckResult)) -> Result<(), VerifyError> {
-    let mut reporter = Reporter { report };
+/// Checks what a model, its device and its session can show by themselves, in the order of the table. Returns the tokens of the longest
+/// line.
+pub fn run(subject: &mut Subject<'_>, reporter: &mut Reporter<'_>) -> Result<Vec<u32>, VerifyError> {
     let n_ctx = subject.session.n_ctx();
     if n_ctx < N_SHORT_MIN {
         return Err(VerifyError::Context { need: N_SHORT_MIN, n_ctx });
     }
     reporter.found("FALSIFY-TOKENIZER-001", text_comes_back(subject));
     let mut lines = lines(subject, n_ctx)?;
-    let watched = check_stages(subject, &mut lines, &mut reporter)?;
+    let watched = check_stages(subject, &mut lines, reporter)?;
     reporter.found("FALSIFY-TRACE-001", watched);
     for (id, way) in [
         ("FALSIFY-BATCHING-001", Way::Anew),
@@ -105,7 +71,7 @@ pub fn run(subject: &mut Subject<'_>, report: &mut dyn FnMut(CheckResult)) -> Re
         }
     }
     lines.iter_mut().for_each(|line| subject.session.release(&mut line.sequence));
-    Ok(())
+    Ok(lines.pop().map_or(Vec::new(), |line| line.tokens))
 }
 
 /// That text is not changed by becoming tokens.
@@ -341,7 +307,7 @@ fn saved_goes_on(subject: &mut Subject<'_>, lines: &mut [Line]) -> Result<Findin
 /// That a session with another number of threads computes the same: the short line from its first token on, the long one from keys
 /// and values that it is given.
 fn threads(subject: &mut Subject<'_>, lines: &mut [Line]) -> Result<Option<Finding>, VerifyError> {
-    let Some((n_threads, load)) = &mut subject.reload else { return Ok(None) };
+    let Some((n_threads, load)) = &subject.reload else { return Ok(None) };
     let (n_threads, mut session) = (*n_threads, load()?);
     let (mut n_differ, mut at) = (0, None);
     for (i, line) in lines.iter_mut().enumerate() {

@@ -47,12 +47,10 @@ impl Tally {
         Tally { bound, worst: 0.0, at: None, n: 0 }
     }
 
-    /// Takes in a value. One that is not a number is the worst there is.
+    /// Takes in a value.
     pub fn see(&mut self, value: f64, at: At) {
         self.n += 1;
-        if value.is_nan() || value > self.worst {
-            self.worst = value;
-        }
+        self.worst = worse(self.worst, value);
         if self.at.is_none() && (value.is_nan() || value > self.bound) {
             self.at = Some(at);
         }
@@ -130,14 +128,17 @@ impl<'a> StageChecks<'a> {
     }
 }
 
+/// The larger of two values; what is not a number is the largest.
+pub fn worse(a: f64, b: f64) -> f64 {
+    if a.is_nan() || b.is_nan() { f64::NAN } else { a.max(b) }
+}
+
 /// By how much a logit is larger than one that comes before it: along the chosen, and of those left out over the last chosen.
 fn excess(logits: &[f32], ids: &[usize]) -> f64 {
     let last = ids.last().map_or(f32::INFINITY, |&e| logits[e]);
     let left_out = (0..logits.len()).filter(|e| !ids.contains(e)).map(|e| logits[e] - last);
     let along = ids.windows(2).map(|pair| logits[pair[1]] - logits[pair[0]]);
-    left_out
-        .chain(along)
-        .fold(0.0, |worst, d| if d.is_nan() || worst.is_nan() { f64::NAN } else { worst.max(d.into()) })
+    left_out.chain(along).map(f64::from).fold(0.0, worse)
 }
 
 /// The largest difference of the weights from the softmax of the chosen experts' logits.
@@ -145,8 +146,7 @@ fn distance_from_softmax(logits: &[f32], ids: &[usize], weights: &[f32]) -> f64 
     let max = ids.iter().map(|&e| logits[e]).fold(f32::NEG_INFINITY, f32::max);
     let exp: Vec<f64> = ids.iter().map(|&e| f64::from(logits[e] - max).exp()).collect();
     let sum: f64 = exp.iter().sum();
-    let differences = exp.iter().zip(weights).map(|(e, &w)| (e / sum - f64::from(w)).abs());
-    differences.fold(0.0, |worst, d| if d.is_nan() || worst.is_nan() { f64::NAN } else { worst.max(d) })
+    exp.iter().zip(weights).map(|(e, &w)| (e / sum - f64::from(w)).abs()).fold(0.0, worse)
 }
 
 /// Scores of attention are large, and shown by few devices.

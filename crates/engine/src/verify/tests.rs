@@ -5,12 +5,10 @@ use std::path::Path;
 use apr_core::backend::faulty::{Fault, Faulty};
 use apr_core::backend::reference::Reference;
 use apr_core::backend::{Backend, KvType};
-use apr_core::hparams::Hparams;
 use apr_cpu::CpuBackend;
 
 use super::*;
-use crate::engine::tokenizer_of;
-use crate::model_file::ModelFile;
+use crate::engine::EngineOptions;
 use crate::session::Runner;
 
 /// What every contract comes to on a model of which `make(n_threads)` makes the backends.
@@ -22,21 +20,15 @@ where
     B::Weight: Send,
     B::KvCache: Send,
 {
-    let file = ModelFile::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures").join(name)).unwrap();
-    let hparams: Hparams = file.hparams().unwrap();
-    let settings = SessionSettings { kv_type: KvType::F16, n_ctx: 256 };
-    let mut session = Runner::load(make(2), &file, &hparams, settings).unwrap();
-    let mut load = || Ok(Box::new(Runner::load(make(1), &file, &hparams, settings).unwrap()) as Box<dyn Session>);
-    let mut subject = Subject {
-        session: &mut session,
-        hparams: &hparams,
-        gguf: &file.gguf,
-        tokenizer: &tokenizer_of(&file.gguf.metadata).unwrap(),
-        reload: Some((1, &mut load)),
+    let device = Device::Cpu { n_threads: Some(2), isa: None };
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures").join(name);
+    let mut engine = Engine::load(&path, EngineOptions { device, kv_type: KvType::F16, n_ctx: Some(256) }).unwrap();
+    let load = |file: &ModelFile, h: &Hparams, settings: SessionSettings, n: usize| {
+        Ok(Box::new(Runner::load(make(n), file, h, settings)?) as Box<dyn Session>)
     };
-    let mut results = Vec::new();
-    checks::run(&mut subject, &mut |r| results.push(r)).unwrap();
-    results
+    let settings = SessionSettings { kv_type: KvType::F16, n_ctx: 256 };
+    engine.session = load(&engine.file, &engine.hparams, settings, 2).unwrap();
+    run(&mut engine, &VerifyOptions::default(), &load, &mut |_| {}).unwrap().results
 }
 
 fn cpu(n_threads: usize) -> CpuBackend {
@@ -81,6 +73,8 @@ fn where_a_contract_breaks_is_told() {
         (Fault::DecodeDiffers, "FALSIFY-BATCHING-003", "blk.0.attention at position 32"),
         (Fault::NeighbourLeaks, "FALSIFY-BATCHING-004", "blk.0.attention at position 32"),
         (Fault::FusedDiffers, "FALSIFY-TRACE-002", "blk.0.moe_ffn_out at position 0"),
+        (Fault::WrongRopeBase, "FALSIFY-PRECISION-001", "blk.0.q_post_rope at position 1"),
+        (Fault::SwapExperts, "FALSIFY-PRECISION-001", "blk.0.moe_expert_gate at position 1"),
     ] {
         let results = results("tiny-qwen3moe.gguf", |n| Faulty(cpu(n), fault));
         let result = results.iter().find(|r| r.contract.id == id).unwrap();
@@ -91,7 +85,7 @@ fn where_a_contract_breaks_is_told() {
 #[test]
 fn a_dropped_expert_is_no_routing() {
     let results = results("tiny-qwen3moe.gguf", |n| Faulty(cpu(n), Fault::DropTopExpert));
-    assert_eq!(broken(&results), ["FALSIFY-MOE-ROUTER-004"]);
+    assert_eq!(broken(&results), ["FALSIFY-MOE-ROUTER-004", "FALSIFY-PRECISION-001"]);
 }
 
 #[test]
