@@ -25,7 +25,7 @@ const N_LONG: usize = 1024;
 /// Seconds that a pass over the short line may take, of which there are about ten.
 const SHORT_S: f64 = 2.0;
 /// Seconds that running the long line may take by the speed of a short step; long ones are faster.
-const LONG_S: f64 = 60.0;
+const LONG_S: f64 = 45.0;
 /// What a feed-forward block may differ from its plain body by, for the median row: float sums in another order. Single rows may
 /// differ by more, where an activation lies between two 8-bit codes.
 const FUSED_BOUND: f64 = 1e-5;
@@ -100,9 +100,10 @@ fn lines(subject: &mut Subject<'_>, n_ctx: usize) -> Result<Vec<Line>, VerifyErr
         subject.session.release(&mut sequence);
         Ok(start.elapsed().as_secs_f64() / n as f64)
     };
-    timed(1)?; // The first step finds nothing in the caches.
-    let n_short = (SHORT_S / timed(TAIL)?) as usize;
-    let n_short = n_short.clamp(N_SHORT_MIN, N_SHORT).min(n_ctx);
+    // The first time, weights come from the disk.
+    timed(TAIL)?;
+    let n_short = ((SHORT_S / timed(TAIL)?) as usize).clamp(N_SHORT_MIN, N_SHORT).min(n_ctx);
+    timed(n_short)?;
     let n_long = (LONG_S / timed(n_short)?) as usize;
     let n_long = n_long.min(N_LONG).min(n_ctx - TAIL);
     let mut all = vec![Line::start(subject.session, some_tokens(n_short, n_vocab, 2))?];
