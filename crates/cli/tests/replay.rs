@@ -121,6 +121,39 @@ fn with_the_good_weights_nothing_is_there() {
 }
 
 #[test]
+fn saved_traces_give_bundles_too() {
+    let dir = folder("replay_traces");
+    let fault = &faults_named(&["halves of every byte of attn_q exchanged"])[0];
+    let mut model = Model::read(&fixture(TINY));
+    (fault.edit)(&mut model);
+    let (good, bad) = (fixture(TINY), model.write(&dir, "bad.gguf").display().to_string());
+    let traced = |model: &str, name: &str| {
+        let to = dir.join(name).display().to_string();
+        let done = apr(["trace", model, "--tokens", "7,60,113,166", "--save-tensor", "all", "--save-tensor-dir", &to]);
+        assert_eq!(done.code, Some(0), "{done:?}");
+        to
+    };
+    let (good_trace, bad_trace) = (traced(&good, "good"), traced(&bad, "bad"));
+    let bundle = dir.join("bundle");
+    let differs = |a: &str, b: &str| {
+        let _ = std::fs::remove_file(&bundle);
+        let done = apr(["diff", a, b, "--bundle", &bundle.display().to_string()]);
+        assert_eq!(done.code, Some(1), "{done:?}");
+        done
+    };
+    for (a, b) in [(&good_trace, &bad), (&good, &bad_trace), (&good_trace, &bad_trace)] {
+        differs(a, b);
+        let (code, report) = replayed(&bundle, "cpu");
+        assert_eq!((&report["about"]["stage"], &report["about"]["layer"]), (&"qkv_matmul".into(), &"3".into()));
+        assert_eq!(code, Some(1), "{a} {b}: {report}");
+    }
+    for trace in [&good_trace, &bad_trace] {
+        edit_header(&Path::new(trace).join("trace.safetensors"), |h| h["__metadata__"]["model"] = "gone".into());
+    }
+    assert!(differs(&good_trace, &bad_trace).err.contains("name their model with --model"));
+}
+
+#[test]
 fn text_tells_where_what_and_whether() {
     let dir = folder("replay_text");
     let (bundle, _) = bundled(&dir, &faults_named(&["a scale of an expert's down NaN"])[0]);
@@ -148,7 +181,7 @@ fn where_there_is_nothing_to_replay_no_file_is_written() {
     for fault in faults::all().into_iter().filter(|f| f.reshaped) {
         let (bundle, done) = bundled(&dir, &fault);
         assert!(done.code == Some(1) && !bundle.exists(), "{done:?}");
-        assert!(done.err.contains("no bundle: the two sides' values have other shapes"), "{}", done.err);
+        assert!(done.err.contains("so there is no result to compare"), "{}", done.err);
     }
     assert!(!Path::new(&to).exists());
 }

@@ -79,14 +79,18 @@ pub fn bundle(options: &DiffOptions, report: &Report) -> Result<Bundle, BundleEr
     let none = |what: &str| BundleError::None(what.to_string());
     let finding = report.findings.first().ok_or_else(|| none("nothing differs"))?;
     if finding.mode == Mode::Shape {
-        return Err(none("the two sides' values have other shapes, so there is no result to compare"));
+        return Err(BundleError::None(format!("{}, so there is no result to compare", finding.why)));
     }
     let model = |source: &Source| if let Source::Model(m) = source { Some(m.path.clone()) } else { None };
     // A trace knows its model's path, which may be gone.
-    let of_trace = Some(PathBuf::from(&report.a.header.model)).filter(|path| ModelFile::open(path).is_ok());
-    let path_a = model(&options.a).or_else(|| options.model.clone()).or(of_trace).or_else(|| model(&options.b));
-    let path_a = path_a.ok_or_else(|| none("the weights of two traces are not known; name the model with --model"))?;
-    let path_b = model(&options.b).unwrap_or_else(|| path_a.clone());
+    let of_trace = |side: &SideInfo| {
+        Some(PathBuf::from(&side.header.model)).filter(|path| side.is_trace && ModelFile::open(path).is_ok())
+    };
+    let path_b = model(&options.b).or_else(|| of_trace(&report.b));
+    let path_a = model(&options.a).or_else(|| options.model.clone()).or_else(|| of_trace(&report.a));
+    let unknown = "the weights of the two traces are not known; name their model with --model";
+    let path_a = path_a.or_else(|| path_b.clone()).ok_or_else(|| none(unknown))?;
+    let path_b = path_b.unwrap_or_else(|| path_a.clone());
     let tape = options.tape()?;
     let take = |path: &Path, side: &SideInfo| {
         let file = ModelFile::open(path)?;

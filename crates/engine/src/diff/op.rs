@@ -225,7 +225,6 @@ impl StageOp {
     pub(crate) fn run<B: Backend>(&self, b: &B) -> Result<Vec<f32>> {
         let w = self.weight.as_ref().map(|w| b.upload(w)).transpose()?;
         let w = || w.as_ref().expect("the op has been checked to have a weight");
-        let n_out = self.weight.as_ref().map_or(0, |w| w.n_rows);
         let load = |i: usize, consumers: &[&B::Weight]| {
             let mut t = b.tensor(self.inputs[i].n_cols, consumers);
             b.write(&mut t, &self.inputs[i].values).map(|()| t)
@@ -235,17 +234,7 @@ impl StageOp {
             b.read(&t, &mut out).map(|()| out)
         };
         match &self.kind {
-            Kind::Product { of_expert } => {
-                let (x, mut out) = (load(0, &[w()])?, b.tensor(n_out, &[]));
-                if *of_expert {
-                    let mut ids = b.ids(1);
-                    b.write_ids(&mut ids, &vec![0; self.inputs[0].n_rows()])?;
-                    b.matmul_experts(&mut out, w(), &ids, &x)?;
-                } else {
-                    b.matmul(&mut out, 0, w(), &x)?;
-                }
-                read(out)
-            }
+            Kind::Product { of_expert } => read(self.multiply(b, w(), &load(0, &[w()])?, *of_expert)?),
             Kind::Norm { eps } => {
                 let (x, mut out) = (load(0, &[])?, b.tensor(self.inputs[0].n_cols, &[]));
                 b.rms_norm(&mut out, &x, w(), *eps)?;
@@ -294,6 +283,18 @@ impl StageOp {
                 read(x)
             }
         }
+    }
+
+    fn multiply<B: Backend>(&self, b: &B, w: &B::Weight, x: &B::Tensor, of_expert: bool) -> Result<B::Tensor> {
+        let mut out = b.tensor(self.weight().n_rows, &[]);
+        if of_expert {
+            let mut ids = b.ids(1);
+            b.write_ids(&mut ids, &vec![0; b.shape(x).0])?;
+            b.matmul_experts(&mut out, w, &ids, x)?;
+        } else {
+            b.matmul(&mut out, 0, w, x)?;
+        }
+        Ok(out)
     }
 
     /// Attention of the last position. The earlier ones only have to be stored: each block of them is a sequence of its own, so that
