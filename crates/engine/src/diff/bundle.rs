@@ -218,9 +218,14 @@ impl Bundle {
         if n_bytes > FILE_MAX {
             return Err(container(format!("it has {n_bytes} bytes, expected at most {FILE_MAX}")));
         }
-        let bytes = std::fs::read(path).map_err(io)?;
-        let tensors = SafeTensors::deserialize(&bytes).map_err(|e| container(e.to_string()))?;
-        let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|e| container(e.to_string()))?;
+        Bundle::parse(path, &std::fs::read(path).map_err(io)?)
+    }
+
+    /// Reads the bytes of the file `path`.
+    pub(super) fn parse(path: &Path, bytes: &[u8]) -> Result<Bundle, BundleError> {
+        let container = |what: String| BundleError::Container { path: path.to_path_buf(), what };
+        let tensors = SafeTensors::deserialize(bytes).map_err(|e| container(e.to_string()))?;
+        let (_, header) = SafeTensors::read_metadata(bytes).map_err(|e| container(e.to_string()))?;
         Reader { path, tensors, metadata: header.metadata().clone().unwrap_or_default() }.bundle()
     }
 }

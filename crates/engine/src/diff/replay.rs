@@ -253,6 +253,33 @@ mod tests {
         }
     }
 
+    proptest::proptest! {
+        #[test]
+        fn a_strangers_file_is_run_or_refused(
+            which in 0..18usize,
+            changes in proptest::collection::vec((proptest::num::usize::ANY, proptest::num::u8::ANY), 1..4),
+            digits in proptest::bool::ANY,
+        ) {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("bundle");
+            bundle(every_kind().swap_remove(which)).write(&path).unwrap();
+            let mut bytes = std::fs::read(&path).unwrap();
+            let n_header = 8 + bytes[0] as usize + 256 * bytes[1] as usize;
+            // Numbers in the header are where a file can lie and still be read.
+            let at: Vec<usize> = match digits {
+                true => (8..n_header).filter(|&i| bytes[i].is_ascii_digit()).collect(),
+                false => (0..bytes.len()).collect(),
+            };
+            for (i, byte) in changes {
+                bytes[at[i % at.len()]] = if digits { b'0' + byte % 10 } else { byte };
+            }
+            if let Ok(bundle) = Bundle::parse(&path, &bytes) {
+                replay(&bundle, REFERENCE).unwrap();
+                replay(&bundle, CPU).unwrap();
+            }
+        }
+    }
+
     #[test]
     fn an_op_whose_sizes_do_not_fit_is_refused() {
         for good in every_kind() {
