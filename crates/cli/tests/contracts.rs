@@ -12,7 +12,6 @@ use serde::Deserialize;
 mod file_faults;
 #[path = "../../core/tests/support/gguf_writer.rs"]
 mod gguf_writer;
-#[allow(dead_code)] // Each test binary uses a part of it.
 #[path = "support/model.rs"]
 mod model;
 
