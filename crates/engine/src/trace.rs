@@ -139,6 +139,20 @@ fn begin_file(engine: &Engine, request: &TraceRequest, save: &SaveRequest) -> Re
     TraceWriter::create(&save.path, &header(request, save, &[]), request.n_decode, &tensors)
 }
 
+/// What a trace of an engine says before a pass is known. The file is not hashed.
+pub fn header_of(engine: &Engine) -> TraceHeader {
+    TraceHeader {
+        producer: concat!("apr ", env!("CARGO_PKG_VERSION")).to_string(),
+        model: engine.file.path.display().to_string(),
+        architecture: engine.hparams.arch.to_string(),
+        device: engine.device.kind.to_string(),
+        isa: engine.device.isa.map(|isa| isa.to_string()).unwrap_or_default(),
+        precision: engine.session.precision().to_string(),
+        kv: engine.session.kv_type().to_string(),
+        ..TraceHeader::default()
+    }
+}
+
 /// The header of a trace with these decoded tokens; positions are those of all that will be.
 fn header(request: &TraceRequest, save: &SaveRequest, decoded: &[u32]) -> TraceHeader {
     let n = request.prompt.len() as u32;

@@ -6,7 +6,7 @@ use apr_engine::Engine;
 use apr_engine::model_file::ModelFile;
 use apr_engine::stage::{Place, Stage};
 use apr_engine::trace::file::TraceHeader;
-use apr_engine::trace::{SaveRequest, TraceRequest, trace};
+use apr_engine::trace::{SaveRequest, TraceRequest, header_of, trace};
 use serde_json::json;
 
 use self::select::{Positions, Span, StageNames};
@@ -158,17 +158,7 @@ fn save_request(engine: &Engine, args: &Args, n_prompt: usize) -> Result<Option<
     let default = || PathBuf::from(format!("{}-trace", model_name(&args.load.model)));
     let dir = args.save_tensor_dir.clone().unwrap_or_else(default);
     std::fs::create_dir_all(&dir).map_err(|e| cannot(&dir, e))?;
-    let header = TraceHeader {
-        producer: concat!("apr ", env!("CARGO_PKG_VERSION")).to_string(),
-        model: args.load.model.display().to_string(),
-        model_sha256: sha256(&engine.file),
-        architecture: engine.hparams.arch.to_string(),
-        device: engine.device.kind.to_string(),
-        isa: engine.device.isa.map_or(String::new(), |isa| isa.to_string()),
-        precision: engine.session.precision().to_string(),
-        kv: engine.session.kv_type().to_string(),
-        ..TraceHeader::default()
-    };
+    let header = TraceHeader { model_sha256: sha256(&engine.file), ..header_of(engine) };
     Ok(Some(SaveRequest { path: dir.join("trace.safetensors"), places, positions, header }))
 }
 

@@ -13,6 +13,7 @@ use super::DiffError;
 use crate::engine::{Engine, EngineOptions};
 use crate::session::{Sequence, StepError};
 use crate::trace::file::{SavedTrace, TraceHeader, TraceWriter};
+use crate::trace::header_of;
 use crate::trace::pass::{self, PassLook};
 use crate::trace::save::SaveWatch;
 
@@ -102,20 +103,12 @@ impl Loaded {
 
     /// What a trace of this side says.
     pub fn header(&self, tokens: &[u32], positions: &[u32]) -> TraceHeader {
-        let e = &self.engine;
         TraceHeader {
-            producer: concat!("apr ", env!("CARGO_PKG_VERSION")).to_string(),
-            model: e.file.path.display().to_string(),
-            architecture: e.hparams.arch.to_string(),
             tokens: tokens.to_vec(),
             n_prompt: tokens.len(),
             positions: positions.to_vec(),
-            device: e.device.kind.to_string(),
-            isa: e.device.isa.map(|isa| isa.to_string()).unwrap_or_default(),
-            precision: e.session.precision().to_string(),
-            kv: e.session.kv_type().to_string(),
             fused: !self.unfused,
-            ..TraceHeader::default()
+            ..header_of(&self.engine)
         }
     }
 

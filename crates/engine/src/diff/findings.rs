@@ -1,0 +1,156 @@
+//! What is at fault, as closely as it can be named: from a place and a column to weights, metadata, or the op itself.
+
+use std::path::PathBuf;
+
+use apr_core::models;
+use apr_core::stage::{Place, Stage};
+
+use super::measure::ShapeDiff;
+use super::sides::Source;
+use super::verdict::{Culprit, Mode, Rule};
+use super::weights::{self, Spot};
+use super::{DiffError, DiffOptions, Finding, MetadataDiff};
+use crate::model_file::ModelFile;
+use crate::trace::file::SavedTrace;
+
+/// The files behind the sides, to name weights by.
+pub(super) struct Files {
+    pub a: Option<ModelFile>,
+    /// Where it is another file than A's.
+    pub b: Option<ModelFile>,
+}
+
+impl Files {
+    pub fn open(options: &DiffOptions) -> Result<Files, DiffError> {
+        let path = |source: &Source| if let Source::Model(m) = source { Some(m.path.clone()) } else { None };
+        let (a, b) = (path(&options.a), path(&options.b));
+        let open = |path: Option<PathBuf>| path.map(|p| ModelFile::open(&p)).transpose();
+        let b = b.filter(|b| a.as_ref() != Some(b));
+        Ok(Files { a: open(a.or_else(|| options.model.clone()))?, b: open(b)? })
+    }
+
+    /// Both files, where there are two.
+    fn two(&self) -> Option<(&ModelFile, &ModelFile)> {
+        Some((self.a.as_ref()?, self.b.as_ref()?))
+    }
+
+    pub fn finding(&self, c: &Culprit, rule: Rule, tape: &SavedTrace) -> Finding {
+        let column = if rule == Rule::Bits { c.row.first } else { c.row.worst };
+        let mut ids = Vec::new();
+        if let Some(il) = c.place.layer() {
+            tape.read(Place::new(il, Stage::MoeRouterIndices), c.row.position, &mut ids);
+        }
+        let ids: Vec<u32> = ids.iter().map(|&id| id as u32).collect();
+        let token = tape.header.tokens[c.row.position as usize];
+        let file = self.a.as_ref().or(self.b.as_ref());
+        let named = file.and_then(|f| Some(weights::spot(f, &f.hparams().ok()?, c.place, column, token, &ids)));
+        let named = named.unwrap_or(Spot { row: Some(column), ..Spot::default() });
+        let differing = self.two().map(|(a, b)| weights::differing_spot(a, b, c.place, &named));
+        let (spot, why) = match differing {
+            Some(Some(spot)) => (spot, "the weights of the two files differ there".to_string()),
+            Some(None) => {
+                let why = format!("{}, though the weights are the same; {}", inputs(c, column), self.keys());
+                (Spot { expert: named.expert, ..Spot::default() }, why)
+            }
+            None => (named, inputs(c, column)),
+        };
+        let why = match (c.row.n_bad_a, c.row.n_bad_b) {
+            (0, 0) => why,
+            (a, b) => format!("{why}; of {} values {a} in A and {b} in B are no numbers", c.row.n),
+        };
+        let error = if c.row.sum_sq_a > 0.0 { c.row.rms() / c.row.rms_a() } else { c.row.rms() };
+        let noise = if c.row.sum_sq_a > 0.0 { c.noise / c.row.rms_a() } else { c.noise };
+        Finding {
+            place: Some(c.place),
+            position: Some(c.row.position),
+            column: Some(column),
+            spot,
+            mode: c.mode,
+            error,
+            noise,
+            ratio: c.ratio,
+            why,
+        }
+    }
+
+    /// Stages and layers that only one of two files computes.
+    pub fn one_sided(&self) -> Vec<Finding> {
+        let Some((a, b)) = self.two() else { return Vec::new() };
+        let (Ok(h_a), Ok(h_b)) = (a.hparams(), b.hparams()) else { return Vec::new() };
+        let (stages_a, stages_b) = (models::stages(&h_a, &a.gguf), models::stages(&h_b, &b.gguf));
+        let only = |side: &str, place: Place| Finding {
+            place: Some(place),
+            position: None,
+            column: None,
+            spot: Spot::default(),
+            mode: Mode::Shape,
+            error: f64::INFINITY,
+            noise: 0.0,
+            ratio: f64::INFINITY,
+            why: format!("only {side} computes this"),
+        };
+        let missing = |side, these: &[Stage], others: &[Stage]| -> Vec<Finding> {
+            these.iter().filter(|s| !others.contains(s)).map(|&s| only(side, Place::new(0, s))).collect()
+        };
+        let mut found = [missing("A", &stages_a, &stages_b), missing("B", &stages_b, &stages_a)].concat();
+        if h_a.n_layer != h_b.n_layer {
+            let side = if h_a.n_layer > h_b.n_layer { "A" } else { "B" };
+            found.push(only(side, Place::new(h_a.n_layer.min(h_b.n_layer), Stage::AttnNorm)));
+        }
+        found
+    }
+
+    /// A difference between two files that this prompt does not reach.
+    pub fn unreached(&self) -> Option<Finding> {
+        let (a, b) = self.two()?;
+        let (place, spot) = weights::first_differing(a, b)?;
+        let why = "the weights of the two files differ there, which this prompt does not reach".to_string();
+        let (mode, position, column) = (Mode::Weights, None, None);
+        Some(Finding { place, position, column, spot, mode, error: 0.0, noise: 0.0, ratio: 0.0, why })
+    }
+
+    /// Metadata keys that differ.
+    pub fn metadata(&self) -> Vec<MetadataDiff> {
+        let Some((a, b)) = self.two() else { return Vec::new() };
+        let (a, b) = (&a.gguf.metadata, &b.gguf.metadata);
+        let mut keys: Vec<&str> = a.iter().chain(b.iter()).map(|(key, _)| key).collect();
+        keys.sort_unstable();
+        keys.dedup();
+        let differ = keys.into_iter().filter(|key| a.get(key) != b.get(key));
+        differ
+            .map(|key| MetadataDiff { key: key.to_string(), a: a.get(key).cloned(), b: b.get(key).cloned() })
+            .collect()
+    }
+
+    fn keys(&self) -> String {
+        let keys: Vec<String> = self.metadata().into_iter().map(|m| m.key).collect();
+        match keys.len() {
+            0 => "so is the metadata".to_string(),
+            1..=4 => format!("metadata that differs: {}", keys.join(", ")),
+            n => format!("metadata that differs: {} and {} more keys", keys[..3].join(", "), n - 3),
+        }
+    }
+}
+
+/// A place whose values have another shape on the other side.
+pub(super) fn of_shape(s: &ShapeDiff) -> Finding {
+    Finding {
+        place: Some(s.place),
+        position: None,
+        column: None,
+        spot: Spot::default(),
+        mode: Mode::Shape,
+        error: f64::INFINITY,
+        noise: 0.0,
+        ratio: f64::INFINITY,
+        why: format!("a value has shape {:?} in A and {:?} in B", s.a, s.b),
+    }
+}
+
+/// What is known of a difference that no weight explains.
+fn inputs(c: &Culprit, column: usize) -> String {
+    match c.mode {
+        Mode::Isolated => format!("the two sides compute column {column} differently from the same inputs"),
+        _ => format!("the two sides differ in column {column}"),
+    }
+}
