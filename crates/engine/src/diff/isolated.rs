@@ -132,7 +132,8 @@ mod tests {
         assert_eq!(of(Fault::DropHeadNorm)[..2], ["blk.0.q_post_rope", "blk.0.k_post_rope"]);
         assert_eq!(of(Fault::SkipRenormalise), ["blk.0.moe_router", "blk.2.moe_router", "blk.3.moe_router"]);
         assert_eq!(of(Fault::KvOffByOne), ["blk.0.attention", "blk.2.attention", "blk.3.attention"]);
-        assert_eq!(of(Fault::SwapExperts)[0], "blk.0.moe_expert_gate");
+        // A fused op keeps the gate to itself.
+        assert_eq!(of(Fault::SwapExperts)[0], "blk.0.moe_expert_up");
         let wrong_base = found(None, |h| h.rope_base *= 10.0);
         assert_eq!(wrong_base[..2], ["blk.0.q_post_rope", "blk.0.k_post_rope"]);
     }
