@@ -248,7 +248,7 @@ function flipTable(m) {
     { head: "judged", class: "left" }, { head: "cost, KLD" }],
   m.flips.map((f) => ({
     cells: [String(f.layer), String(f.position), f.only_a.join(", "), f.only_b.join(", "), fmt(f.margin), fmt(f.noise),
-      isNumber(f.margin) && f.noise > 0 ? fmt(f.margin / f.noise, 3) : DASH, badge(f.near_tie), fmt(f.cost_kld)],
+      isNumber(f.margin) && f.noise > 0 ? fmt(f.margin / f.noise, 3) : DASH, isNumber(f.noise) ? badge(f.near_tie) : DASH, fmt(f.cost_kld)],
   })));
 }
 
