@@ -8,8 +8,13 @@ use serde_json::{Value, json};
 
 #[path = "support/apr.rs"]
 mod apr;
+#[path = "../../core/tests/support/gguf_writer.rs"]
+mod gguf_writer;
+#[path = "support/model.rs"]
+mod model;
 
 use apr::{apr, fixture, folder};
+use model::Model;
 
 const TINY: &str = "tiny-qwen3moe.gguf";
 const TOKENS: &str = "100,200,300,400,500,600,700";
@@ -153,4 +158,21 @@ fn models_of_another_make_are_compared_as_far_as_they_go() {
     let one_sided = report["culprits"].as_array().unwrap().iter().find(|c| c["stage"] == "qkv_bias").unwrap();
     assert_eq!(one_sided["why"], "only B computes this");
     assert_eq!(diff(&[&qwen3, &odd, "--tokens", "1,2,3"]).0, 1);
+}
+
+#[test]
+fn a_tensor_that_one_file_lacks_is_the_difference() {
+    let name = "blk.2.attn_q_norm.weight";
+    let bad = Model::read(&fixture(TINY)).without_tensor(name).write(&folder("diff_lacks"), "bad.gguf");
+    let (good, bad) = (fixture(TINY), bad.to_str().unwrap().to_string());
+    for (a, b, side) in [(&good, &bad, "B"), (&bad, &good, "A")] {
+        let (code, report) = diff(&[a, b, "--tokens", "1,2,3"]);
+        let first = &report["first"];
+        assert_eq!(
+            (code, &first["stage"], &first["layer"], &first["tensor"]),
+            (1, &json!("q_post_rope"), &json!(2), &json!(name))
+        );
+        assert!(first["why"].as_str().unwrap().starts_with(&format!("{side} cannot be loaded: tensor")), "{first}");
+    }
+    assert!(refused(&[&bad, &bad, "--kv-b", "f32", "--tokens", "1"]).contains("is missing"));
 }

@@ -169,7 +169,10 @@ pub enum DiffError {
 /// # Errors
 /// A side that cannot be loaded or run, and sides of other tokens or positions.
 pub fn diff(options: &DiffOptions) -> Result<Report, DiffError> {
-    let report = compare(options)?;
+    let report = match compare(options) {
+        Err(DiffError::Engine(EngineError::Load(error))) => return findings::of_unloadable(options, error),
+        report => report?,
+    };
     Ok(match unfused(options, &report)? {
         Some(plain) => with_interior(report, plain),
         None => report,

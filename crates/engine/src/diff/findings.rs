@@ -2,16 +2,17 @@
 
 use std::path::PathBuf;
 
-use apr_core::models;
+use apr_core::models::{self, LoadError};
 use apr_core::stage::{Place, Stage};
 
 use super::measure::ShapeDiff;
-use super::sides::Source;
+use super::sides::{Loaded, ModelSource, SideInfo, Source};
 use super::verdict::{Culprit, Mode, Rule};
 use super::weights::{self, Spot};
-use super::{DiffError, DiffOptions, Finding, MetadataDiff};
+use super::{DiffError, DiffOptions, Finding, MetadataDiff, Prompt, Report};
+use crate::engine::EngineError;
 use crate::model_file::ModelFile;
-use crate::trace::file::SavedTrace;
+use crate::trace::file::{SavedTrace, TraceHeader};
 
 /// The files behind the sides, to name weights by.
 pub(super) struct Files {
@@ -78,17 +79,7 @@ impl Files {
         let Some((a, b)) = self.two() else { return Vec::new() };
         let (Ok(h_a), Ok(h_b)) = (a.hparams(), b.hparams()) else { return Vec::new() };
         let (stages_a, stages_b) = (models::stages(&h_a, &a.gguf), models::stages(&h_b, &b.gguf));
-        let only = |side: &str, place: Place| Finding {
-            place: Some(place),
-            position: None,
-            column: None,
-            spot: Spot::default(),
-            mode: Mode::Shape,
-            error: f64::INFINITY,
-            noise: 0.0,
-            ratio: f64::INFINITY,
-            why: format!("only {side} computes this"),
-        };
+        let only = |side: &str, place: Place| of_structure(Some(place), None, format!("only {side} computes this"));
         let missing = |side, these: &[Stage], others: &[Stage]| -> Vec<Finding> {
             these.iter().filter(|s| !others.contains(s)).map(|&s| only(side, Place::new(0, s))).collect()
         };
@@ -134,17 +125,61 @@ impl Files {
 
 /// A place whose values have another shape on the other side.
 pub(super) fn of_shape(s: &ShapeDiff) -> Finding {
+    of_structure(Some(s.place), None, format!("a value has shape {:?} in A and {:?} in B", s.a, s.b))
+}
+
+/// A difference in what is computed, where there are no values to compare.
+fn of_structure(place: Option<Place>, tensor: Option<String>, why: String) -> Finding {
     Finding {
-        place: Some(s.place),
+        place,
         position: None,
         column: None,
-        spot: Spot::default(),
+        spot: Spot { tensor, ..Spot::default() },
         mode: Mode::Shape,
         error: f64::INFINITY,
         noise: 0.0,
         ratio: f64::INFINITY,
-        why: format!("a value has shape {:?} in A and {:?} in B", s.a, s.b),
+        why,
     }
+}
+
+/// Two files of which one cannot be loaded for a tensor that the other has right: that tensor is the difference.
+///
+/// # Errors
+/// The error itself, where it names no tensor, or the other side is no sound file either.
+pub(super) fn of_unloadable(options: &DiffOptions, error: LoadError) -> Result<Report, DiffError> {
+    let tensor = match &error {
+        LoadError::Missing { name, .. }
+        | LoadError::Shape { name, .. }
+        | LoadError::NotFloat { name, .. }
+        | LoadError::Unknown { name, .. } => name.clone(),
+        _ => return Err(EngineError::from(error).into()),
+    };
+    let (Source::Model(a), Source::Model(b)) = (&options.a, &options.b) else {
+        return Err(EngineError::from(error).into());
+    };
+    let tokens = if let Some(Prompt::Tokens(tokens)) = &options.prompt { tokens.clone() } else { Vec::new() };
+    let (loaded_a, loaded_b) = (Loaded::load(a).ok(), Loaded::load(b).ok());
+    let Some(sound) = loaded_a.as_ref().or(loaded_b.as_ref()) else { return Err(EngineError::from(error).into()) };
+    let header = TraceHeader { fused: !sound.unfused, ..sound.header(&tokens, &[]) };
+    let info = |source: &ModelSource| SideInfo { is_trace: false, path: source.path.clone(), header: header.clone() };
+    let side = if loaded_a.is_some() { "B" } else { "A" };
+    let place = weights::place_of(&tensor);
+    Ok(Report {
+        a: info(a),
+        b: info(b),
+        tokens,
+        positions: Vec::new(),
+        rule: Rule::Bits,
+        isolated: false,
+        places: Vec::new(),
+        findings: vec![of_structure(place, Some(tensor), format!("{side} cannot be loaded: {error}"))],
+        end: None,
+        routes: Vec::new(),
+        flips: Vec::new(),
+        metadata: Files::open(options)?.metadata(),
+        notes: vec![format!("nothing was run, as {side} cannot be loaded")],
+    })
 }
 
 /// What is known of a difference that no weight explains.
