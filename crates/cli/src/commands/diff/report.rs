@@ -237,6 +237,9 @@ fn finding_line(f: &Finding) -> String {
 
 /// One line per stage: the layer where it is worst. With `all`, every layer.
 fn stage_lines(r: &Report, all: bool, out: &mut impl Write) -> io::Result<()> {
+    if r.places.is_empty() {
+        return Ok(());
+    }
     writeln!(
         out,
         "\n{:<20} {:>5}  {:>10} {:>10} {:>8} {:>9}  {:>10} {:>9}",
