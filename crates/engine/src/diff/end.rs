@@ -24,13 +24,13 @@ pub struct EndSum {
 }
 
 impl EndSum {
-    /// Takes in the logits of one position; `next` is the token that follows it.
+    /// Takes in the logits of one position, `a` and `b` of one vocabulary; `next` is the token that follows it, if it is in there.
     pub fn add(&mut self, a: &[f32], b: &[f32], next: Option<u32>) {
         let (log_a, log_b) = (log_softmax(a), log_softmax(b));
         let kld: f64 =
             log_a.iter().zip(&log_b).map(|(p, q)| if *p == f64::NEG_INFINITY { 0.0 } else { p.exp() * (p - q) }).sum();
         let top_a = argmax(a);
-        let token = next.map_or(top_a, |t| t as usize);
+        let token = next.map(|t| t as usize).filter(|&t| t < a.len()).unwrap_or(top_a);
         self.n += 1;
         self.kld += kld;
         // `max` would drop a NaN.
@@ -86,6 +86,13 @@ mod tests {
         assert_eq!((m.n_positions, m.same_top_p), (2, 50.0));
         assert!((m.rms_delta_p - 100.0 * (1.0f64 / 9.0 / 2.0).sqrt()).abs() < 1e-5);
         assert!(EndSum::default().metrics().is_none());
+    }
+
+    #[test]
+    fn a_token_outside_the_vocabulary_is_no_measure() {
+        let mut sum = EndSum::default();
+        sum.add(&[1.0, 0.0], &[1.0, 0.0], Some(7));
+        assert_eq!(sum.metrics().unwrap().rms_delta_p, 0.0);
     }
 
     #[test]

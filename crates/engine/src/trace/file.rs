@@ -302,6 +302,9 @@ impl SavedTrace {
                     info.shape
                 )));
             }
+            if info.shape.contains(&0) && !header.positions.is_empty() {
+                return Err(wrong(format!("has shape {:?}, expected values at every position", info.shape)));
+            }
             let start = 8 + header_bytes;
             let bytes = start + info.data_offsets.0..start + info.data_offsets.1;
             tensors.insert(place, Saved { shape: info.shape[1..].to_vec(), dtype: info.dtype, bytes });
@@ -406,6 +409,9 @@ mod tests {
         let tensor = json!({"dtype": "F32", "shape": [1, 2], "data_offsets": [0, 8]});
         let message = refused(&file(json!({"__metadata__": meta, "embedding": tensor}), 8));
         assert!(message.contains("'embedding'") && message.contains("2 positions"), "{message}");
+        let empty = json!({"dtype": "F32", "shape": [2, 0], "data_offsets": [0, 0]});
+        let message = refused(&file(json!({"__metadata__": meta, "lm_head": empty}), 0));
+        assert!(message.contains("'lm_head'") && message.contains("[2, 0]"), "{message}");
         meta["positions"] = json!("[2,0]");
         assert!(refused(&file(json!({"__metadata__": meta}), 0)).contains("'positions'"));
     }
