@@ -1,5 +1,6 @@
 //! A comparison as JSON (`apr.diff/1`) and as text.
 
+use std::collections::BTreeSet;
 use std::io::{self, Write};
 
 use apr_engine::diff::routing::Choice;
@@ -133,7 +134,8 @@ fn count(r: &Report, choice: Choice, layer: Option<usize>) -> usize {
 }
 
 fn moe(r: &Report) -> Option<Value> {
-    let n_layer = r.routes.iter().map(|route| route.layer + 1).max()?;
+    let seen: BTreeSet<usize> = r.routes.iter().map(|route| route.layer).collect();
+    seen.first()?;
     let counts = |layer| {
         json!({
             "n_equal": count(r, Choice::Equal, layer),
@@ -141,7 +143,7 @@ fn moe(r: &Report) -> Option<Value> {
             "n_flipped": count(r, Choice::Flipped, layer),
         })
     };
-    let layers = (0..n_layer).map(|il| {
+    let layers = seen.into_iter().map(|il| {
         let mut entry = counts(Some(il));
         entry["layer"] = json!(il);
         entry
