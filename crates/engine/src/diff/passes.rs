@@ -209,7 +209,7 @@ fn run_b(
 
 /// Whether a side has the tape's layers: a pass cannot be fed with those of another model.
 fn same_stages(tape: &SavedTrace, side: &Loaded) -> bool {
-    let layers = tape.places().filter_map(Place::layer).max().map_or(0, |il| il + 1);
+    let layers = tape.places().filter_map(Place::layer).max().map_or(0, |il| il.saturating_add(1));
     let is_moe = tape.places().any(|p| p.stage == Stage::MoeRouterIndices);
     let has_bias = tape.places().any(|p| p.stage == Stage::QkvBias);
     let own = side.places();

@@ -90,7 +90,7 @@ impl<'a> Judge<'a> {
             let first = flips.entry(route.position).or_insert(route.layer);
             *first = route.layer.min(*first);
         }
-        let n_layer = measured.keys().filter_map(|p| p.layer()).max().map_or(0, |il| il + 1);
+        let n_layer = measured.keys().filter_map(|p| p.layer()).max().map_or(0, |il| il.saturating_add(1));
         Judge { rule, mode, measured, noise, flips, n_layer }
     }
 
