@@ -176,3 +176,54 @@ fn a_tensor_that_one_file_lacks_is_the_difference() {
     }
     assert!(refused(&[&bad, &bad, "--kv-b", "f32", "--tokens", "1"]).contains("is missing"));
 }
+
+/// The tiny model with the first seven of its eight experts.
+fn seven_experts() -> Model {
+    let mut model = Model::read(&fixture(TINY)).u32("qwen3moe.expert_count", 7);
+    for t in model.tensors.iter_mut().filter(|t| t.name.contains("_exps.") || t.name.contains("ffn_gate_inp")) {
+        *t.ne.last_mut().unwrap() = 7;
+        t.data.truncate(t.data.len() / 8 * 7);
+    }
+    model
+}
+
+#[test]
+fn another_number_of_experts_is_a_finding_and_no_panic() {
+    let other = seven_experts().write(&folder("diff_seven"), "b.gguf");
+    let tokens: Vec<String> = (0..30).map(|i| (11 + 67 * i).to_string()).collect();
+    for (a, b) in [(fixture(TINY), other.to_str().unwrap()), (other.display().to_string(), &fixture(TINY))] {
+        let (code, report) = diff(&[&a, b, "--tokens", &tokens.join(",")]);
+        let first = &report["first"];
+        assert_eq!(
+            (code, &first["stage"], &first["mode"]),
+            (1, &json!("moe_router_logits"), &json!("shape")),
+            "{first}"
+        );
+        assert!(first["why"].as_str().unwrap().contains("qwen3moe.expert_count"), "{first}");
+        assert!(report["moe"]["n_flipped"].as_u64().unwrap() > 0);
+    }
+}
+
+#[test]
+fn a_tensor_stored_as_another_type_is_named_though_its_values_are_the_same() {
+    let mut model = Model::read(&fixture(TINY));
+    let t = model.tensors.iter_mut().find(|t| t.name == "blk.2.ffn_down_exps.weight").unwrap();
+    let mut values = vec![0.0; t.ne.iter().product::<u64>() as usize];
+    apr_core::qtype::dequantize_row(t.qtype, &t.data, &mut values);
+    t.data = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+    t.qtype = apr_core::qtype::GgmlType::F32;
+    let other = model.write(&folder("diff_type"), "b.gguf");
+    let (code, report) = diff(&[&fixture(TINY), other.to_str().unwrap(), "--tokens", TOKENS]);
+    let first = &report["first"];
+    assert_eq!((code, &first["tensor"]), (1, &json!("blk.2.ffn_down_exps.weight")), "{first}");
+    assert_eq!(first["why"], "the tensor is Q6_K in A and F32 in B");
+}
+
+#[test]
+fn options_for_a_side_that_has_run_already_are_refused() {
+    let trace = golden_trace(&folder("diff_options"), TOKENS);
+    let (trace, file) = (trace.to_str().unwrap(), fixture(TINY));
+    assert!(refused(&[trace]).contains("would run as A does"));
+    assert!(refused(&[trace, "--device-b", "reference"]).contains("saved trace, which cannot be run"));
+    assert!(refused(&[trace, &file, "--kv-a", "f32"]).contains("options for side a"));
+}

@@ -142,6 +142,8 @@ pub struct Flip {
 /// Why two sides cannot be compared.
 #[derive(Debug, thiserror::Error)]
 pub enum DiffError {
+    #[error("{path}: {source}")]
+    Load { path: PathBuf, source: EngineError },
     #[error(transparent)]
     Engine(#[from] EngineError),
     #[error(transparent)]
@@ -170,7 +172,9 @@ pub enum DiffError {
 /// A side that cannot be loaded or run, and sides of other tokens or positions.
 pub fn diff(options: &DiffOptions) -> Result<Report, DiffError> {
     let report = match compare(options) {
-        Err(DiffError::Engine(EngineError::Load(error))) => return findings::of_unloadable(options, error),
+        Err(DiffError::Load { path, source: EngineError::Load(error) }) => {
+            return findings::of_unloadable(options, path, error);
+        }
         report => report?,
     };
     Ok(match unfused(options, &report)? {
@@ -249,7 +253,7 @@ fn report(
     let measured = passes.isolated.as_ref().unwrap_or(&none);
     let isolated = Judge::new(rule, Mode::Isolated, measured, &passes.noise_isolated, &[]);
     let files = Files::open(options)?;
-    let mut findings: Vec<Finding> = passes.shapes.iter().map(findings::of_shape).collect();
+    let mut findings: Vec<Finding> = passes.shapes.iter().map(|s| files.shape(s)).collect();
     let culprits = match passes.isolated {
         Some(_) => isolated.culprits(),
         // What follows the first difference of a free-running pass inherits it.
@@ -264,7 +268,7 @@ fn report(
         blocks::name(&mut findings, (file, tape), [(source_a, &a), (source_b, &b)])?;
     }
     if findings.is_empty()
-        && let Some(unreached) = files.unreached()
+        && let Some(unreached) = files.unreached(tape)
     {
         findings.push(unreached);
     }
@@ -305,7 +309,7 @@ fn flips(passes: &Passes, rule: Rule) -> Vec<Flip> {
         };
         // Both sides of the margin move.
         let near_tie = noise.is_some_and(|n| route.margin <= 6.0 * n);
-        Flip { route: route.clone(), noise, near_tie, cost_kld: passes.costs.get(i).copied() }
+        Flip { route: route.clone(), noise, near_tie, cost_kld: passes.costs.get(i).copied().flatten() }
     };
     flipped.enumerate().map(flip).collect()
 }

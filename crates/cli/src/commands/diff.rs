@@ -1,7 +1,7 @@
 //! `apr diff`: compares two models, devices or saved traces, and names the first difference.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
 use apr_engine::device::Device;
@@ -96,6 +96,7 @@ struct SideArgs {
 impl SideArgs {
     fn source(&self, path: &Path, is_a: bool) -> Result<Source> {
         if !is_gguf(path)? {
+            self.refuse_for_trace(path, is_a)?;
             return Ok(Source::Trace(if path.is_dir() { path.join("trace.safetensors") } else { path.to_path_buf() }));
         }
         let (device, isa, unfused, kv) = match is_a {
@@ -108,6 +109,23 @@ impl SideArgs {
         };
         let options = EngineOptions { device, kv_type: kv.unwrap_or(self.kv), n_ctx: self.ctx };
         Ok(Source::Model(ModelSource { path: path.to_path_buf(), options, unfused: unfused || self.unfused }))
+    }
+}
+
+impl SideArgs {
+    /// A saved trace has run already.
+    fn refuse_for_trace(&self, path: &Path, is_a: bool) -> Result<()> {
+        let (side, device, isa, unfused, kv) = match is_a {
+            true => ("a", &self.device_a, self.isa_a, self.unfused_a, self.kv_a),
+            false => ("b", &self.device_b, self.isa_b, self.unfused_b, self.kv_b),
+        };
+        if device.is_some() || isa.is_some() || unfused || kv.is_some() {
+            let path = path.display();
+            return Err(usage(format!(
+                "{path} is a saved trace, which cannot be run: leave out the options for side {side}"
+            )));
+        }
+        Ok(())
     }
 }
 
@@ -129,9 +147,11 @@ pub fn run(args: Args) -> Result<Done> {
 
 fn compare(args: &Args) -> Result<Done> {
     let (a, b) = (args.sides.source(&args.a, true)?, args.sides.source(args.b.as_ref().unwrap_or(&args.a), false)?);
-    if args.b.is_none()
-        && matches!((&a, &b), (Source::Model(a), Source::Model(b)) if a.options == b.options && a.unfused == b.unfused)
-    {
+    let runs_alike = match (&a, &b) {
+        (Source::Model(a), Source::Model(b)) => a.options == b.options && a.unfused == b.unfused,
+        _ => true,
+    };
+    if args.b.is_none() && runs_alike {
         return Err(usage(
             "side B is not named and would run as A does: name a second file or trace, or give --device-b, --isa-b, --kv-b or --unfused-b",
         ));
@@ -151,13 +171,16 @@ fn compare(args: &Args) -> Result<Done> {
     };
     let found = diff(&options).map_err(|e| Failure { code: USAGE, error: e.into() })?;
     let json = report::json(&found);
+    let mut out = std::io::stdout().lock();
+    let written = match args.json {
+        true => writeln!(out, "{}", one_line(&json)),
+        false => report::text(&found, args.all, &mut out),
+    };
+    // Whoever reads the first lines only still learns the verdict.
+    written.or_else(|e| if e.kind() == std::io::ErrorKind::BrokenPipe { Ok(()) } else { Err(e) })?;
     if let Some(path) = &args.html {
-        std::fs::write(path, crate::page::diff_page(&json))?;
-    }
-    if args.json {
-        println!("{}", one_line(&json));
-    } else {
-        report::text(&found, args.all, &mut std::io::stdout().lock())?;
+        let page = crate::page::diff_page(&json);
+        std::fs::write(path, page).map_err(|e| usage(format!("{}: {e}", path.display())))?;
     }
     if let Some(path) = &args.bundle {
         write_bundle(&options, &found, path)?;

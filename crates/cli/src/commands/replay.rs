@@ -40,7 +40,7 @@ pub fn run(args: Args) -> Result<Done> {
     };
     let done = replay(&bundle, device).map_err(trouble)?;
     if args.json {
-        println!("{}", one_line(&report(&args, &bundle, &done)));
+        writeln!(io::stdout(), "{}", one_line(&report(&args, &bundle, &done)))?;
     } else {
         text(&args, &bundle, &done, &mut io::stdout().lock())?;
     }

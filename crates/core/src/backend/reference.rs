@@ -323,8 +323,9 @@ impl Backend for Reference {
         for logits in r.logits.rows() {
             let mut p = logits.to_vec();
             softmax(&mut p);
+            // By logits: what softmax rounds to the same number, or to nothing, is still ordered.
             let mut order: Vec<u32> = (0..p.len() as u32).collect();
-            order.sort_by(|&a, &b| p[b as usize].total_cmp(&p[a as usize]).then(a.cmp(&b)));
+            order.sort_by(|&a, &b| logits[b as usize].total_cmp(&logits[a as usize]).then(a.cmp(&b)));
             let sum: f32 = order[..k].iter().map(|&e| p[e as usize]).sum();
             r.ids.data.extend_from_slice(&order[..k]);
             r.weights.data.extend(order[..k].iter().map(|&e| p[e as usize] / sum));
@@ -388,5 +389,23 @@ fn store_kv(kv: &mut HostKv, qkv: &HostTensor, il: usize, heads: Heads, batch: &
                 round_kv(kv.shape.kv_type, to);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn experts_are_ordered_by_logits_where_softmax_rounds_them_to_nothing() {
+        let tensor = |data: Vec<f32>, n_cols| HostTensor { data, n_cols };
+        let mut r = Routing {
+            logits: tensor(vec![0.0, 400.0, 100.0, 200.0], 4),
+            ids: HostIds { data: Vec::new(), n_cols: 3 },
+            weights: tensor(Vec::new(), 3),
+        };
+        Reference.route(&mut r).unwrap();
+        assert_eq!(r.ids.data, [1, 3, 2]);
+        assert_eq!(r.weights.data, [1.0, 0.0, 0.0]);
     }
 }

@@ -36,9 +36,9 @@ pub fn exact(op: &StageOp) -> Vec<f64> {
             attention(&input(0), &rounded(1), &rounded(2), *heads)
         }
         Kind::Route { n_used, ids } => {
-            let p = softmax(&input(0));
+            let (logits, p) = (input(0), softmax(&input(0)));
             let mut order: Vec<usize> = (0..p.len()).collect();
-            order.sort_by(|&a, &b| p[b].total_cmp(&p[a]).then(a.cmp(&b)));
+            order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
             order.truncate(*n_used);
             let sum: f64 = order.iter().map(|&e| p[e]).sum();
             order.iter().map(|&e| if *ids { e as f64 } else { p[e] / sum }).collect()

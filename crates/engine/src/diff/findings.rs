@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use apr_core::gguf::TensorInfo;
 use apr_core::models::{self, LoadError};
 use apr_core::stage::{Place, Stage};
 
@@ -10,7 +11,6 @@ use super::sides::{Loaded, ModelSource, SideInfo, Source};
 use super::verdict::{Culprit, Mode, Rule};
 use super::weights::{self, Spot};
 use super::{DiffError, DiffOptions, Finding, MetadataDiff, Prompt, Report};
-use crate::engine::EngineError;
 use crate::model_file::ModelFile;
 use crate::trace::file::{SavedTrace, TraceHeader};
 
@@ -45,10 +45,11 @@ impl Files {
         let token = tape.header.tokens[c.row.position as usize];
         let file = self.a.as_ref().or(self.b.as_ref());
         let named = file.and_then(|f| Some(weights::spot(f, &f.hparams().ok()?, c.place, column, token, &ids)));
-        let named = named.unwrap_or(Spot { row: Some(column), ..Spot::default() });
+        let named = named.unwrap_or_else(|| Spot { expert: expert_of(c.place, column, tape, &ids), ..Spot::default() });
         let differing = self.two().map(|(a, b)| weights::differing_spot(a, b, c.place, &named));
         let (spot, why) = match differing {
             Some(Some(spot)) => (spot, "the weights of the two files differ there".to_string()),
+            Some(None) if self.kind(c.place, &named).is_some() => self.kind(c.place, &named).unwrap_or_default(),
             Some(None) => {
                 let why = format!("{}, though the weights are the same; {}", inputs(c, column), self.keys());
                 (Spot { expert: named.expert, ..Spot::default() }, why)
@@ -57,7 +58,7 @@ impl Files {
         };
         let why = match (c.row.n_bad_a, c.row.n_bad_b) {
             (0, 0) => why,
-            (a, b) => format!("{why}; of {} values {a} in A and {b} in B are no numbers", c.row.n),
+            (a, b) => format!("{why}; of {} values {a} in A and {b} in B are NaN or infinite", c.row.n),
         };
         let error = if c.row.sum_sq_a > 0.0 { c.row.rms() / c.row.rms_a() } else { c.row.rms() };
         let noise = if c.row.sum_sq_a > 0.0 { c.noise / c.row.rms_a() } else { c.noise };
@@ -91,13 +92,39 @@ impl Files {
         found
     }
 
-    /// A difference between two files that this prompt does not reach.
-    pub fn unreached(&self) -> Option<Finding> {
+    /// A difference between two files that no compared value shows.
+    pub fn unreached(&self, tape: &SavedTrace) -> Option<Finding> {
         let (a, b) = self.two()?;
         let (place, spot) = weights::first_differing(a, b)?;
-        let why = "the weights of the two files differ there, which this prompt does not reach".to_string();
-        let (mode, position, column) = (Mode::Weights, None, None);
+        let why = match reaches(tape, place, &spot) {
+            true => "the weights of the two files differ there, which changes nothing that counts on this prompt",
+            false => "the weights of the two files differ there, which this prompt does not reach",
+        };
+        let (why, mode, position, column) = (why.to_string(), Mode::Weights, None, None);
         Some(Finding { place, position, column, spot, mode, error: 0.0, noise: 0.0, ratio: 0.0, why })
+    }
+
+    /// Tensors behind a place that only one file has, or that the files store as other types.
+    fn kind(&self, place: Place, named: &Spot) -> Option<(Spot, String)> {
+        let (a, b) = self.two()?;
+        let of_place = |f: &ModelFile| -> Vec<(String, String)> {
+            let own =
+                |t: &&TensorInfo| weights::place_of(&t.name) == Some(place) || Some(&t.name) == named.tensor.as_ref();
+            f.gguf.tensors.iter().filter(own).map(|t| (t.name.clone(), t.qtype.to_string())).collect()
+        };
+        let (in_a, in_b) = (of_place(a), of_place(b));
+        let (name, _) = in_a.iter().chain(&in_b).find(|t| !in_a.contains(t) || !in_b.contains(t))?;
+        let stored = |tensors: &[(String, String)]| {
+            tensors.iter().find(|t| t.0 == *name).map_or("absent".to_string(), |t| t.1.clone())
+        };
+        let why = format!("the tensor is {} in A and {} in B", stored(&in_a), stored(&in_b));
+        Some((Spot { tensor: Some(name.clone()), row: None, super_block: None, expert: named.expert }, why))
+    }
+
+    /// A place whose values have another shape on the other side.
+    pub fn shape(&self, s: &ShapeDiff) -> Finding {
+        let keys = if self.metadata().is_empty() { String::new() } else { format!("; {}", self.keys()) };
+        of_structure(Some(s.place), None, format!("a value has shape {:?} in A and {:?} in B{keys}", s.a, s.b))
     }
 
     /// Metadata keys that differ.
@@ -123,9 +150,29 @@ impl Files {
     }
 }
 
-/// A place whose values have another shape on the other side.
-pub(super) fn of_shape(s: &ShapeDiff) -> Finding {
-    of_structure(Some(s.place), None, format!("a value has shape {:?} in A and {:?} in B", s.a, s.b))
+/// The expert of a column, where there is no file to ask.
+fn expert_of(place: Place, column: usize, tape: &SavedTrace, ids: &[u32]) -> Option<usize> {
+    use Stage::*;
+    let by_slot = matches!(
+        place.stage,
+        MoeRouter | MoeRouterIndices | MoeExpertGate | MoeExpertUp | MoeExpertSwigl | MoeExpertOut
+    );
+    let n_cols: usize = tape.shape(place).filter(|_| by_slot)?.iter().product();
+    let per_slot = n_cols.checked_div(ids.len()).filter(|&n| n > 0)?;
+    ids.get(column / per_slot).map(|&id| id as usize)
+}
+
+/// Whether weights take part in a pass: those of an expert or of a token only where it occurs.
+fn reaches(tape: &SavedTrace, place: Option<Place>, spot: &Spot) -> bool {
+    let mut ids = Vec::new();
+    match (spot.expert, place.and_then(Place::layer), spot.tensor.as_deref()) {
+        (Some(expert), Some(layer), _) => tape.header.positions.iter().any(|&p| {
+            tape.read(Place::new(layer, Stage::MoeRouterIndices), p, &mut ids);
+            ids.contains(&(expert as f32))
+        }),
+        (_, _, Some("token_embd.weight")) => spot.row.is_some_and(|row| tape.header.tokens.contains(&(row as u32))),
+        _ => true,
+    }
 }
 
 /// A difference in what is computed, where there are no values to compare.
@@ -147,20 +194,19 @@ fn of_structure(place: Option<Place>, tensor: Option<String>, why: String) -> Fi
 ///
 /// # Errors
 /// The error itself, where it names no tensor, or the other side is no sound file either.
-pub(super) fn of_unloadable(options: &DiffOptions, error: LoadError) -> Result<Report, DiffError> {
+pub(super) fn of_unloadable(options: &DiffOptions, path: PathBuf, error: LoadError) -> Result<Report, DiffError> {
+    let refused = |error: LoadError| Err(DiffError::Load { path, source: error.into() });
     let tensor = match &error {
         LoadError::Missing { name, .. }
         | LoadError::Shape { name, .. }
         | LoadError::NotFloat { name, .. }
         | LoadError::Unknown { name, .. } => name.clone(),
-        _ => return Err(EngineError::from(error).into()),
+        _ => return refused(error),
     };
-    let (Source::Model(a), Source::Model(b)) = (&options.a, &options.b) else {
-        return Err(EngineError::from(error).into());
-    };
+    let (Source::Model(a), Source::Model(b)) = (&options.a, &options.b) else { return refused(error) };
     let tokens = if let Some(Prompt::Tokens(tokens)) = &options.prompt { tokens.clone() } else { Vec::new() };
     let (loaded_a, loaded_b) = (Loaded::load(a).ok(), Loaded::load(b).ok());
-    let Some(sound) = loaded_a.as_ref().or(loaded_b.as_ref()) else { return Err(EngineError::from(error).into()) };
+    let Some(sound) = loaded_a.as_ref().or(loaded_b.as_ref()) else { return refused(error) };
     let header = TraceHeader { fused: !sound.unfused, ..sound.header(&tokens, &[]) };
     let info = |source: &ModelSource| SideInfo { is_trace: false, path: source.path.clone(), header: header.clone() };
     let side = if loaded_a.is_some() { "B" } else { "A" };
@@ -186,6 +232,6 @@ pub(super) fn of_unloadable(options: &DiffOptions, error: LoadError) -> Result<R
 fn inputs(c: &Culprit, column: usize) -> String {
     match c.mode {
         Mode::Isolated => format!("the two sides compute column {column} differently from the same inputs"),
-        _ => format!("the two sides differ in column {column}"),
+        _ => format!("the two sides differ in column {column}; the weights named are those behind it"),
     }
 }

@@ -29,7 +29,7 @@ pub(super) struct Passes {
     pub shapes: Vec<ShapeDiff>,
     pub routes: Vec<Route>,
     pub end: Option<EndMetrics>,
-    pub costs: Vec<f64>,
+    pub costs: Vec<Option<f64>>,
     /// Why stages were not isolated.
     pub free_only: Option<&'static str>,
 }
@@ -178,6 +178,13 @@ fn run_b(
     let free =
         side.record(&options.scratch.join("b.safetensors"), (tokens, positions), &keep, Some(&mut comparison), None)?;
     take_free(passes, comparison);
+    let places = side.places();
+    for s in &mut passes.shapes {
+        // A watch sees rows; the side knows their shape.
+        if let Some((_, shape)) = places.iter().find(|(place, _)| *place == s.place) {
+            s.b.clone_from(shape);
+        }
+    }
     let can_feed =
         !a.is_trace && passes.shapes.is_empty() && same_stages(tape, &side) && positions.len() == tokens.len();
     let mut fed = None;
@@ -218,24 +225,30 @@ fn same_stages(tape: &SavedTrace, side: &Loaded) -> bool {
 }
 
 /// What each of the first flips costs: the divergence of B's next token from what it is when this one choice is made as A made it.
+/// `None` where B has no such experts, or another number of them per token.
 fn flip_costs(
     side: &mut Loaded,
     tape: &SavedTrace,
     free: &SavedTrace,
     routes: &[Route],
-) -> Result<Vec<f64>, DiffError> {
+) -> Result<Vec<Option<f64>>, DiffError> {
     let lm_head = Place::new(0, Stage::LmHead);
     let flips = routes.iter().filter(|r| r.choice == Choice::Flipped).take(COSTED_FLIPS);
     let (tokens, mut costs) = (&free.header.tokens, Vec::new());
+    let Some(experts) = side.engine.hparams.experts else { return Ok(costs) };
     for flip in flips {
+        let shape = tape.shape(Place::new(flip.layer, Stage::MoeRouterIndices));
+        if shape != Some(&[experts.n_expert_used]) || flip.only_a.iter().any(|&e| e as usize >= experts.n_expert) {
+            costs.push(None);
+            continue;
+        }
         let until = &tokens[..flip.position as usize + 1];
         let mut logits = Logits::default();
         let mut feed = RouteFeed { tape, layer: flip.layer, position: flip.position, batch: Default::default() };
         side.run(until, &[flip.position], &mut logits, Some(&mut feed))?;
         let mut own = Vec::new();
-        if free.read(lm_head, flip.position, &mut own) {
-            costs.push(end::kld(&own, &logits.0));
-        }
+        let has_own = free.read(lm_head, flip.position, &mut own);
+        costs.push(has_own.then(|| end::kld(&own, &logits.0)));
     }
     Ok(costs)
 }

@@ -10,7 +10,7 @@ use apr_core::probe::{StageValue, Watch};
 use apr_core::stage::{Place, Stage};
 
 use super::DiffError;
-use crate::engine::{Engine, EngineOptions};
+use crate::engine::{Engine, EngineError, EngineOptions};
 use crate::session::{Sequence, StepError};
 use crate::trace::file::{SavedTrace, TraceHeader, TraceWriter};
 use crate::trace::header_of;
@@ -93,7 +93,12 @@ impl Watch for Both<'_> {
 
 impl Loaded {
     pub fn load(source: &ModelSource) -> Result<Loaded, DiffError> {
-        Ok(Loaded { engine: Engine::load(&source.path, source.options)?, unfused: source.unfused })
+        let engine = Engine::load(&source.path, source.options).map_err(|e| match e {
+            // These name the file themselves.
+            EngineError::Open(e) => DiffError::Open(e),
+            e => DiffError::Load { path: source.path.clone(), source: e },
+        })?;
+        Ok(Loaded { engine, unfused: source.unfused })
     }
 
     /// Whether a feed reaches the stages inside fusable ops: not those of an op that runs fused.

@@ -61,7 +61,7 @@ pub fn spot(file: &ModelFile, h: &Hparams, place: Place, column: usize, token: u
         FinalNorm => of(Some("output_norm.weight".to_string()), column),
         LmHead => of(Some(output_name(file).to_string()), column),
         AttnScores | AttnSoftmax | Attention | PostAttnResidual | FfnSilu | FfnSwigl | MoeFfnOut | PostFfnResidual => {
-            Spot { row: Some(column), ..Spot::default() }
+            Spot::default()
         }
     }
 }

@@ -95,6 +95,7 @@ fn finding(f: &Finding) -> Value {
         "expert": f.spot.expert,
         "tensor": f.spot.tensor,
         "row": f.spot.row,
+        "column": f.column,
         "super_block": f.spot.super_block,
         "mode": f.mode.name(),
         "error": number(f.error),
