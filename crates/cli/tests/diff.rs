@@ -220,6 +220,18 @@ fn a_tensor_stored_as_another_type_is_named_though_its_values_are_the_same() {
 }
 
 #[test]
+fn long_metadata_is_told_by_its_first_difference() {
+    let mut model = Model::read(&fixture(TINY));
+    let tokens = model.metadata.iter_mut().find(|(key, _)| key == "tokenizer.ggml.tokens").unwrap();
+    if let apr_core::gguf::Value::Array(apr_core::gguf::Array::String(tokens)) = &mut tokens.1 {
+        tokens.swap(1000, 1001);
+    }
+    let other = model.write(&folder("diff_tokens"), "b.gguf");
+    let (_, report) = diff(&[&fixture(TINY), other.to_str().unwrap(), "--tokens", "1,2"]);
+    assert!(report["metadata"][0]["a"].as_str().unwrap().starts_with("element 1000: "), "{}", report["metadata"]);
+}
+
+#[test]
 fn options_for_a_side_that_has_run_already_are_refused() {
     let trace = golden_trace(&folder("diff_options"), TOKENS);
     let (trace, file) = (trace.to_str().unwrap(), fixture(TINY));

@@ -126,7 +126,7 @@ pub fn shown(value: &Value) -> String {
 }
 
 /// The first `n` elements of an array.
-fn elements(a: &Array, n: usize) -> Vec<Json> {
+pub fn elements(a: &Array, n: usize) -> Vec<Json> {
     match a {
         Array::U8(v) => v.iter().take(n).map(|&x| json!(x)).collect(),
         Array::I8(v) => v.iter().take(n).map(|&x| json!(x)).collect(),

@@ -15,14 +15,20 @@ pub struct Args {
     #[command(flatten)]
     load: LoadArgs,
     /// Layers to hold against the reference, as in 0,24 [default: the first, one in the middle and the last]
-    #[arg(long, value_name = "LAYERS", value_delimiter = ',')]
+    #[arg(long, value_name = "LAYERS", value_delimiter = ',', value_parser = number::<usize>)]
     layers: Vec<usize>,
     /// Positions to hold against the reference, as in 1,1000 [default: some early and some late ones]
-    #[arg(long, value_name = "POSITIONS", value_delimiter = ',')]
+    #[arg(long, value_name = "POSITIONS", value_delimiter = ',', value_parser = number::<u32>)]
     positions: Vec<u32>,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
+}
+
+fn number<T: std::str::FromStr>(text: &str) -> std::result::Result<T, String> {
+    text.trim()
+        .parse()
+        .map_err(|_| format!("'{text}' is no number; expected numbers with commas between them, as in 0,24"))
 }
 
 pub fn run(args: Args) -> Result<Done> {

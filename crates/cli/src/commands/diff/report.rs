@@ -5,12 +5,12 @@ use std::io::{self, Write};
 
 use apr_engine::diff::routing::Choice;
 use apr_engine::diff::verdict::{Mode, Rule, Summary};
-use apr_engine::diff::{Finding, PlaceReport, Report, SideInfo};
+use apr_engine::diff::{Finding, MetadataDiff, PlaceReport, Report, SideInfo};
 use apr_engine::gguf::Value as MetadataValue;
 use apr_engine::stage::Place;
 use serde_json::{Value, json};
 
-use crate::commands::inspect::shown;
+use crate::commands::inspect::{elements, shown};
 use crate::print::{command_line, harmless};
 
 /// Findings after the first that are listed.
@@ -28,7 +28,10 @@ pub fn json(r: &Report) -> Value {
     let metadata: Vec<Value> = r
         .metadata
         .iter()
-        .map(|m| json!({"key": m.key, "a": m.a.as_ref().map(metadata_value), "b": m.b.as_ref().map(metadata_value)}))
+        .map(|m| {
+            let (a, b) = metadata_values(m);
+            json!({"key": m.key, "a": a, "b": b})
+        })
         .collect();
     json!({
         "schema": "apr.diff/1",
@@ -57,6 +60,19 @@ pub fn json(r: &Report) -> Value {
 
 fn verdict(r: &Report) -> &'static str {
     if r.findings.is_empty() { "same" } else { "differs" }
+}
+
+/// Both sides of a key; of long arrays the first element that differs.
+fn metadata_values(m: &MetadataDiff) -> (Option<String>, Option<String>) {
+    if let (Some(MetadataValue::Array(a)), Some(MetadataValue::Array(b))) = (&m.a, &m.b)
+        && a.len() == b.len()
+    {
+        let (a, b) = (elements(a, a.len()), elements(b, b.len()));
+        if let Some(i) = a.iter().zip(&b).position(|(a, b)| a != b) {
+            return (Some(format!("element {i}: {}", a[i])), Some(format!("element {i}: {}", b[i])));
+        }
+    }
+    (m.a.as_ref().map(metadata_value), m.b.as_ref().map(metadata_value))
 }
 
 /// Short text as it is, anything else as `apr inspect` shows it.
@@ -180,8 +196,9 @@ pub fn text(r: &Report, all: bool, out: &mut impl Write) -> io::Result<()> {
         )?;
     }
     for m in &r.metadata {
-        let show = |v: &Option<_>| v.as_ref().map_or("absent".to_string(), shown);
-        writeln!(out, "metadata {}: {} in A, {} in B", harmless(&m.key), harmless(&show(&m.a)), harmless(&show(&m.b)))?;
+        let (a, b) = metadata_values(m);
+        let show = |v: Option<String>| harmless(&v.unwrap_or("absent".to_string()));
+        writeln!(out, "metadata {}: {} in A, {} in B", harmless(&m.key), show(a), show(b))?;
     }
     r.notes.iter().try_for_each(|note| writeln!(out, "note: {note}"))
 }

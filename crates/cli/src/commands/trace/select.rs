@@ -107,7 +107,12 @@ pub fn stages(lists: &[StageNames], engine: &Engine, unfused: bool) -> Result<BT
     let mut out = BTreeSet::new();
     for name in lists.iter().flat_map(|list| &list.0) {
         match name {
-            None => out.extend(of_model.iter().copied().filter(|&stage| shown(stage) && !is_score(stage))),
+            None => {
+                if of_model.iter().any(|&stage| !shown(stage) && !is_score(stage)) {
+                    say("note: all is what the ops as served show; --unfused shows the stages inside fused ops too");
+                }
+                out.extend(of_model.iter().copied().filter(|&stage| shown(stage) && !is_score(stage)));
+            }
             Some(stage) if !of_model.contains(stage) => {
                 let names: Vec<&str> = of_model.iter().map(|s| s.name()).collect();
                 let (name, arch) = (stage.name(), engine.hparams.arch);
