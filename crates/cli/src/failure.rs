@@ -3,6 +3,7 @@
 use std::io;
 
 use apr_engine::diff::DiffError;
+use apr_engine::diff::bundle::BundleError;
 use apr_engine::generate::GenerateError;
 use apr_engine::model_file::OpenError;
 use apr_engine::sampler::SamplerError;
@@ -107,6 +108,13 @@ impl From<TraceError> for Failure {
 /// Whether a file cannot be written for lack of room.
 fn is_full(e: &io::Error) -> bool {
     matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge)
+}
+
+impl From<BundleError> for Failure {
+    /// As with diff(1), whatever keeps an op from being run or compared.
+    fn from(e: BundleError) -> Failure {
+        Failure { code: USAGE, error: e.into() }
+    }
 }
 
 impl From<StepError> for Failure {

@@ -69,3 +69,8 @@ pub fn command_line() -> String {
     let args = std::env::args_os().skip(1).map(|arg| quoted(arg.to_string_lossy().into_owned()));
     std::iter::once("apr".to_string()).chain(args).collect::<Vec<_>>().join(" ")
 }
+
+/// A number for JSON, which has no infinity: what is beyond all numbers is null.
+pub fn number(x: f64) -> serde_json::Value {
+    serde_json::json!(x.is_finite().then_some(x))
+}

@@ -69,7 +69,7 @@ impl Batch {
     }
 
     /// The absolute positions of a stage's rows, of which there are `n_rows`: all, or those that want logits.
-    pub fn positions_of(&self, n_rows: usize) -> impl Iterator<Item = u32> {
+    pub fn positions_of(&self, n_rows: usize) -> impl ExactSizeIterator<Item = u32> {
         let all = n_rows == self.rows.len();
         assert!(all || n_rows == self.kept.len(), "a stage has all rows or those that want logits");
         (0..n_rows).map(move |i| self.rows[if all { i } else { self.kept[i] as usize }].position)

@@ -69,9 +69,7 @@ impl<B: Backend> Probe<B> for NoProbe {
 pub trait StageValue {
     /// Rows and columns.
     fn shape(&self) -> (usize, usize);
-    /// Whether these are expert ids, which are read as floats, exact below 2^24.
-    fn is_ids(&self) -> bool;
-    /// Copies rows `rows` to the host: `[rows.len(), n_cols]`.
+    /// Copies rows `rows` to the host: `[rows.len(), n_cols]`. Expert ids are read as floats, exact below 2^24.
     fn read(&self, rows: Range<usize>, out: &mut Vec<f32>) -> Result<()>;
     /// Statistics of each of the rows, computed where the values are.
     fn stats(&self, rows: Range<usize>, out: &mut Vec<RowStats>) -> Result<()>;
@@ -125,10 +123,6 @@ impl<B: Backend> StageValue for OnDevice<'_, B> {
             View::Values { tensor, cols } => (self.b.shape(tensor).0, cols.len()),
             View::Ids(ids) => self.b.ids_shape(ids),
         }
-    }
-
-    fn is_ids(&self) -> bool {
-        matches!(self.view, View::Ids(_))
     }
 
     fn read(&self, rows: Range<usize>, out: &mut Vec<f32>) -> Result<()> {

@@ -293,7 +293,7 @@ fn report(
         end: passes.end,
         routes: passes.routes,
         flips,
-        metadata: files.metadata(),
+        metadata: files.metadata,
         tokens: tape.header.tokens.clone(),
         positions: tape.header.positions.clone(),
         notes: passes.free_only.into_iter().map(str::to_string).collect(),

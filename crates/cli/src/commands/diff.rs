@@ -194,18 +194,17 @@ fn compare(args: &Args) -> Result<Done> {
 
 /// Writes a repro of the first finding, or says why there is none.
 fn write_bundle(options: &DiffOptions, found: &Report, path: &Path) -> Result<()> {
-    let trouble = |e: BundleError| Failure { code: USAGE, error: e.into() };
     let bundle = match bundle::bundle(options, found) {
         Err(none @ BundleError::None(_)) => {
             say(none);
             return Ok(());
         }
-        other => other.map_err(trouble)?,
+        other => other?,
     };
-    bundle.write(path).map_err(trouble)?;
+    bundle.write(path)?;
     let device =
         if let Source::Model(b) = &options.b { b.options.device } else { Device::Cpu { n_threads: None, isa: None } };
-    let done = replay::replay(&bundle, device).map_err(trouble)?;
+    let done = replay::replay(&bundle, device)?;
     let again = if done.reproduced_by.is_some() { "is there again" } else { "is not there" };
     say(format_args!(
         "wrote {}; on {}, the difference {again} when this op runs alone: apr replay {}",

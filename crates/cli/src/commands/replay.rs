@@ -4,13 +4,13 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 
 use apr_engine::device::Device;
-use apr_engine::diff::bundle::{Bundle, BundleError};
+use apr_engine::diff::bundle::Bundle;
 use apr_engine::diff::replay::{ELEMENT_RATIO_MAX, RATIO_MAX, Reason, Replay, replay};
 use apr_engine::{Isa, Precision};
 use serde_json::{Value, json};
 
-use crate::failure::{Done, Failure, Result, USAGE};
-use crate::print::{command_line, harmless, one_line};
+use crate::failure::{Done, Result};
+use crate::print::{command_line, harmless, number, one_line};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -32,24 +32,18 @@ pub struct Args {
 
 /// As with `apr diff`, whatever keeps the op from running is exit code 2.
 pub fn run(args: Args) -> Result<Done> {
-    let trouble = |e: BundleError| Failure { code: USAGE, error: e.into() };
-    let bundle = Bundle::read(&args.file).map_err(trouble)?;
+    let bundle = Bundle::read(&args.file)?;
     let device = match args.device.as_str() {
         "reference" => Device::Reference { activations: Precision::F32 },
         _ => Device::Cpu { n_threads: args.threads, isa: args.isa },
     };
-    let done = replay(&bundle, device).map_err(trouble)?;
+    let done = replay(&bundle, device)?;
     if args.json {
         writeln!(io::stdout(), "{}", one_line(&report(&args, &bundle, &done)))?;
     } else {
         text(&args, &bundle, &done, &mut io::stdout().lock())?;
     }
     Ok(if done.reproduced_by.is_some() { Done::Differs } else { Done::Ok })
-}
-
-/// JSON has no infinity; what is beyond all numbers is null.
-fn number(x: f64) -> Value {
-    json!(x.is_finite().then_some(x))
 }
 
 fn report(args: &Args, bundle: &Bundle, done: &Replay) -> Value {

@@ -19,6 +19,8 @@ pub(super) struct Files {
     pub a: Option<ModelFile>,
     /// Where it is another file than A's.
     pub b: Option<ModelFile>,
+    /// Keys that differ between the two.
+    pub metadata: Vec<MetadataDiff>,
 }
 
 impl Files {
@@ -27,7 +29,9 @@ impl Files {
         let (a, b) = (path(&options.a), path(&options.b));
         let open = |path: Option<PathBuf>| path.map(|p| ModelFile::open(&p)).transpose();
         let b = b.filter(|b| a.as_ref() != Some(b));
-        Ok(Files { a: open(a.or_else(|| options.model.clone()))?, b: open(b)? })
+        let (a, b) = (open(a.or_else(|| options.model.clone()))?, open(b)?);
+        let metadata = a.as_ref().zip(b.as_ref()).map_or(Vec::new(), |(a, b)| differing_keys(a, b));
+        Ok(Files { a, b, metadata })
     }
 
     /// Both files, where there are two.
@@ -46,14 +50,8 @@ impl Files {
         let file = self.a.as_ref().or(self.b.as_ref());
         let named = file.and_then(|f| Some(weights::spot(f, &f.hparams().ok()?, c.place, column, token, &ids)));
         let named = named.unwrap_or_else(|| Spot { expert: expert_of(c.place, column, tape, &ids), ..Spot::default() });
-        let differing = self.two().map(|(a, b)| weights::differing_spot(a, b, c.place, &named));
-        let (spot, why) = match differing {
-            Some(Some(spot)) => (spot, "the weights of the two files differ there".to_string()),
-            Some(None) if self.kind(c.place, &named).is_some() => self.kind(c.place, &named).unwrap_or_default(),
-            Some(None) => {
-                let why = format!("{}, though the weights are the same; {}", inputs(c, column), self.keys());
-                (Spot { expert: named.expert, ..Spot::default() }, why)
-            }
+        let (spot, why) = match self.two() {
+            Some((a, b)) => self.between(a, b, c, column, &named),
             None => (named, inputs(c, column)),
         };
         let why = match (c.row.n_bad_a, c.row.n_bad_b) {
@@ -73,6 +71,17 @@ impl Files {
             ratio: c.ratio,
             why,
         }
+    }
+
+    /// What of two files explains a difference: weights, how they are stored, or metadata.
+    fn between(&self, a: &ModelFile, b: &ModelFile, c: &Culprit, column: usize, named: &Spot) -> (Spot, String) {
+        if let Some(spot) = weights::differing_spot(a, b, c.place, named) {
+            return (spot, "the weights of the two files differ there".to_string());
+        }
+        kind(a, b, c.place, named).unwrap_or_else(|| {
+            let why = format!("{}, though the weights are the same; {}", inputs(c, column), self.keys());
+            (Spot { expert: named.expert, ..Spot::default() }, why)
+        })
     }
 
     /// Stages and layers that only one of two files computes.
@@ -104,50 +113,45 @@ impl Files {
         Some(Finding { place, position, column, spot, mode, error: 0.0, noise: 0.0, ratio: 0.0, why })
     }
 
-    /// Tensors behind a place that only one file has, or that the files store as other types.
-    fn kind(&self, place: Place, named: &Spot) -> Option<(Spot, String)> {
-        let (a, b) = self.two()?;
-        let of_place = |f: &ModelFile| -> Vec<(String, String)> {
-            let own =
-                |t: &&TensorInfo| weights::place_of(&t.name) == Some(place) || Some(&t.name) == named.tensor.as_ref();
-            f.gguf.tensors.iter().filter(own).map(|t| (t.name.clone(), t.qtype.to_string())).collect()
-        };
-        let (in_a, in_b) = (of_place(a), of_place(b));
-        let (name, _) = in_a.iter().chain(&in_b).find(|t| !in_a.contains(t) || !in_b.contains(t))?;
-        let stored = |tensors: &[(String, String)]| {
-            tensors.iter().find(|t| t.0 == *name).map_or("absent".to_string(), |t| t.1.clone())
-        };
-        let why = format!("the tensor is {} in A and {} in B", stored(&in_a), stored(&in_b));
-        Some((Spot { tensor: Some(name.clone()), row: None, super_block: None, expert: named.expert }, why))
-    }
-
     /// A place whose values have another shape on the other side.
     pub fn shape(&self, s: &ShapeDiff) -> Finding {
-        let keys = if self.metadata().is_empty() { String::new() } else { format!("; {}", self.keys()) };
+        let keys = if self.metadata.is_empty() { String::new() } else { format!("; {}", self.keys()) };
         of_structure(Some(s.place), None, format!("a value has shape {:?} in A and {:?} in B{keys}", s.a, s.b))
     }
 
-    /// Metadata keys that differ.
-    pub fn metadata(&self) -> Vec<MetadataDiff> {
-        let Some((a, b)) = self.two() else { return Vec::new() };
-        let (a, b) = (&a.gguf.metadata, &b.gguf.metadata);
-        let mut keys: Vec<&str> = a.iter().chain(b.iter()).map(|(key, _)| key).collect();
-        keys.sort_unstable();
-        keys.dedup();
-        let differ = keys.into_iter().filter(|key| a.get(key) != b.get(key));
-        differ
-            .map(|key| MetadataDiff { key: key.to_string(), a: a.get(key).cloned(), b: b.get(key).cloned() })
-            .collect()
-    }
-
     fn keys(&self) -> String {
-        let keys: Vec<String> = self.metadata().into_iter().map(|m| m.key).collect();
+        let keys: Vec<&str> = self.metadata.iter().map(|m| m.key.as_str()).collect();
         match keys.len() {
             0 => "so is the metadata".to_string(),
             1..=4 => format!("metadata that differs: {}", keys.join(", ")),
             n => format!("metadata that differs: {} and {} more keys", keys[..3].join(", "), n - 3),
         }
     }
+}
+
+/// Tensors behind a place that only one file has, or that the files store as other types.
+fn kind(a: &ModelFile, b: &ModelFile, place: Place, named: &Spot) -> Option<(Spot, String)> {
+    let of_place = |f: &ModelFile| -> Vec<(String, String)> {
+        let own = |t: &&TensorInfo| weights::place_of(&t.name) == Some(place) || Some(&t.name) == named.tensor.as_ref();
+        f.gguf.tensors.iter().filter(own).map(|t| (t.name.clone(), t.qtype.to_string())).collect()
+    };
+    let (in_a, in_b) = (of_place(a), of_place(b));
+    let (name, _) = in_a.iter().chain(&in_b).find(|t| !in_a.contains(t) || !in_b.contains(t))?;
+    let stored = |tensors: &[(String, String)]| {
+        tensors.iter().find(|t| t.0 == *name).map_or("absent".to_string(), |t| t.1.clone())
+    };
+    let why = format!("the tensor is {} in A and {} in B", stored(&in_a), stored(&in_b));
+    Some((Spot { tensor: Some(name.clone()), row: None, super_block: None, expert: named.expert }, why))
+}
+
+/// Metadata keys whose values differ.
+fn differing_keys(a: &ModelFile, b: &ModelFile) -> Vec<MetadataDiff> {
+    let (a, b) = (&a.gguf.metadata, &b.gguf.metadata);
+    let mut keys: Vec<&str> = a.iter().chain(b.iter()).map(|(key, _)| key).collect();
+    keys.sort_unstable();
+    keys.dedup();
+    let differ = keys.into_iter().filter(|key| a.get(key) != b.get(key));
+    differ.map(|key| MetadataDiff { key: key.to_string(), a: a.get(key).cloned(), b: b.get(key).cloned() }).collect()
 }
 
 /// The expert of a column, where there is no file to ask.
@@ -223,7 +227,7 @@ pub(super) fn of_unloadable(options: &DiffOptions, path: PathBuf, error: LoadErr
         end: None,
         routes: Vec::new(),
         flips: Vec::new(),
-        metadata: Files::open(options)?.metadata(),
+        metadata: Files::open(options)?.metadata,
         notes: vec![format!("nothing was run, as {side} cannot be loaded")],
     })
 }

@@ -146,14 +146,7 @@ impl Feed for TapeFeed<'_> {
     }
 
     fn replace(&mut self, stage: Stage, layer: usize, n_rows: usize, values: &mut [f32]) -> Result<()> {
-        let (place, mut row) = (Place::new(layer, stage), Vec::new());
-        for (position, to) in
-            self.batch.positions_of(n_rows).zip(values.chunks_exact_mut((values.len() / n_rows.max(1)).max(1)))
-        {
-            if self.tape.read(place, position, &mut row) {
-                to.copy_from_slice(&row);
-            }
-        }
+        copy_rows(self.tape, Place::new(layer, stage), self.batch.positions_of(n_rows), values, &|_| true);
         Ok(())
     }
 }
@@ -176,14 +169,26 @@ impl Feed for RouteFeed<'_> {
     }
 
     fn replace(&mut self, stage: Stage, layer: usize, n_rows: usize, values: &mut [f32]) -> Result<()> {
-        let mut row = Vec::new();
-        for (position, to) in
-            self.batch.positions_of(n_rows).zip(values.chunks_exact_mut((values.len() / n_rows.max(1)).max(1)))
-        {
-            if position == self.position && self.tape.read(Place::new(layer, stage), position, &mut row) {
-                to.copy_from_slice(&row);
-            }
-        }
+        let positions = self.batch.positions_of(n_rows);
+        copy_rows(self.tape, Place::new(layer, stage), positions, values, &|position| position == self.position);
         Ok(())
+    }
+}
+
+/// Replaces the rows of `values` at the chosen positions by those that the tape has.
+fn copy_rows(
+    tape: &dyn Tape,
+    place: Place,
+    positions: impl ExactSizeIterator<Item = u32>,
+    values: &mut [f32],
+    is_chosen: &dyn Fn(u32) -> bool,
+) {
+    // A step none of whose rows want logits has empty stages after the last layer's attention.
+    let n_cols = values.len() / positions.len().max(1);
+    let mut row = Vec::new();
+    for (position, to) in positions.zip(values.chunks_exact_mut(n_cols.max(1))) {
+        if is_chosen(position) && tape.read(place, position, &mut row) {
+            to.copy_from_slice(&row);
+        }
     }
 }

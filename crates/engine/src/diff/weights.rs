@@ -104,7 +104,8 @@ pub fn place_of(tensor: &str) -> Option<Place> {
 /// in the named expert first.
 pub fn differing_spot(a: &ModelFile, b: &ModelFile, place: Place, named: &Spot) -> Option<Spot> {
     if let (Some(tensor), Some(row)) = (&named.tensor, named.row)
-        && let Some(found) = differing_row(a, b, tensor, named.expert.filter(|_| tensor.contains("_exps.")), row)
+        && let (Some(a), Some(b)) = (weight(a, tensor), weight(b, tensor))
+        && let Some(found) = differing_row(&a, &b, named.expert.filter(|_| a.n_mat > 1), row)
     {
         return Some(Spot { expert: named.expert, ..found });
     }
@@ -126,45 +127,46 @@ pub fn first_differing(a: &ModelFile, b: &ModelFile) -> Option<(Option<Place>, S
 
 /// The first row that differs in each matrix of a tensor that differs at all.
 fn differing_tensor(a: &ModelFile, b: &ModelFile, name: &str) -> Vec<Spot> {
-    let (Some(data_a), Some(data_b)) = (weight(a, name), weight(b, name)) else { return Vec::new() };
-    if data_a.qtype == data_b.qtype && data_a.bytes[..] == data_b.bytes[..] {
+    let (Some(a), Some(b)) = (weight(a, name), weight(b, name)) else { return Vec::new() };
+    if a.qtype == b.qtype && a.bytes[..] == b.bytes[..] {
         return Vec::new();
     }
-    let is_expert = data_a.n_mat > 1;
-    let n_rows = if is_vector(&data_a) { 1 } else { data_a.n_rows };
-    let first = |mat: usize| (0..n_rows).find_map(|row| differing_row(a, b, name, is_expert.then_some(mat), row));
-    (0..data_a.n_mat).filter_map(first).collect()
+    let expert = |mat: usize| (a.n_mat > 1).then_some(mat);
+    let first = |mat: usize| (0..a.n_rows).find_map(|row| differing_row(&a, &b, expert(mat), row));
+    (0..a.n_mat).filter_map(first).collect()
 }
 
-/// Where a row differs between two files, by the values it stands for. The row of a vector is all of it.
-fn differing_row(a: &ModelFile, b: &ModelFile, name: &str, expert: Option<usize>, row: usize) -> Option<Spot> {
-    let (data_a, data_b) = (weight(a, name)?, weight(b, name)?);
-    let vector = is_vector(&data_a);
-    let (x, y) = (
-        values(&data_a, expert, if vector { 0 } else { row })?,
-        values(&data_b, expert, if vector { 0 } else { row })?,
-    );
+/// Where a row differs between two files' tensors, by the values it stands for. The row of a vector is all of it.
+fn differing_row(a: &WeightData, b: &WeightData, expert: Option<usize>, row: usize) -> Option<Spot> {
+    let is_vector = a.n_rows == 1 && a.n_mat == 1;
+    let at_row = if is_vector { 0 } else { row };
+    let (bytes_a, bytes_b) = (row_bytes(a, expert, at_row)?, row_bytes(b, expert, at_row)?);
+    if a.qtype == b.qtype && bytes_a == bytes_b {
+        return None;
+    }
+    let (x, y) = (values(a, bytes_a), values(b, bytes_b));
     let at = x.iter().zip(&y).position(|(x, y)| x.to_bits() != y.to_bits())?;
-    let n_block = data_a.qtype.block_len();
+    let n_block = a.qtype.block_len();
     Some(Spot {
         expert,
-        tensor: Some(name.to_string()),
-        row: Some(if vector { at } else { row }),
+        tensor: Some(a.name.clone()),
+        row: Some(if is_vector { at } else { row }),
         super_block: (n_block > 1).then(|| at / n_block),
     })
 }
 
-fn is_vector(data: &WeightData) -> bool {
-    data.n_rows == 1 && data.n_mat == 1
+/// The bytes of a row, if the tensor has it.
+fn row_bytes(data: &WeightData, expert: Option<usize>, row: usize) -> Option<&[u8]> {
+    let n = data.row_bytes();
+    let at = (expert.unwrap_or(0) * data.n_rows + row) * n;
+    data.bytes.get(at..at + n)
 }
 
-/// A row of a tensor as floats.
-fn values(data: &WeightData, expert: Option<usize>, row: usize) -> Option<Vec<f32>> {
-    let (mat, n) = (expert.unwrap_or(0), data.row_bytes());
-    let at = (mat * data.n_rows + row) * n;
+/// A row as floats.
+fn values(data: &WeightData, bytes: &[u8]) -> Vec<f32> {
     let mut out = vec![0.0; data.n_cols];
-    qtype::dequantize_row(data.qtype, data.bytes.get(at..at + n)?, &mut out);
-    Some(out)
+    qtype::dequantize_row(data.qtype, bytes, &mut out);
+    out
 }
 
 /// A file's tensor.

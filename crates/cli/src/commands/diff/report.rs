@@ -11,7 +11,7 @@ use apr_engine::stage::Place;
 use serde_json::{Value, json};
 
 use crate::commands::inspect::{elements, shown};
-use crate::print::{command_line, harmless};
+use crate::print::{command_line, harmless, number};
 
 /// Findings after the first that are listed.
 const CULPRITS_SHOWN: usize = 32;
@@ -81,11 +81,6 @@ fn metadata_value(v: &MetadataValue) -> String {
         MetadataValue::String(s) if s.len() <= 256 => s.clone(),
         other => shown(other),
     }
-}
-
-/// JSON has no infinity; what is beyond all numbers is null.
-fn number(x: f64) -> Value {
-    json!(x.is_finite().then_some(x))
 }
 
 fn side(s: &SideInfo) -> Value {
