@@ -1,5 +1,5 @@
-//! Speed of the matrix kernels: tiles from cache in GMAC/s, single tokens over a matrix far larger than any cache in
-//! GB/s, next to a plain read of the same bytes.
+//! Speed of the matrix kernels: from cache in GMAC/s, and over a matrix far larger than any cache as a share of a plain
+//! read of the same bytes.
 //!
 //! `cargo bench -p apr-cpu --bench kernels [-- NAME…]` measures the named quant types; without names the common ones.
 
@@ -28,9 +28,12 @@ fn main() {
         println!();
         for n_threads in [1, 2] {
             let read = stream(n_threads, &memory, |part| _ = black_box(plain_read(part)));
-            let gemv = single_token(k, qtype, &memory, n_threads);
-            let share = 100.0 * gemv / read;
-            println!("{qtype:7} {n_threads} threads: {gemv:.1} GB/s, {share:.0} % of a plain read's {read:.1} GB/s");
+            print!("{qtype:7} {n_threads} threads, of a plain read's {read:.1} GB/s:");
+            for n_tokens in [1, 2, 3, 4, 6, 8] {
+                let share = 100.0 * streamed(k, qtype, &memory, n_threads, n_tokens) / read;
+                print!("  {n_tokens} tokens {share:.0} %");
+            }
+            println!();
         }
     }
 }
@@ -96,25 +99,26 @@ fn plain_read(memory: &[u8]) -> u64 {
     sums.into_iter().fold(0, u64::wrapping_add)
 }
 
-/// GB/s of weights multiplied with one token, 64 rows a call.
-fn single_token(k: &Kernels, qtype: GgmlType, memory: &[u8], n_threads: usize) -> f64 {
+/// GB/s of weights multiplied with tokens, 64 rows a call.
+fn streamed(k: &Kernels, qtype: GgmlType, memory: &[u8], n_threads: usize, n_tokens: usize) -> f64 {
     let row_bytes = qtype.row_bytes(N_COLS);
     let n_rows = memory.len() / row_bytes / 128 * 128;
     let w = WeightRows::new(qtype, &memory[..n_rows * row_bytes], N_COLS);
-    let x = activations(k, 1);
-    let mut out = vec![0.0; n_rows];
+    let x = activations(k, n_tokens);
+    let tokens: Vec<u32> = (0..n_tokens as u32).collect();
+    let mut out = vec![0.0; n_tokens * n_rows];
     let per_thread = n_rows / n_threads;
     let seconds = median_seconds(|| {
         let shared = SharedOut::new(&mut out, n_rows);
         std::thread::scope(|s| {
             for thread in 0..n_threads {
-                let x = &x;
+                let (x, tokens) = (&x, &tokens[..]);
                 s.spawn(move || {
                     let mut scratch = PanelScratch::new();
                     for r in (thread * per_thread..(thread + 1) * per_thread).step_by(64) {
                         // SAFETY: every call of every thread has columns of its own.
                         let mut to = unsafe { shared.cols(r..r + 64) };
-                        k.matmul_q8(w.rows(r..r + 64), x, &[0], &mut to, &[0], &mut scratch);
+                        k.matmul_q8(w.rows(r..r + 64), x, tokens, &mut to, tokens, &mut scratch);
                     }
                 });
             }

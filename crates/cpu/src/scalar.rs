@@ -9,7 +9,7 @@ use crate::kernels::{
     F32Tokens, Isa, Kernels, MAX_CODE, Out, PanelScratch, Q8Block, Q8Tokens, SUPER, WeightRows, sub_scale, super_scale,
 };
 
-pub(crate) use unpack::{Family, Unpacked, family, unpack};
+pub(crate) use unpack::{Family, IQ4_VALUES, MXFP4_VALUES, Unpacked, family, unpack};
 
 pub(crate) static KERNELS: Kernels = Kernels::new(Isa::Scalar, quantize_row, matmul_q8, matmul_f32);
 

@@ -6,9 +6,7 @@
 
 use std::arch::x86_64::*;
 
-use super::load::{
-    half_vector, load16, load16_of_each, load32, load32_of_each, part_of_each, prefetch, store, store8, vector,
-};
+use super::load::{half_vector, load16, load16_of_each, load32, load32_of_each, part_of_each, store, store8, vector};
 use super::reduce::{sum_half_lanes, sum_lanes, transpose, transpose_halves};
 use super::tile::{self, add_super};
 use super::{Format, Strip};
@@ -99,28 +97,35 @@ impl<const FIVE: bool> K45<FIVE> {
     const BYTES: usize = if FIVE { 176 } else { 144 };
 }
 
+#[target_feature(enable = "avx2,fma,f16c")]
+fn gemv<const FIVE: bool>(strip: &Strip<'_>, x: &[Q8Block]) -> __m256 {
+    let mut acc = _mm256_setzero_ps();
+    let zero = _mm256_setzero_si256();
+    for s in 0..strip.n_blocks / 8 {
+        let (mut sum, mut min) = ([zero; STRIP], [_mm_setzero_si128(); STRIP]);
+        let mut head = [_mm_setzero_si128(); STRIP];
+        for r in 0..STRIP {
+            let block = &strip.rows[r][s * K45::<FIVE>::BYTES..][..K45::<FIVE>::BYTES];
+            strip.fetch((s * STRIP + r) * K45::<FIVE>::BYTES, K45::<FIVE>::BYTES);
+            head[r] = load16(block, 0);
+            (sum[r], min[r]) = row_sums::<FIVE>(block, head[r], &x[s]);
+        }
+        let (d, m) = scale_pairs(head);
+        acc = add_super(acc, sum_lanes(sum), sum_half_lanes(min), d, m, x[s].d);
+    }
+    acc
+}
+
 impl<const FIVE: bool> Format for K45<FIVE> {
     const TILES_FROM: usize = 2;
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn gemv(strip: &Strip<'_>, x: &[Q8Block]) -> __m256 {
-        let mut acc = _mm256_setzero_ps();
-        let zero = _mm256_setzero_si256();
-        for s in 0..strip.n_blocks / 8 {
-            let (mut sum, mut min) = ([zero; STRIP], [_mm_setzero_si128(); STRIP]);
-            let mut head = [_mm_setzero_si128(); STRIP];
-            for r in 0..STRIP {
-                let block = &strip.rows[r][s * Self::BYTES..][..Self::BYTES];
-                prefetch(block, strip.ahead);
-                prefetch(block, strip.ahead + 64);
-                prefetch(block, strip.ahead + 128);
-                head[r] = load16(block, 0);
-                (sum[r], min[r]) = row_sums::<FIVE>(block, head[r], &x[s]);
-            }
-            let (d, m) = scale_pairs(head);
-            acc = add_super(acc, sum_lanes(sum), sum_half_lanes(min), d, m, x[s].d);
+    unsafe fn direct<const N: usize>(strip: &Strip<'_>, x: [&[Q8Block]; N]) -> [__m256; N] {
+        let mut y = [_mm256_setzero_ps(); N];
+        for t in 0..N {
+            y[t] = gemv::<FIVE>(strip, x[t]);
         }
-        acc
+        y
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]

@@ -33,7 +33,7 @@ impl<const TYPE: usize> Format for Portable<TYPE> {
     const TILES_FROM: usize = 0;
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn gemv(_: &Strip<'_>, _: &[Q8Block]) -> __m256 {
+    unsafe fn direct<const N: usize>(_: &Strip<'_>, _: [&[Q8Block]; N]) -> [__m256; N] {
         unreachable!("tiles are used from the first token on")
     }
 

@@ -7,8 +7,8 @@
 use std::arch::x86_64::*;
 
 use super::load::{
-    broadcast_half, floats, half_of_each, load16, load16_of_each, load32, load32_of_each, part_of_each, prefetch,
-    store, store8, vector,
+    broadcast_half, floats, half_of_each, load16, load16_of_each, load32, load32_of_each, part_of_each, store, store8,
+    vector,
 };
 use super::reduce::{sum_lanes, transpose, transpose_floats, transpose_halves};
 use super::tile;
@@ -62,29 +62,36 @@ fn row_sums(block: &[u8], x: &Q8Block) -> __m256i {
     _mm256_sub_epi32(sum_lanes(sums), _mm256_slli_epi32::<5>(offset))
 }
 
+#[target_feature(enable = "avx2,fma,f16c")]
+fn gemv(strip: &Strip<'_>, x: &[Q8Block]) -> __m256 {
+    let mut acc = _mm256_setzero_ps();
+    for s in 0..strip.n_blocks / 8 {
+        let blocks = part_of_each(&strip.rows, s * BYTES, BYTES);
+        let x_d = floats(&x[s].block_d);
+        let mut terms = [_mm256_setzero_ps(); STRIP];
+        for r in 0..STRIP {
+            let block = blocks[r];
+            strip.fetch((s * STRIP + r) * BYTES, BYTES);
+            let sums = _mm256_cvtepi32_ps(row_sums(block, &x[s]));
+            terms[r] = _mm256_mul_ps(sums, _mm256_mul_ps(broadcast_half(block, 208), x_d));
+        }
+        for term in transpose_floats(terms) {
+            acc = _mm256_add_ps(acc, term);
+        }
+    }
+    acc
+}
+
 impl Format for Q6K {
     const TILES_FROM: usize = 2;
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn gemv(strip: &Strip<'_>, x: &[Q8Block]) -> __m256 {
-        let mut acc = _mm256_setzero_ps();
-        for s in 0..strip.n_blocks / 8 {
-            let blocks = part_of_each(&strip.rows, s * BYTES, BYTES);
-            let x_d = floats(&x[s].block_d);
-            let mut terms = [_mm256_setzero_ps(); STRIP];
-            for r in 0..STRIP {
-                let block = blocks[r];
-                for line in 0..4 {
-                    prefetch(block, strip.ahead + 64 * line);
-                }
-                let sums = _mm256_cvtepi32_ps(row_sums(block, &x[s]));
-                terms[r] = _mm256_mul_ps(sums, _mm256_mul_ps(broadcast_half(block, 208), x_d));
-            }
-            for term in transpose_floats(terms) {
-                acc = _mm256_add_ps(acc, term);
-            }
+    unsafe fn direct<const N: usize>(strip: &Strip<'_>, x: [&[Q8Block]; N]) -> [__m256; N] {
+        let mut y = [_mm256_setzero_ps(); N];
+        for t in 0..N {
+            y[t] = gemv(strip, x[t]);
         }
-        acc
+        y
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]

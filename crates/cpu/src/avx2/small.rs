@@ -6,11 +6,9 @@
 
 use std::arch::x86_64::*;
 
-use super::load::{
-    floats, half_bits, half_of_each, half_vector, halves, load4, load4_of_each, load16, load16_of_each, load32,
-    load32_of_each, part_of_each, prefetch, store, store8, vector,
-};
-use super::reduce::{sum_lanes, transpose, transpose_floats, transpose_halves};
+use super::direct::{self, Blocks};
+use super::load::{half_of_each, load4, load4_of_each, load16_of_each, load32_of_each, part_of_each, store, store8};
+use super::reduce::{transpose, transpose_halves};
 use super::tile;
 use super::{Format, Strip};
 use crate::kernels::{Panel, Q8Block, STRIP};
@@ -21,62 +19,22 @@ pub(super) struct Q8;
 /// Q4_0 and its like: with minima where `MIN`, five bits where `FIVE`.
 pub(super) struct Nibbles<const MIN: bool, const FIVE: bool>;
 
-/// The products of a strip with one token, from `terms` of each row's super-block: lane `j` of the first vector is
-/// what block `j` adds to the sum, that of the second (where `MIN`) what its minimum adds.
+/// The products of a strip with `N` tokens; `step` adds those of a block, given each row's bytes, the tokens'
+/// super-blocks and its number in them.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn gemv<const MIN: bool, const BYTES: usize>(
+pub(super) fn each_block<const BYTES: usize, const N: usize>(
     strip: &Strip<'_>,
-    x: &[Q8Block],
-    terms: impl Fn(&[u8], &Q8Block) -> (__m256, __m256),
-) -> __m256 {
-    let mut acc = _mm256_setzero_ps();
-    let mut padded = [0u8; 8 * 34];
-    for s in 0..strip.n_blocks.div_ceil(8) {
-        let mut products = [_mm256_setzero_ps(); STRIP];
-        let mut mins = products;
-        for r in 0..STRIP {
-            let rest = &strip.rows[r][8 * s * BYTES..];
-            for line in 0..BYTES.div_ceil(8) {
-                prefetch(rest, strip.ahead + 64 * line);
-            }
-            let blocks = if rest.len() >= 8 * BYTES {
-                &rest[..8 * BYTES]
-            } else {
-                // The row ends within this super-block; what the padding gives is not added.
-                padded[..rest.len()].copy_from_slice(rest);
-                &padded[..8 * BYTES]
-            };
-            (products[r], mins[r]) = terms(blocks, &x[s]);
-        }
-        let products = transpose_floats(products);
-        let mins = if MIN { transpose_floats(mins) } else { products };
-        for j in 0..8.min(strip.n_blocks - 8 * s) {
-            acc = _mm256_add_ps(acc, products[j]);
-            if MIN {
-                acc = _mm256_add_ps(acc, mins[j]);
-            }
-        }
+    x: [&[Q8Block]; N],
+    step: impl Fn([__m256; N], Blocks<'_, BYTES>, [&Q8Block; N], usize) -> [__m256; N],
+) -> [__m256; N] {
+    let mut acc = [_mm256_setzero_ps(); N];
+    let rows = direct::rows_of(strip);
+    for b in 0..rows[0].len() {
+        strip.fetch(b * STRIP * BYTES, STRIP * BYTES);
+        acc = step(acc, direct::nth(&rows, b), direct::super_block(&x, b / 8), b % 8);
     }
     acc
-}
-
-/// `f32(sums) · (d · x_d)` for the eight blocks of a super-block.
-#[target_feature(enable = "avx2,fma,f16c")]
-#[inline]
-fn scaled(sums: __m256i, d: __m256, x: &Q8Block) -> __m256 {
-    _mm256_mul_ps(_mm256_cvtepi32_ps(sums), _mm256_mul_ps(d, floats(&x.block_d)))
-}
-
-/// The half floats at byte `at` of eight blocks.
-#[target_feature(enable = "avx2,fma,f16c")]
-#[inline]
-fn half_of_blocks<const BYTES: usize>(blocks: &[u8], at: usize) -> __m256 {
-    let mut v = [0; 8];
-    for j in 0..8 {
-        v[j] = half_bits(blocks, j * BYTES + at);
-    }
-    halves(v)
 }
 
 /// The two half floats in each dword, as two vectors.
@@ -94,25 +52,27 @@ impl Q8 {
 
     #[target_feature(enable = "avx2,fma,f16c")]
     #[inline]
-    fn terms(blocks: &[u8], x: &Q8Block) -> (__m256, __m256) {
-        let (codes, _) = x.codes.as_chunks::<32>();
-        let ones = _mm256_set1_epi16(1);
-        let mut sums = [_mm256_setzero_si256(); 8];
-        for j in 0..8 {
-            let w = load32(blocks, j * Self::BYTES + 2);
-            let signed = _mm256_sign_epi8(vector(&codes[j]), w);
-            sums[j] = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(w), signed), ones);
+    fn step<const N: usize>(
+        mut acc: [__m256; N],
+        blocks: Blocks<'_, { Self::BYTES }>,
+        x: [&Q8Block; N],
+        j: usize,
+    ) -> [__m256; N] {
+        let w = [direct::pairs(&blocks, 2), direct::pairs(&blocks, 18)];
+        let [d, _] = direct::first_two_halves(&blocks);
+        for t in 0..N {
+            acc[t] = tile::add_block(acc[t], direct::signed_sum(&w, x[t], j), d, x[t].block_d[j]);
         }
-        (scaled(sum_lanes(sums), half_of_blocks::<{ Self::BYTES }>(blocks, 0), x), _mm256_setzero_ps())
+        acc
     }
 }
 
 impl Format for Q8 {
-    const TILES_FROM: usize = 2;
+    const TILES_FROM: usize = 9;
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn gemv(strip: &Strip<'_>, x: &[Q8Block]) -> __m256 {
-        gemv::<false, { Self::BYTES }>(strip, x, |blocks, x| Self::terms(blocks, x))
+    unsafe fn direct<const N: usize>(strip: &Strip<'_>, x: [&[Q8Block]; N]) -> [__m256; N] {
+        each_block(strip, x, |a, b, x, j| Self::step(a, b, x, j))
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
@@ -141,17 +101,6 @@ fn spread_bits(v: __m256i) -> __m256i {
     _mm256_slli_epi32::<4>(_mm256_and_si256(apart, _mm256_set1_epi32(0x0101_0101)))
 }
 
-/// Bit `c` of `bits` as bit 4 of byte `c`.
-#[target_feature(enable = "avx2")]
-#[inline]
-fn bits_to_bytes(bits: i32) -> __m256i {
-    let (a, b) = (0x0101_0101_0101_0101, 0x0202_0202_0202_0202);
-    let byte = _mm256_setr_epi64x(0, a, b, a + b);
-    let bit = _mm256_set1_epi64x(0x8040_2010_0804_0201u64 as i64);
-    let v = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(bits), byte), bit);
-    _mm256_and_si256(_mm256_cmpeq_epi8(v, bit), _mm256_set1_epi8(16))
-}
-
 impl<const MIN: bool, const FIVE: bool> Nibbles<MIN, FIVE> {
     const HIGH: usize = if MIN { 4 } else { 2 };
     const QS: usize = Self::HIGH + if FIVE { 4 } else { 0 };
@@ -162,51 +111,66 @@ impl<const MIN: bool, const FIVE: bool> Nibbles<MIN, FIVE> {
         (false, false) => 8,
         (false, true) => 16,
     };
+}
 
+/// Bit `c` of the upper or lower half of `bits` as bit 4 of byte `c` of a half vector; the bits of row `i + 4` above.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn fifth_bits<const BYTES: usize>(blocks: &Blocks<'_, BYTES>, at: usize) -> [[__m256i; 4]; 2] {
+    let (a, b) = (0x0101_0101_0101_0101, 0x0202_0202_0202_0202);
+    let bit = _mm256_set1_epi64x(0x8040_2010_0804_0201u64 as i64);
+    let mut v = [[bit; 4]; 2];
+    for i in 0..4 {
+        let bits = _mm256_set_m128i(_mm_set1_epi32(load4(blocks[i + 4], at)), _mm_set1_epi32(load4(blocks[i], at)));
+        for h in 0..2 {
+            let byte = if h == 0 { _mm256_setr_epi64x(0, a, 0, a) } else { _mm256_setr_epi64x(b, a + b, b, a + b) };
+            let one = _mm256_and_si256(_mm256_shuffle_epi8(bits, byte), bit);
+            v[h][i] = _mm256_and_si256(_mm256_cmpeq_epi8(one, bit), _mm256_set1_epi8(16));
+        }
+    }
+    v
+}
+
+impl<const MIN: bool, const FIVE: bool> Nibbles<MIN, FIVE> {
     #[target_feature(enable = "avx2,fma,f16c")]
     #[inline]
-    fn terms<const BYTES: usize>(blocks: &[u8], x: &Q8Block) -> (__m256, __m256) {
-        let (codes, _) = x.codes.as_chunks::<32>();
-        let ones = _mm256_set1_epi16(1);
-        let mut sums = [_mm256_setzero_si256(); 8];
-        for j in 0..8 {
-            let q = load16(blocks, j * BYTES + Self::QS);
-            let q = _mm256_set_m128i(_mm_srli_epi16::<4>(q), q);
-            let mut w = _mm256_and_si256(q, _mm256_set1_epi8(15));
-            if FIVE {
-                w = _mm256_or_si256(w, bits_to_bytes(load4(blocks, j * BYTES + Self::HIGH)));
+    fn step<const BYTES: usize, const N: usize>(
+        mut acc: [__m256; N],
+        blocks: Blocks<'_, BYTES>,
+        x: [&Q8Block; N],
+        j: usize,
+    ) -> [__m256; N] {
+        let mut w = direct::nibbles(direct::pairs(&blocks, Self::QS));
+        if FIVE {
+            let high = fifth_bits(&blocks, Self::HIGH);
+            for h in 0..2 {
+                for i in 0..4 {
+                    w[h][i] = _mm256_or_si256(w[h][i], high[h][i]);
+                }
             }
-            sums[j] = _mm256_madd_epi16(_mm256_maddubs_epi16(w, vector(&codes[j])), ones);
         }
-        let mut sums = sum_lanes(sums);
-        if !MIN {
-            let x_sums = _mm256_cvtepi16_epi32(half_vector(&x.sums));
-            let offset = _mm256_set1_epi32(Self::OFFSET.into());
-            sums = _mm256_sub_epi32(sums, _mm256_mullo_epi32(x_sums, offset));
-        }
-        if MIN {
-            let mut pairs = [0; 8];
-            for j in 0..8 {
-                pairs[j] = load4(blocks, j * BYTES);
+        let [d, m] = direct::first_two_halves(&blocks);
+        for t in 0..N {
+            let sum = direct::unsigned_sum::<FIVE>(&w, x[t], j, Self::OFFSET);
+            acc[t] = tile::add_block(acc[t], sum, d, x[t].block_d[j]);
+            if MIN {
+                acc[t] = _mm256_add_ps(acc[t], _mm256_mul_ps(m, _mm256_set1_ps(x[t].block_sum[j])));
             }
-            let [d, m] = two_halves(pairs);
-            (scaled(sums, d, x), _mm256_mul_ps(m, floats(&x.block_sum)))
-        } else {
-            (scaled(sums, half_of_blocks::<BYTES>(blocks, 0), x), _mm256_setzero_ps())
         }
+        acc
     }
 }
 
 impl<const MIN: bool, const FIVE: bool> Format for Nibbles<MIN, FIVE> {
-    const TILES_FROM: usize = 2;
+    const TILES_FROM: usize = if FIVE { 5 } else { 9 };
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn gemv(strip: &Strip<'_>, x: &[Q8Block]) -> __m256 {
+    unsafe fn direct<const N: usize>(strip: &Strip<'_>, x: [&[Q8Block]; N]) -> [__m256; N] {
         match (MIN, FIVE) {
-            (false, false) => gemv::<MIN, 18>(strip, x, |blocks, x| Self::terms::<18>(blocks, x)),
-            (true, false) => gemv::<MIN, 20>(strip, x, |blocks, x| Self::terms::<20>(blocks, x)),
-            (false, true) => gemv::<MIN, 22>(strip, x, |blocks, x| Self::terms::<22>(blocks, x)),
-            (true, true) => gemv::<MIN, 24>(strip, x, |blocks, x| Self::terms::<24>(blocks, x)),
+            (false, false) => each_block::<18, N>(strip, x, |a, b, x, j| Self::step::<18, N>(a, b, x, j)),
+            (true, false) => each_block::<20, N>(strip, x, |a, b, x, j| Self::step::<20, N>(a, b, x, j)),
+            (false, true) => each_block::<22, N>(strip, x, |a, b, x, j| Self::step::<22, N>(a, b, x, j)),
+            (true, true) => each_block::<24, N>(strip, x, |a, b, x, j| Self::step::<24, N>(a, b, x, j)),
         }
     }
 

@@ -141,7 +141,7 @@ pub(super) fn blocks_unsigned<const SUMS: usize, const MIN: bool, const N: usize
 /// One step of the sequence of [`crate::kernels`] for types with a float scale per 32 columns, for eight rows.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn add_block(acc: __m256, sum: __m256i, d: __m256, x_d: f32) -> __m256 {
+pub(super) fn add_block(acc: __m256, sum: __m256i, d: __m256, x_d: f32) -> __m256 {
     let d = _mm256_mul_ps(d, _mm256_set1_ps(x_d));
     _mm256_add_ps(acc, _mm256_mul_ps(_mm256_cvtepi32_ps(sum), d))
 }

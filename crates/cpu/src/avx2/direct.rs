@@ -1,0 +1,159 @@
+//! Few tokens straight from the file's layout: a vector's lower half holds sixteen bytes of row `i`, its upper half
+//! those of row `i + 4`, so that four vectors are eight rows and a reduction leaves the sum of row `r` in lane `r`.
+
+use std::arch::x86_64::*;
+
+use super::Strip;
+use super::load::{broadcast, half_vector, load16};
+use crate::kernels::{Q8Block, STRIP};
+
+/// The same block of eight rows.
+pub(super) type Blocks<'a, const BYTES: usize> = [&'a [u8; BYTES]; STRIP];
+
+/// Every row of a strip as blocks of `BYTES` bytes, all equally many.
+#[inline(always)]
+pub(super) fn rows_of<'a, const BYTES: usize>(strip: &Strip<'a>) -> [&'a [[u8; BYTES]]; STRIP] {
+    let n = strip.rows[0].len() / BYTES;
+    let mut rows: [&[[u8; BYTES]]; STRIP] = [&[]; STRIP];
+    for r in 0..STRIP {
+        rows[r] = &strip.rows[r].as_chunks().0[..n];
+    }
+    rows
+}
+
+/// Block `b` of every row.
+#[inline(always)]
+pub(super) fn nth<'a, const BYTES: usize>(rows: &[&'a [[u8; BYTES]]; STRIP], b: usize) -> Blocks<'a, BYTES> {
+    let mut blocks = [&rows[0][b]; STRIP];
+    for r in 1..STRIP {
+        blocks[r] = &rows[r][b];
+    }
+    blocks
+}
+
+/// Super-block `s` of every token.
+#[inline(always)]
+pub(super) fn super_block<'a, const N: usize>(x: &[&'a [Q8Block]; N], s: usize) -> [&'a Q8Block; N] {
+    let mut blocks = [&x[0][s]; N];
+    for t in 1..N {
+        blocks[t] = &x[t][s];
+    }
+    blocks
+}
+
+/// Sixteen bytes at `at` of the rows of each vector.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn pairs<const BYTES: usize>(blocks: &Blocks<'_, BYTES>, at: usize) -> [__m256i; 4] {
+    let mut v = [_mm256_setzero_si256(); 4];
+    for i in 0..4 {
+        v[i] = _mm256_set_m128i(load16(blocks[i + 4], at), load16(blocks[i], at));
+    }
+    v
+}
+
+/// The lower and the upper nibbles.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn nibbles(q: [__m256i; 4]) -> [[__m256i; 4]; 2] {
+    let nibble = _mm256_set1_epi8(15);
+    let mut v = [q; 2];
+    for i in 0..4 {
+        v[0][i] = _mm256_and_si256(q[i], nibble);
+        v[1][i] = _mm256_and_si256(_mm256_srli_epi16::<4>(q[i]), nibble);
+    }
+    v
+}
+
+/// The codes of columns `16 k .. 16 k + 16`, in both halves.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn codes_16(x: &Q8Block, k: usize) -> __m256i {
+    _mm256_broadcastsi128_si256(half_vector(&x.codes.as_chunks::<16>().0[k]))
+}
+
+/// Lane `r` is the sum of row `r` over block `j`, for signed codes. The sign of a weight moves to the activation.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn signed_sum(w: &[[__m256i; 4]; 2], x: &Q8Block, j: usize) -> __m256i {
+    let ones = _mm256_set1_epi16(1);
+    let mut y = [ones; 4];
+    for i in 0..4 {
+        let mut sum = [ones; 2];
+        for h in 0..2 {
+            let signed = _mm256_sign_epi8(codes_16(x, 2 * j + h), w[h][i]);
+            sum[h] = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(w[h][i]), signed), ones);
+        }
+        y[i] = _mm256_add_epi32(sum[0], sum[1]);
+    }
+    sum_32(y)
+}
+
+/// Lane `r` is the sum of row `r` over block `j`, for unsigned codes up to 31 (15 where not `FIVE`) that stand for
+/// `code - offset`.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn unsigned_sum<const FIVE: bool>(w: &[[__m256i; 4]; 2], x: &Q8Block, j: usize, offset: i16) -> __m256i {
+    let ones = _mm256_set1_epi16(1);
+    let mut y = [ones; 4];
+    for i in 0..4 {
+        let first = _mm256_maddubs_epi16(w[0][i], codes_16(x, 2 * j));
+        y[i] = _mm256_add_epi16(first, _mm256_maddubs_epi16(w[1][i], codes_16(x, 2 * j + 1)));
+    }
+    let sum = if FIVE { sum_16_wide(y) } else { _mm256_madd_epi16(sum_16(y), ones) };
+    match offset {
+        0 => sum,
+        _ => _mm256_sub_epi32(sum, _mm256_madd_epi16(broadcast(&x.half_sums, j), _mm256_set1_epi16(offset))),
+    }
+}
+
+/// One vector whose 32-bit lane `r` holds two sums of row `r`, from four vectors of eight 16-bit lanes per row.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn sum_16(y: [__m256i; 4]) -> __m256i {
+    let a = _mm256_add_epi16(_mm256_unpacklo_epi64(y[0], y[1]), _mm256_unpackhi_epi64(y[0], y[1]));
+    let b = _mm256_add_epi16(_mm256_unpacklo_epi64(y[2], y[3]), _mm256_unpackhi_epi64(y[2], y[3]));
+    let (even, odd) = even_odd(a, b);
+    _mm256_add_epi16(even, odd)
+}
+
+/// Lane `r` is the sum of row `r`, from four vectors of eight 16-bit lanes per row; sums of two of them fit.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn sum_16_wide(y: [__m256i; 4]) -> __m256i {
+    let ones = _mm256_set1_epi16(1);
+    let a = _mm256_add_epi16(_mm256_unpacklo_epi64(y[0], y[1]), _mm256_unpackhi_epi64(y[0], y[1]));
+    let b = _mm256_add_epi16(_mm256_unpacklo_epi64(y[2], y[3]), _mm256_unpackhi_epi64(y[2], y[3]));
+    let (even, odd) = even_odd(_mm256_madd_epi16(a, ones), _mm256_madd_epi16(b, ones));
+    _mm256_add_epi32(even, odd)
+}
+
+/// Lane `r` is the sum of row `r`, from four vectors of four 32-bit lanes per row.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn sum_32(y: [__m256i; 4]) -> __m256i {
+    let a = _mm256_add_epi32(_mm256_unpacklo_epi64(y[0], y[1]), _mm256_unpackhi_epi64(y[0], y[1]));
+    let b = _mm256_add_epi32(_mm256_unpacklo_epi64(y[2], y[3]), _mm256_unpackhi_epi64(y[2], y[3]));
+    let (even, odd) = even_odd(a, b);
+    _mm256_add_epi32(even, odd)
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+fn even_odd(a: __m256i, b: __m256i) -> (__m256i, __m256i) {
+    let (a, b) = (_mm256_castsi256_ps(a), _mm256_castsi256_ps(b));
+    (
+        _mm256_castps_si256(_mm256_shuffle_ps::<0b10_00_10_00>(a, b)),
+        _mm256_castps_si256(_mm256_shuffle_ps::<0b11_01_11_01>(a, b)),
+    )
+}
+
+/// The two half floats that open each row's block, as floats.
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+pub(super) fn first_two_halves<const BYTES: usize>(blocks: &Blocks<'_, BYTES>) -> [__m256; 2] {
+    let v = |r: usize| _mm_unpacklo_epi16(load16(blocks[r], 0), load16(blocks[r + 1], 0));
+    // Dword c of four rows is one of `a`, `b`: four first halves, then four second ones.
+    let (a, b) = (_mm_unpacklo_epi32(v(0), v(2)), _mm_unpacklo_epi32(v(4), v(6)));
+    [_mm256_cvtph_ps(_mm_unpacklo_epi64(a, b)), _mm256_cvtph_ps(_mm_unpackhi_epi64(a, b))]
+}
