@@ -7,9 +7,9 @@
 mod direct;
 mod float;
 mod iq4;
+mod k23;
 mod k_quants;
 mod load;
-mod portable;
 mod q6_k;
 mod quantize;
 mod reduce;
@@ -76,8 +76,8 @@ fn matmul_q8(w: WeightRows<'_>, x: Q8Tokens<'_>, out: &mut Out<'_>, scratch: &mu
         Q4_1 => matmul::<small::Nibbles<true, false>>(w, x, out, scratch),
         Q5_0 => matmul::<small::Nibbles<false, true>>(w, x, out, scratch),
         Q5_1 => matmul::<small::Nibbles<true, true>>(w, x, out, scratch),
-        Q2_K => matmul::<portable::Portable<{ Q2_K as usize }>>(w, x, out, scratch),
-        Q3_K => matmul::<portable::Portable<{ Q3_K as usize }>>(w, x, out, scratch),
+        Q2_K => matmul::<k23::K23<false, 84>>(w, x, out, scratch),
+        Q3_K => matmul::<k23::K23<true, 110>>(w, x, out, scratch),
         IQ4_NL => matmul::<iq4::Iq4Nl>(w, x, out, scratch),
         IQ4_XS => matmul::<iq4::Iq4Xs>(w, x, out, scratch),
         MXFP4 => matmul::<iq4::Mxfp4>(w, x, out, scratch),

@@ -157,3 +157,13 @@ pub(super) fn first_two_halves<const BYTES: usize>(blocks: &Blocks<'_, BYTES>) -
     let (a, b) = (_mm_unpacklo_epi32(v(0), v(2)), _mm_unpacklo_epi32(v(4), v(6)));
     [_mm256_cvtph_ps(_mm_unpacklo_epi64(a, b)), _mm256_cvtph_ps(_mm_unpackhi_epi64(a, b))]
 }
+
+/// The two half floats that close each row's block, as floats.
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+pub(super) fn last_two_halves<const BYTES: usize>(blocks: &Blocks<'_, BYTES>) -> [__m256; 2] {
+    let end = |r: usize| load16(blocks[r], BYTES - 16);
+    let v = |r: usize| _mm_unpackhi_epi16(end(r), end(r + 1));
+    let (a, b) = (_mm_unpackhi_epi32(v(0), v(2)), _mm_unpackhi_epi32(v(4), v(6)));
+    [_mm256_cvtph_ps(_mm_unpacklo_epi64(a, b)), _mm256_cvtph_ps(_mm_unpackhi_epi64(a, b))]
+}

@@ -77,10 +77,11 @@ pub(super) fn add_super(acc: __m256, sum: __m256i, min: __m256i, d: __m256, m: _
     _mm256_sub_ps(acc, _mm256_mul_ps(_mm256_cvtepi32_ps(min), _mm256_mul_ps(m, x_d)))
 }
 
-/// Signed codes of magnitude up to 15 with integer scales and minima per 16 columns.
+/// Unsigned codes up to 7 with integer scales and minima per 16 columns; where `OFFSET`, the minima are in the scale of
+/// the products and are taken off before the sum becomes a float.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-pub(super) fn super_16<const N: usize>(panels: &[Panel], x: [&[Q8Block]; N]) -> [__m256; N] {
+pub(super) fn super_16<const OFFSET: bool, const N: usize>(panels: &[Panel], x: [&[Q8Block]; N]) -> [__m256; N] {
     let mut acc = [_mm256_setzero_ps(); N];
     for (s, p) in panels.iter().enumerate() {
         let x: [&Q8Block; N] = x.map(|x| &x[s]);
@@ -90,16 +91,17 @@ pub(super) fn super_16<const N: usize>(panels: &[Panel], x: [&[Q8Block]; N]) -> 
             for t in 0..N {
                 let x_scale = broadcast(&x[t].scale_pairs, j);
                 for h in 0..2 {
-                    let mut y = _mm256_setzero_si256();
-                    for i in 4 * h..4 * h + 4 {
-                        let signed = _mm256_sign_epi8(broadcast(&x[t].codes, 8 * j + i), w[i]);
-                        y = _mm256_add_epi16(y, _mm256_maddubs_epi16(_mm256_abs_epi8(w[i]), signed));
-                    }
+                    let y = unsigned_16::<4>(&w, x[t], j, 4 * h);
                     let scale = _mm256_mullo_epi16(vector(&p.scales[2 * j + h]), x_scale);
                     sum[t] = _mm256_add_epi32(sum[t], _mm256_madd_epi16(y, scale));
                 }
                 let m = _mm256_mullo_epi16(vector(&p.mins[j]), x_scale);
                 min[t] = _mm256_add_epi32(min[t], _mm256_madd_epi16(m, broadcast(&x[t].half_sums, j)));
+            }
+        }
+        if OFFSET {
+            for t in 0..N {
+                (sum[t], min[t]) = (_mm256_sub_epi32(sum[t], min[t]), _mm256_setzero_si256());
             }
         }
         finish_super(p, &x, &sum, &min, &mut acc);

@@ -1,7 +1,6 @@
 //! Weight blocks of every quantized type, unpacked one way: signed codes, integer scales, float scales.
 //!
-//! Layouts follow ggml (`ggml-common.h` of llama.cpp is the definition). The portable kernels multiply from this form,
-//! and SIMD kernels unpack with it the types that they have no faster way for.
+//! Layouts follow ggml (`ggml-common.h` of llama.cpp is the definition). The portable kernels multiply from this form.
 
 use apr_core::qtype::GgmlType;
 use half::f16;
