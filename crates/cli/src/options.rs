@@ -22,7 +22,8 @@ pub struct LoadArgs {
     /// Threads that compute [default: all that this process may use]
     #[arg(long, short = 't', env = "APR_THREADS", value_name = "N")]
     pub threads: Option<usize>,
-    /// Instruction set of the kernels: scalar or avx2 [default: the fastest this CPU has]
+    /// Instruction set of the kernels: scalar, avx2, avx-vnni or avx512-vnni [default: the fastest of scalar and avx2
+    /// that this CPU has; the others have not run on such a CPU yet]
     #[arg(long, env = "APR_ISA", value_name = "ISA")]
     pub isa: Option<Isa>,
     /// Where to compute: cpu, or reference (plain loops in high precision, slow)

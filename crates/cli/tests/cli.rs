@@ -233,7 +233,14 @@ fn every_kv_type_and_instruction_set_answers() {
     assert_eq!(device(&["--isa", "scalar", "--threads", "2"]), "cpu (scalar, 2 threads)");
     assert_eq!(device(&["--device", "reference"]), "reference");
     run(&["hi", "--kv", "q4_0"]).fails(2, &["q4_0", "f32, f16 and q8_0"]);
-    run(&["hi", "--isa", "sse9"]).fails(2, &["sse9", "scalar, avx2"]);
+    for isa in ["avx2", "avx-vnni", "avx512-vnni"] {
+        let done = run(&["hi", "-n", "4", "--isa", isa, "--threads", "2", "--json"]);
+        match done.code {
+            Some(0) => assert_eq!(done.json()["device"], format!("cpu ({isa}, 2 threads)")),
+            _ => done.fails(2, &["lacks", isa, "--isa"]),
+        }
+    }
+    run(&["hi", "--isa", "sse9"]).fails(2, &["sse9", "scalar, avx2, avx-vnni, avx512-vnni"]);
     run(&["hi", "--device", "tpu"]).fails(2, &["tpu", "reference"]);
 }
 

@@ -15,6 +15,7 @@ mod quantize;
 mod reduce;
 mod small;
 mod tile;
+pub(crate) mod vnni;
 
 use std::arch::x86_64::*;
 

@@ -37,9 +37,9 @@ impl FloatKernels {
         match isa {
             Isa::Scalar => &SCALAR,
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => &AVX2,
+            Isa::Avx2 | Isa::AvxVnni | Isa::Avx512Vnni => &AVX2,
             #[cfg(not(target_arch = "x86_64"))]
-            Isa::Avx2 => unreachable!("no kernels were handed out for this ISA"),
+            _ => unreachable!("no kernels were handed out for this ISA"),
         }
     }
 

@@ -26,6 +26,8 @@ pub(crate) use activations::{MAX_CODE, sub_scale, super_scale};
 pub use activations::{Q8Block, Q8Rows, SUPER, SharedQ8Rows};
 pub use out::{Out, SharedOut};
 
+#[cfg(target_arch = "x86_64")]
+use crate::avx2::{self, vnni};
 use crate::scalar;
 
 /// An instruction set that kernels are written for.
@@ -35,17 +37,27 @@ pub enum Isa {
     Scalar,
     /// x86-64 with AVX2, FMA and F16C.
     Avx2,
+    /// What [`Isa::Avx2`] needs, and AVX-VNNI.
+    AvxVnni,
+    /// What [`Isa::Avx2`] needs, and AVX-512 F, BW, VL and VNNI.
+    Avx512Vnni,
 }
 
 impl Isa {
     /// Every instruction set, from the slowest to the fastest.
-    pub const ALL: [Isa; 2] = [Isa::Scalar, Isa::Avx2];
+    pub const ALL: [Isa; 4] = [Isa::Scalar, Isa::Avx2, Isa::AvxVnni, Isa::Avx512Vnni];
+
+    /// The instruction sets whose tests have passed on a CPU that has them. Others run when they are asked for by name,
+    /// and are never chosen.
+    pub const PROVEN: [Isa; 2] = [Isa::Scalar, Isa::Avx2];
 
     /// The name on the command line.
     pub fn name(self) -> &'static str {
         match self {
             Isa::Scalar => "scalar",
             Isa::Avx2 => "avx2",
+            Isa::AvxVnni => "avx-vnni",
+            Isa::Avx512Vnni => "avx512-vnni",
         }
     }
 }
@@ -58,14 +70,16 @@ impl fmt::Display for Isa {
 
 /// A name that is no instruction set.
 #[derive(Debug, thiserror::Error)]
-#[error("no instruction set is called {0:?}; there are: scalar, avx2")]
-pub struct UnknownIsa(String);
+#[error("no instruction set is called {name:?}; there are: {}", Isa::ALL.map(Isa::name).join(", "))]
+pub struct UnknownIsa {
+    name: String,
+}
 
 impl FromStr for Isa {
     type Err = UnknownIsa;
 
     fn from_str(s: &str) -> Result<Isa, UnknownIsa> {
-        Isa::ALL.into_iter().find(|isa| isa.name() == s).ok_or_else(|| UnknownIsa(s.to_owned()))
+        Isa::ALL.into_iter().find(|isa| isa.name() == s).ok_or_else(|| UnknownIsa { name: s.to_owned() })
     }
 }
 
@@ -94,25 +108,51 @@ impl Kernels {
         Kernels { isa, quantize_row, matmul_q8, matmul_f32 }
     }
 
-    /// The fastest kernels that this CPU can run.
+    /// The fastest kernels that this CPU can run, of those that are proven ([`Isa::PROVEN`]).
     pub fn detect() -> &'static Kernels {
-        Isa::ALL.into_iter().rev().find_map(Kernels::for_isa).expect("scalar kernels run everywhere")
+        Isa::PROVEN.into_iter().rev().find_map(Kernels::for_isa).expect("scalar kernels run everywhere")
     }
 
     /// The kernels of `isa`, or `None` where this CPU lacks it.
+    #[cfg(target_arch = "x86_64")]
     pub fn for_isa(isa: Isa) -> Option<&'static Kernels> {
+        let avx2 =
+            is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+        let avx512 = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512vl");
         match isa {
             Isa::Scalar => Some(&scalar::KERNELS),
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => {
-                let there = is_x86_feature_detected!("avx2")
-                    && is_x86_feature_detected!("fma")
-                    && is_x86_feature_detected!("f16c");
-                there.then_some(&crate::avx2::KERNELS)
-            }
-            #[cfg(not(target_arch = "x86_64"))]
-            Isa::Avx2 => None,
+            Isa::Avx2 => avx2.then_some(&avx2::KERNELS),
+            Isa::AvxVnni => (avx2 && is_x86_feature_detected!("avxvnni")).then_some(&vnni::AVX_VNNI),
+            Isa::Avx512Vnni => (avx2 && avx512 && is_x86_feature_detected!("avx512vnni")).then_some(&vnni::AVX512_VNNI),
         }
+    }
+
+    /// The kernels of `isa`, or `None` where this CPU lacks it.
+    #[cfg(not(target_arch = "x86_64"))]
+    pub fn for_isa(isa: Isa) -> Option<&'static Kernels> {
+        (isa == Isa::Scalar).then_some(&scalar::KERNELS)
+    }
+
+    /// The kernels of an `isa` that most CPUs lack, its instructions beyond AVX2 computed lane by lane. They are slow, and
+    /// for tests: these are the kernels that run where the CPU has the instructions, but for the instructions themselves.
+    ///
+    /// `None` for a set that is not emulated, and where this CPU lacks AVX2.
+    #[cfg(target_arch = "x86_64")]
+    pub fn emulated(isa: Isa) -> Option<&'static Kernels> {
+        let table = match isa {
+            Isa::Scalar | Isa::Avx2 => None,
+            Isa::AvxVnni => Some(&vnni::AVX_VNNI_EMULATED),
+            Isa::Avx512Vnni => Some(&vnni::AVX512_VNNI_EMULATED),
+        };
+        table.filter(|_| Kernels::for_isa(Isa::Avx2).is_some())
+    }
+
+    /// No set is emulated on this architecture.
+    #[cfg(not(target_arch = "x86_64"))]
+    pub fn emulated(_: Isa) -> Option<&'static Kernels> {
+        None
     }
 
     /// The instruction set of this table.
@@ -330,7 +370,7 @@ pub(crate) struct Panel {
 }
 
 impl Panel {
-    const ZERO: Panel = Panel {
+    pub(crate) const ZERO: Panel = Panel {
         codes: [[[0; 32]; 8]; 8],
         scales: [[[0; 2]; STRIP]; 16],
         mins: [[[0; 2]; STRIP]; 8],

@@ -74,8 +74,12 @@ impl Matrix {
     }
 }
 
+/// The tables of every instruction set: with its instructions where the CPU has them, and lane by lane where there is
+/// such a table.
 fn tables() -> Vec<&'static Kernels> {
-    Isa::ALL.into_iter().filter_map(Kernels::for_isa).collect()
+    let missing = Isa::ALL.into_iter().filter(|&isa| Kernels::for_isa(isa).is_none());
+    missing.for_each(|isa| println!("skipped: needs a CPU with {isa}"));
+    Isa::ALL.into_iter().flat_map(|isa| [Kernels::for_isa(isa), Kernels::emulated(isa)]).flatten().collect()
 }
 
 fn quantize(k: &Kernels, x: &[f32], n_cols: usize) -> Q8Rows {
@@ -119,6 +123,15 @@ fn widths(qtype: GgmlType) -> &'static [usize] {
 
 fn quantized() -> impl Iterator<Item = GgmlType> {
     GgmlType::ALL.into_iter().filter(|q| !q.is_float())
+}
+
+#[test]
+fn start_up_chooses_only_what_is_proven() {
+    assert!(Isa::PROVEN.contains(&Kernels::detect().isa()));
+    let unproven = Isa::ALL.into_iter().filter(|isa| !Isa::PROVEN.contains(isa));
+    for isa in unproven.filter(|_| Kernels::for_isa(Isa::Avx2).is_some()) {
+        assert_eq!(Kernels::emulated(isa).map(|k| k.isa()), Some(isa), "{isa} is tested in emulation");
+    }
 }
 
 #[test]

@@ -30,7 +30,9 @@ fn kv_cpu(isa: Isa, n_threads: usize, kv: KvType) -> Run<CpuBackend> {
 }
 
 fn isas() -> Vec<Isa> {
-    Isa::ALL.into_iter().filter(|&isa| Kernels::for_isa(isa).is_some()).collect()
+    let (there, missing): (Vec<_>, Vec<_>) = Isa::ALL.into_iter().partition(|&isa| Kernels::for_isa(isa).is_some());
+    missing.iter().for_each(|isa| println!("skipped: needs a CPU with {isa}"));
+    there
 }
 
 /// All logits of a prompt in one step.

@@ -64,7 +64,8 @@ struct SideArgs {
     device_a: Option<String>,
     #[arg(long, value_name = "DEVICE", value_parser = ["cpu", "reference"])]
     device_b: Option<String>,
-    /// Instruction set of the kernels: scalar or avx2 [default: the fastest this CPU has]
+    /// Instruction set of the kernels: scalar, avx2, avx-vnni or avx512-vnni [default: the fastest of scalar and avx2
+    /// that this CPU has; the others have not run on such a CPU yet]
     #[arg(long, value_name = "ISA")]
     isa: Option<Isa>,
     #[arg(long, value_name = "ISA")]

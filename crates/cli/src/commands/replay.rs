@@ -19,7 +19,8 @@ pub struct Args {
     /// Where to compute: cpu, or reference (plain loops in high precision)
     #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = ["cpu", "reference"])]
     device: String,
-    /// Instruction set of the kernels: scalar or avx2 [default: the fastest this CPU has]
+    /// Instruction set of the kernels: scalar, avx2, avx-vnni or avx512-vnni [default: the fastest of scalar and avx2
+    /// that this CPU has; the others have not run on such a CPU yet]
     #[arg(long, value_name = "ISA")]
     isa: Option<Isa>,
     /// Threads that compute [default: all that this process may use]

@@ -1,0 +1,240 @@
+//! The operations that tiles are made of, as instructions of AVX-VNNI and of AVX-512 VNNI.
+//!
+//! Every operation is one instruction (a load of two panels side by side is two), named as Intel's manual names it,
+//! and computes in each 32-bit or 16-bit lane by itself.
+
+use std::arch::x86_64::*;
+
+use bytemuck::Pod;
+
+use super::super::load::{self, Plain};
+use super::Tiles;
+use crate::kernels::{Panel, Q8Block};
+
+/// Rows of the widest vectors.
+pub(super) const MAX_ROWS: usize = 16;
+
+/// Vectors with a 32-bit lane for each of some weight rows.
+///
+/// The functions are `unsafe` because they may run only on a CPU that has the instructions. They take and return
+/// vectors, so they must be inlined: into [`Vectors::tile`], which is compiled for that CPU.
+pub(super) trait Vectors {
+    /// Strips of eight rows in a vector.
+    const STRIPS: usize;
+    /// Tokens of a tile at most: as many as there are registers for.
+    const TOKENS: usize;
+
+    /// The panels of that many strips, of one super-block.
+    type Panels;
+    /// A vector of integers.
+    type Ints: Copy;
+    /// A vector of floats.
+    type Floats: Copy;
+
+    /// Panels in groups, as they lie.
+    fn side_by_side(panels: &[Panel]) -> &[Self::Panels];
+
+    /// [`Tiles::tile`] compiled for the instructions; row `r`'s product with token `t` goes to `y[t][r]`.
+    unsafe fn tile<F: Tiles, const N: usize>(
+        panels: &[Self::Panels],
+        n_blocks: usize,
+        x: [&[Q8Block]; N],
+        y: &mut [[f32; MAX_ROWS]; N],
+    );
+
+    /// The 32 bytes that `field` shows in each panel.
+    unsafe fn load<T: Plain + Pod>(p: &Self::Panels, field: impl Fn(&Panel) -> &T) -> Self::Ints;
+    /// The eight floats that `field` shows in each panel.
+    unsafe fn load_floats(p: &Self::Panels, field: impl Fn(&Panel) -> &[f32; 8]) -> Self::Floats;
+    /// Dword `i` of `from` in every lane.
+    unsafe fn broadcast<T: Plain + Pod>(from: &T, i: usize) -> Self::Ints;
+    /// The number in every lane.
+    unsafe fn set1(v: i32) -> Self::Ints;
+    /// The number in every lane.
+    unsafe fn set1_ps(v: f32) -> Self::Floats;
+
+    /// `acc` plus the four products of unsigned bytes with signed ones, wrapping.
+    unsafe fn dpbusd(acc: Self::Ints, unsigned: Self::Ints, signed: Self::Ints) -> Self::Ints;
+    /// `acc` plus the two products of signed 16-bit numbers, wrapping.
+    unsafe fn dpwssd(acc: Self::Ints, a: Self::Ints, b: Self::Ints) -> Self::Ints;
+    /// The low halves of the products of 16-bit numbers.
+    unsafe fn mullo_epi16(a: Self::Ints, b: Self::Ints) -> Self::Ints;
+    /// The low halves of the products of 32-bit numbers.
+    unsafe fn mullo_epi32(a: Self::Ints, b: Self::Ints) -> Self::Ints;
+    /// Sums of 32-bit numbers, wrapping.
+    unsafe fn add_epi32(a: Self::Ints, b: Self::Ints) -> Self::Ints;
+    /// Exclusive or.
+    unsafe fn xor(a: Self::Ints, b: Self::Ints) -> Self::Ints;
+    /// The upper 16 bits of every 32-bit number, with its sign.
+    unsafe fn upper_16(a: Self::Ints) -> Self::Ints;
+    /// 32-bit numbers as floats, rounded to nearest even.
+    unsafe fn cvtepi32_ps(a: Self::Ints) -> Self::Floats;
+    unsafe fn add_ps(a: Self::Floats, b: Self::Floats) -> Self::Floats;
+    unsafe fn sub_ps(a: Self::Floats, b: Self::Floats) -> Self::Floats;
+    unsafe fn mul_ps(a: Self::Floats, b: Self::Floats) -> Self::Floats;
+}
+
+/// Eight rows: AVX-VNNI, with AVX2.
+pub(super) struct Ymm;
+
+/// Sixteen rows: AVX-512 VNNI, with AVX-512F, BW and VL.
+pub(super) struct Zmm;
+
+/// Operations of [`Vectors`] that are one intrinsic each.
+macro_rules! intrinsics {
+    ($features:literal: $($name:ident($($arg:ident: $kind:ident),+) -> $out:ident = $intrinsic:ident $(::<$imm:literal>)?;)+) => {
+        $(
+            #[target_feature(enable = $features)]
+            #[inline]
+            unsafe fn $name($($arg: Self::$kind),+) -> Self::$out {
+                $intrinsic$(::<$imm>)?($($arg),+)
+            }
+        )+
+    };
+}
+
+impl Vectors for Ymm {
+    const STRIPS: usize = 1;
+    const TOKENS: usize = 4;
+
+    type Panels = [Panel; 1];
+    type Ints = __m256i;
+    type Floats = __m256;
+
+    fn side_by_side(panels: &[Panel]) -> &[Self::Panels] {
+        panels.as_chunks().0
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+    unsafe fn tile<F: Tiles, const N: usize>(
+        panels: &[Self::Panels],
+        n_blocks: usize,
+        x: [&[Q8Block]; N],
+        y: &mut [[f32; MAX_ROWS]; N],
+    ) {
+        // SAFETY: this function itself runs only where the CPU has the instructions.
+        let products = unsafe { F::tile::<Ymm, N>(panels, n_blocks, x) };
+        for t in 0..N {
+            y[t][..8].copy_from_slice(&load::store8(products[t]));
+        }
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+    #[inline]
+    unsafe fn load<T: Plain + Pod>(p: &Self::Panels, field: impl Fn(&Panel) -> &T) -> __m256i {
+        load::vector(field(&p[0]))
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+    #[inline]
+    unsafe fn load_floats(p: &Self::Panels, field: impl Fn(&Panel) -> &[f32; 8]) -> __m256 {
+        load::floats(field(&p[0]))
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+    #[inline]
+    unsafe fn broadcast<T: Plain + Pod>(from: &T, i: usize) -> __m256i {
+        load::broadcast(from, i)
+    }
+
+    intrinsics! { "avx2,fma,f16c,avxvnni":
+        dpbusd(acc: Ints, a: Ints, b: Ints) -> Ints = _mm256_dpbusd_avx_epi32;
+        dpwssd(acc: Ints, a: Ints, b: Ints) -> Ints = _mm256_dpwssd_avx_epi32;
+        mullo_epi16(a: Ints, b: Ints) -> Ints = _mm256_mullo_epi16;
+        mullo_epi32(a: Ints, b: Ints) -> Ints = _mm256_mullo_epi32;
+        add_epi32(a: Ints, b: Ints) -> Ints = _mm256_add_epi32;
+        xor(a: Ints, b: Ints) -> Ints = _mm256_xor_si256;
+        upper_16(a: Ints) -> Ints = _mm256_srai_epi32::<16>;
+        cvtepi32_ps(a: Ints) -> Floats = _mm256_cvtepi32_ps;
+        add_ps(a: Floats, b: Floats) -> Floats = _mm256_add_ps;
+        sub_ps(a: Floats, b: Floats) -> Floats = _mm256_sub_ps;
+        mul_ps(a: Floats, b: Floats) -> Floats = _mm256_mul_ps;
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+    #[inline]
+    unsafe fn set1(v: i32) -> __m256i {
+        _mm256_set1_epi32(v)
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+    #[inline]
+    unsafe fn set1_ps(v: f32) -> __m256 {
+        _mm256_set1_ps(v)
+    }
+}
+
+impl Vectors for Zmm {
+    const STRIPS: usize = 2;
+    const TOKENS: usize = 8;
+
+    type Panels = [Panel; 2];
+    type Ints = __m512i;
+    type Floats = __m512;
+
+    fn side_by_side(panels: &[Panel]) -> &[Self::Panels] {
+        panels.as_chunks().0
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+    unsafe fn tile<F: Tiles, const N: usize>(
+        panels: &[Self::Panels],
+        n_blocks: usize,
+        x: [&[Q8Block]; N],
+        y: &mut [[f32; MAX_ROWS]; N],
+    ) {
+        // SAFETY: this function itself runs only where the CPU has the instructions.
+        let products = unsafe { F::tile::<Zmm, N>(panels, n_blocks, x) };
+        for t in 0..N {
+            // SAFETY: `y[t]` has sixteen floats.
+            unsafe { _mm512_storeu_ps(y[t].as_mut_ptr(), products[t]) };
+        }
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+    #[inline]
+    unsafe fn load<T: Plain + Pod>(p: &Self::Panels, field: impl Fn(&Panel) -> &T) -> __m512i {
+        let low = _mm512_castsi256_si512(load::vector(field(&p[0])));
+        _mm512_inserti64x4::<1>(low, load::vector(field(&p[1])))
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+    #[inline]
+    unsafe fn load_floats(p: &Self::Panels, field: impl Fn(&Panel) -> &[f32; 8]) -> __m512 {
+        let (low, high) = (load::floats(field(&p[0])), load::floats(field(&p[1])));
+        let (low, high) = (_mm512_castps_pd(_mm512_castps256_ps512(low)), _mm256_castps_pd(high));
+        _mm512_castpd_ps(_mm512_insertf64x4::<1>(low, high))
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+    #[inline]
+    unsafe fn broadcast<T: Plain + Pod>(from: &T, i: usize) -> __m512i {
+        _mm512_broadcastd_epi32(_mm256_castsi256_si128(load::broadcast(from, i)))
+    }
+
+    intrinsics! { "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni":
+        dpbusd(acc: Ints, a: Ints, b: Ints) -> Ints = _mm512_dpbusd_epi32;
+        dpwssd(acc: Ints, a: Ints, b: Ints) -> Ints = _mm512_dpwssd_epi32;
+        mullo_epi16(a: Ints, b: Ints) -> Ints = _mm512_mullo_epi16;
+        mullo_epi32(a: Ints, b: Ints) -> Ints = _mm512_mullo_epi32;
+        add_epi32(a: Ints, b: Ints) -> Ints = _mm512_add_epi32;
+        xor(a: Ints, b: Ints) -> Ints = _mm512_xor_si512;
+        upper_16(a: Ints) -> Ints = _mm512_srai_epi32::<16>;
+        cvtepi32_ps(a: Ints) -> Floats = _mm512_cvtepi32_ps;
+        add_ps(a: Floats, b: Floats) -> Floats = _mm512_add_ps;
+        sub_ps(a: Floats, b: Floats) -> Floats = _mm512_sub_ps;
+        mul_ps(a: Floats, b: Floats) -> Floats = _mm512_mul_ps;
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+    #[inline]
+    unsafe fn set1(v: i32) -> __m512i {
+        _mm512_set1_epi32(v)
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+    #[inline]
+    unsafe fn set1_ps(v: f32) -> __m512 {
+        _mm512_set1_ps(v)
+    }
+}
