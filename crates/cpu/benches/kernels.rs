@@ -1,23 +1,28 @@
 //! Speed of the matrix kernels: from cache in GMAC/s, and over a matrix far larger than any cache as a share of a plain
 //! read of the same bytes.
 //!
-//! `cargo bench -p apr-cpu --bench kernels [-- NAME…]` measures the named quant types; without names the common ones.
+//! `cargo bench -p apr-cpu --bench kernels [-- ISA] [NAME…]` measures the named quant types, without names the common
+//! ones, on the named instruction set, without one on what start-up would choose.
 
 use std::hint::black_box;
 use std::time::Instant;
 
 use apr_core::qtype::GgmlType;
-use apr_cpu::kernels::{Kernels, PanelScratch, Q8Rows, SharedOut, WeightRows};
+use apr_cpu::kernels::{Isa, Kernels, PanelScratch, Q8Rows, SharedOut, WeightRows};
 
 const N_COLS: usize = 2048;
 const STREAMED_BYTES: usize = 600 << 20;
 
 fn main() {
-    let named: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
+    let arguments = std::env::args().skip(1).filter(|a| !a.starts_with('-'));
+    let (isas, named): (Vec<String>, Vec<String>) = arguments.partition(|a| a.parse::<Isa>().is_ok());
     let common = ["Q4_K", "Q6_K", "Q5_K", "Q8_0", "Q4_1", "Q4_0", "Q5_0"].map(String::from);
     let names = if named.is_empty() { common.to_vec() } else { named };
     let types = GgmlType::ALL.into_iter().filter(|q| !q.is_float() && names.iter().any(|n| n == q.name()));
-    let k = Kernels::detect();
+    let k = match isas.first().map(|name| name.parse().unwrap()) {
+        None => Kernels::detect(),
+        Some(isa) => Kernels::for_isa(isa).unwrap_or_else(|| panic!("this CPU lacks {isa}")),
+    };
     let memory: Vec<u8> = (0..STREAMED_BYTES).map(|i| (i as u32).wrapping_mul(0x9e37_79b1) as u8 & 0x3f).collect();
     println!("{}; {N_COLS} columns", k.isa());
     for qtype in types {
