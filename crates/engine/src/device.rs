@@ -11,11 +11,14 @@ use crate::diff::op::StageOp;
 use crate::engine::EngineError;
 use crate::model_file::ModelFile;
 use crate::session::{Runner, Session, SessionSettings};
+use crate::threads::THREADS_MAX;
+
+pub use crate::threads::default_threads;
 
 /// Where to run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Device {
-    /// The host's cores. `None` takes as many threads as this process may run at once, and the fastest instruction set.
+    /// The host's cores. `None` takes [`default_threads`], and the fastest instruction set.
     Cpu { n_threads: Option<usize>, isa: Option<Isa> },
     /// The plain reference computation, slow and exact; with `Int8`, exact but for activations that are rounded as that says, which is
     /// the noise that comparisons judge by.
@@ -36,9 +39,6 @@ pub struct DeviceInfo {
     /// For people.
     pub name: String,
 }
-
-/// More threads than this are taken for a typing error.
-const THREADS_MAX: usize = 1024;
 
 /// What can be done with a backend, whichever it is.
 trait Task {
@@ -114,9 +114,4 @@ pub(crate) fn run_ops(device: Device, ops: &[&StageOp]) -> Result<(Vec<Vec<f32>>
     }
     let ((results, precision), info) = with_backend(device, Run(ops))?;
     Ok((results, precision, info))
-}
-
-/// As many threads as the system lets this process run at once.
-pub fn default_threads() -> usize {
-    std::thread::available_parallelism().map_or(1, |n| n.get()).min(THREADS_MAX)
 }

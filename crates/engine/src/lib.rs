@@ -13,10 +13,12 @@ pub mod model_file;
 pub mod sampler;
 pub mod session;
 pub mod text_stream;
+pub mod threads;
 pub mod tokenizer;
 pub mod trace;
 pub mod verify;
 
+mod cgroup;
 mod engine;
 
 pub use apr_core::backend::{BackendError, KvType, Precision};
