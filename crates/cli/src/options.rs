@@ -3,10 +3,11 @@
 use std::path::{Path, PathBuf};
 
 use apr_engine::device::Device;
+use apr_engine::loading::Way;
 use apr_engine::{Engine, EngineOptions, Isa, KvType, Precision};
 
 use crate::failure::Result;
-use crate::print::say;
+use crate::print::{bytes, say, show_reading};
 
 /// The model and how to load it.
 #[derive(clap::Args)]
@@ -19,7 +20,7 @@ pub struct LoadArgs {
     /// Type of the KV cache: f32, f16 or q8_0
     #[arg(long, env = "APR_KV", default_value = "f16", value_name = "TYPE")]
     pub kv: KvType,
-    /// Threads that compute [default: all that this process may use]
+    /// Threads that compute [default: one per core that this process may use, or as many as its control groups grant CPUs]
     #[arg(long, short = 't', env = "APR_THREADS", value_name = "N")]
     pub threads: Option<usize>,
     /// Instruction set of the kernels: scalar, avx2, avx-vnni or avx512-vnni [default: the fastest of scalar and avx2
@@ -35,8 +36,15 @@ pub struct LoadArgs {
 }
 
 impl LoadArgs {
-    /// Loads the model; what stood in for missing metadata is said on stderr.
+    /// Loads the model; what stood in for missing metadata is said on stderr, and how far the reading of a model is that is not in memory.
     pub fn load(&self) -> Result<Engine> {
+        let engine = self.load_quietly()?;
+        show_reading(engine.loading.progress());
+        Ok(engine)
+    }
+
+    /// As [`load`](Self::load), without showing how far it is.
+    pub fn load_quietly(&self) -> Result<Engine> {
         let device = match self.device.as_str() {
             _ if self.gpu => Device::Gpu,
             "reference" => {
@@ -49,8 +57,23 @@ impl LoadArgs {
         };
         let engine = Engine::load(&self.model, EngineOptions { device, kv_type: self.kv, n_ctx: self.ctx })?;
         engine.hparams.notes.iter().for_each(|note| say(format_args!("note: {note}")));
+        if let Way::OnDemand { need_bytes, available_bytes } = engine.loading.way {
+            let per_token = engine.file.bytes_per_token(&engine.hparams);
+            say(on_demand(need_bytes, available_bytes, per_token));
+        }
         Ok(engine)
     }
+}
+
+/// What is said of a model that memory does not hold. `per_token` are the bytes of weights that a token reads.
+fn on_demand(need: u64, available: u64, per_token: u64) -> String {
+    let from_disk = (per_token as f64 * (1.0 - available as f64 / need as f64)) as u64;
+    format!(
+        "note: the model has {}, {} of memory are available: weights are read from disk as needed; expect about {} of it per token",
+        bytes(need),
+        bytes(available),
+        bytes(from_disk)
+    )
 }
 
 /// The name of a model: its file without folder and ending.
@@ -65,4 +88,16 @@ pub type TokenList = Vec<u32>;
 pub fn token_list(text: &str) -> std::result::Result<TokenList, String> {
     let id = |part: &str| part.trim().parse().map_err(|_| format!("'{}' is no token id", part.trim()));
     text.split(',').map(id).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_does_not_fit_is_read_for_every_token() {
+        let text = on_demand(20_000_000_000, 15_000_000_000, 2_000_000_000);
+        assert!(text.contains("has 20.00 GB, 15.00 GB of memory are available"), "{text}");
+        assert!(text.ends_with("about 500.00 MB of it per token"), "{text}");
+    }
 }

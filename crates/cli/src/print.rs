@@ -2,6 +2,10 @@
 
 use std::fmt::Display;
 use std::io::{IsTerminal, Write};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use apr_engine::loading::Progress;
 
 /// Standard output for text of a model: control characters that could steer a terminal are dropped where one is listening.
 pub struct ModelOut {
@@ -20,6 +24,9 @@ impl ModelOut {
     pub fn write(&mut self, text: &str) -> std::io::Result<()> {
         let mut out = self.out.lock();
         if self.is_terminal {
+            bar(Bar::Ended);
+        }
+        if self.is_terminal {
             out.write_all(harmless(text).as_bytes())?
         } else {
             out.write_all(text.as_bytes())?
@@ -30,7 +37,76 @@ impl ModelOut {
 
 /// Says something to whoever runs the command. That nobody listens is no reason to fail.
 pub fn say(text: impl Display) {
+    bar(Bar::Hidden);
     let _ = writeln!(std::io::stderr(), "{}", harmless(&text.to_string()));
+}
+
+/// How long a reading may take before it is worth a word.
+const PATIENCE: Duration = Duration::from_millis(500);
+/// Characters of a whole bar.
+const BAR_WIDTH: usize = 30;
+
+/// The line on the terminal that says how far the reading is.
+enum Bar {
+    Hidden,
+    Shown(String),
+    /// The terminal belongs to the answer.
+    Ended,
+}
+
+static BAR: Mutex<Bar> = Mutex::new(Bar::Hidden);
+
+/// Puts the bar on the terminal or takes it away. Once ended it never comes back.
+fn bar(new: Bar) {
+    let mut bar = BAR.lock().unwrap_or_else(|e| e.into_inner());
+    let mut err = std::io::stderr();
+    let _ = match (&*bar, &new) {
+        (Bar::Ended, _) => return,
+        // To the first column, and erase the line.
+        (_, Bar::Shown(text)) => write!(err, "\r\x1b[K{text}").and_then(|()| err.flush()),
+        (Bar::Shown(_), _) => write!(err, "\r\x1b[K").and_then(|()| err.flush()),
+        (Bar::Hidden, _) => Ok(()),
+    };
+    *bar = new;
+}
+
+/// Shows how far the reading of a model is while something else is done: a bar on a terminal, else a line when it turns out to take a
+/// while and one at its end.
+pub fn show_reading(progress: Arc<Progress>) {
+    if progress.is_done() {
+        return;
+    }
+    let show = move || {
+        let (start, is_terminal, mut said) = (Instant::now(), std::io::stderr().is_terminal(), false);
+        while !progress.is_done() {
+            std::thread::sleep(Duration::from_millis(100));
+            if start.elapsed() < PATIENCE || progress.is_done() {
+                continue;
+            }
+            if is_terminal {
+                bar(Bar::Shown(bar_text(progress.n_read(), progress.n_bytes(), start.elapsed())));
+            } else if !said {
+                said = true;
+                say(format_args!("reading {} of weights from disk", bytes(progress.n_bytes())));
+            }
+        }
+        if is_terminal {
+            bar(Bar::Hidden);
+        } else if said {
+            let (n, seconds) = (progress.n_read(), start.elapsed().as_secs_f64());
+            say(format_args!("read {} in {seconds:.1} s, {}/s", bytes(n), bytes((n as f64 / seconds) as u64)));
+        }
+    };
+    // Without a thread there is no bar, and no reason to fail.
+    let _ = std::thread::Builder::new().name("apr-progress".to_string()).spawn(show);
+}
+
+/// `reading [#####.....] 1.20 GB of 3.46 GB, 1.81 GB/s`
+fn bar_text(n: u64, n_all: u64, elapsed: Duration) -> String {
+    let full = (n as f64 / n_all.max(1) as f64 * BAR_WIDTH as f64) as usize;
+    let (done, open) = ("#".repeat(full), ".".repeat(BAR_WIDTH.saturating_sub(full)));
+    let rate = bytes((n as f64 / elapsed.as_secs_f64()) as u64);
+    format!("reading [{done}{open}] {} of {}, {rate}/s", bytes(n), bytes(n_all))
 }
 
 /// A JSON value on one line, with every control character escaped: JSON itself asks that of those below space only, and a terminal
@@ -73,4 +149,18 @@ pub fn command_line() -> String {
 /// A number for JSON, which has no infinity: what is beyond all numbers is null.
 pub fn number(x: f64) -> serde_json::Value {
     serde_json::json!(x.is_finite().then_some(x))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_bar_is_as_long_as_the_share_that_is_read() {
+        let at = |n| bar_text(n, 3_000_000_000, Duration::from_secs(2));
+        assert_eq!(at(0), format!("reading [{}] 0 B of 3.00 GB, 0 B/s", ".".repeat(30)));
+        let third = format!("reading [{}{}] 1.00 GB of 3.00 GB, 500.00 MB/s", "#".repeat(10), ".".repeat(20));
+        assert_eq!(at(1_000_000_000), third);
+        assert!(at(3_000_000_000).contains(&"#".repeat(30)));
+    }
 }

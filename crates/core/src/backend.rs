@@ -152,16 +152,24 @@ impl Heads {
     }
 }
 
+/// Holds bytes of weights: memory, or a mapped file.
+pub trait Storage: AsRef<[u8]> + Send + Sync {
+    /// Told that `range` is about to be read, so that what lies on disk can be asked for. Returns at once.
+    fn will_need(&self, _range: Range<usize>) {}
+}
+
+impl Storage for Vec<u8> {}
+
 /// Bytes that stay where they are, usually in a mapped file.
 #[derive(Clone)]
 pub struct Bytes {
-    owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
+    owner: Arc<dyn Storage>,
     range: Range<usize>,
 }
 
 impl Bytes {
     /// The bytes `range` of `owner`. Panics where the owner is shorter.
-    pub fn new(owner: Arc<dyn AsRef<[u8]> + Send + Sync>, range: Range<usize>) -> Bytes {
+    pub fn new(owner: Arc<dyn Storage>, range: Range<usize>) -> Bytes {
         assert!(range.start <= range.end && range.end <= (*owner).as_ref().len(), "bytes {range:?} exist");
         Bytes { owner, range }
     }
@@ -170,6 +178,11 @@ impl Bytes {
     pub fn from_vec(v: Vec<u8>) -> Bytes {
         let range = 0..v.len();
         Bytes::new(Arc::new(v), range)
+    }
+
+    /// Tells whoever holds the bytes that `range` of them is about to be read.
+    pub fn will_need(&self, range: Range<usize>) {
+        self.owner.will_need(self.range.start + range.start..self.range.start + range.end);
     }
 }
 

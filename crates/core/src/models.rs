@@ -3,7 +3,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
-use crate::backend::{Backend, BackendError, Bytes, WeightData};
+use crate::backend::{Backend, BackendError, Bytes, Storage, WeightData};
 use crate::batch::Batch;
 use crate::gguf::{Gguf, TensorInfo};
 use crate::hparams::{Architecture, Hparams, HparamsError};
@@ -51,7 +51,7 @@ pub enum LoadError {
 pub struct TensorSource<'a, B: Backend> {
     backend: &'a B,
     by_name: HashMap<&'a str, &'a TensorInfo>,
-    parts: &'a [Arc<dyn AsRef<[u8]> + Send + Sync>],
+    parts: &'a [Arc<dyn Storage>],
     arch: Architecture,
     taken: BTreeSet<String>,
 }
@@ -145,7 +145,7 @@ pub fn load<B: Backend>(
     backend: &B,
     gguf: &Gguf,
     h: &Hparams,
-    parts: &[Arc<dyn AsRef<[u8]> + Send + Sync>],
+    parts: &[Arc<dyn Storage>],
 ) -> Result<Model<B::Weight>, LoadError> {
     let by_name = gguf.tensors.iter().map(|t| (t.name.as_str(), t)).collect();
     let mut t = TensorSource { backend, by_name, parts, arch: h.arch, taken: BTreeSet::new() };

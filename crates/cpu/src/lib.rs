@@ -402,6 +402,7 @@ impl Backend for CpuBackend {
         {
             let groups = &mut self.shared().groups;
             groups.by_expert(&routing.ids, w.gate.n_mat());
+            groups.will_need(&w.gate, &w.up, &w.down);
             self.machine().gate_up(groups, (&mut s.gate, &w.gate), (&mut s.up, &w.up), x);
             self.write_rows(&mut s.gate, &|_, _| {});
             self.machine().matmul_grouped(groups, &mut s.down, &w.down, &s.gate);

@@ -114,6 +114,12 @@ impl CpuWeight {
         WeightRows::new(self.data.qtype, bytes, self.data.n_cols)
     }
 
+    /// Tells whoever holds the bytes that matrix `mat` is about to be read.
+    pub fn will_need(&self, mat: usize) {
+        let n = self.data.n_rows * self.data.row_bytes();
+        self.data.bytes.will_need(mat * n..(mat + 1) * n);
+    }
+
     /// Writes row `row` of the first matrix as floats.
     pub fn dequantize(&self, row: usize, out: &mut [f32]) {
         let n = self.data.row_bytes();

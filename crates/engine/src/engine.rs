@@ -11,6 +11,8 @@ use apr_cpu::CpuError;
 
 use crate::chat_template::{ChatInput, ChatTemplate, RenderedPiece, TemplateError};
 use crate::device::{self, Device, DeviceInfo};
+use crate::generate::PREFILL_CHUNK;
+use crate::loading::Loading;
 use crate::memory;
 use crate::model_file::{ModelFile, OpenError};
 use crate::sampler::{SamplerConfig, SamplerError};
@@ -37,6 +39,8 @@ pub struct Engine {
     pub template: Option<ChatTemplate>,
     pub device: DeviceInfo,
     pub session: Box<dyn Session>,
+    /// Weights that are still on their way into memory.
+    pub loading: Loading,
 }
 
 /// Why a model cannot be loaded, or a prompt not be made.
@@ -64,6 +68,10 @@ pub enum EngineError {
         "--ctx {asked} needs {need} bytes for keys and values, but {available} bytes of memory are available; --ctx {fits} would fit"
     )]
     KvMemory { asked: usize, need: u64, available: u64, fits: u64 },
+    #[error(
+        "a step of {n_tokens} tokens needs {need} bytes for activations, but {available} bytes of memory are available"
+    )]
+    BufferMemory { n_tokens: usize, need: u64, available: u64 },
     #[error("8-bit KV needs heads of a multiple of 32 values, this model's have {0}; use --kv f16 or f32")]
     KvType(usize),
     #[error(transparent)]
@@ -86,6 +94,7 @@ impl EngineError {
             self,
             NoGpu
                 | KvMemory { .. }
+                | BufferMemory { .. }
                 | Cpu(CpuError::Threads { .. })
                 | Load(LoadError::Backend(BackendError::OutOfMemory { .. }))
                 | Backend(BackendError::OutOfMemory { .. })
@@ -105,8 +114,14 @@ impl Engine {
     /// # Errors
     /// Whatever is wrong with the file, named; or what the device lacks.
     pub fn load(path: &Path, options: EngineOptions) -> Result<Engine, EngineError> {
+        Engine::load_within(path, options, memory::available())
+    }
+
+    /// As [`load`](Self::load), on a machine with that much memory available.
+    fn load_within(path: &Path, options: EngineOptions, available: Option<u64>) -> Result<Engine, EngineError> {
         let file = ModelFile::open(path)?;
         let hparams = file.hparams()?;
+        let loading = Loading::start(&file, file.file_bytes, available);
         let tokenizer = load_tokenizer(&file.gguf.metadata, &hparams)?;
         let template = load_template(&file.gguf.metadata, &tokenizer)?;
         let n_ctx = options.n_ctx.unwrap_or(hparams.n_ctx_train.min(N_CTX_DEFAULT));
@@ -118,11 +133,12 @@ impl Engine {
         }
         let settings = SessionSettings { kv_type: options.kv_type, n_ctx };
         let (session, device) = device::open(options.device, &file, &hparams, settings)?;
+        // After loading, when the file's tensors vouch for the sizes and their product fits.
+        check_buffers(&hparams, n_ctx.min(PREFILL_CHUNK), available)?;
         if let Some(n_ctx) = options.n_ctx {
-            // After loading, when the file's tensors vouch for the sizes and their product fits.
             check_memory(&*session, n_ctx)?;
         }
-        Ok(Engine { file, hparams, tokenizer, template, device, session })
+        Ok(Engine { file, hparams, tokenizer, template, device, session, loading })
     }
 
     /// Tokens of a conversation, by the file's template.
@@ -196,6 +212,16 @@ fn check_memory(session: &dyn Session, asked: usize) -> Result<(), EngineError> 
     }
 }
 
+/// Refuses a machine that cannot hold the buffers of a prefill's steps: they grow in the middle of one, where nothing else is left than
+/// to end the process.
+fn check_buffers(h: &Hparams, n_tokens: usize, available: Option<u64>) -> Result<(), EngineError> {
+    let need = memory::buffer_bytes(h, n_tokens);
+    match available {
+        Some(available) if available < need => Err(EngineError::BufferMemory { n_tokens, need, available }),
+        _ => Ok(()),
+    }
+}
+
 /// The tokenizer that a file describes.
 ///
 /// # Errors
@@ -235,4 +261,49 @@ fn load_template(m: &Metadata, tokenizer: &Tokenizer) -> Result<Option<ChatTempl
     let control =
         ids.filter(|&id| tokenizer.is_control(id)).filter_map(|id| tokenizer.token_text(id).map(str::to_string));
     Ok(Some(ChatTemplate::parse(source, &control.collect::<Vec<_>>())?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::loading::Way;
+    use crate::session::{Logits, Part, Sequence};
+
+    const TINY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../fixtures/tiny-qwen3moe.gguf");
+
+    fn load(available: Option<u64>) -> Result<Engine, EngineError> {
+        let device = Device::Cpu { n_threads: Some(2), isa: None };
+        Engine::load_within(Path::new(TINY), EngineOptions { device, kv_type: KvType::F16, n_ctx: Some(64) }, available)
+    }
+
+    /// Bits of the logits after a prompt and a step of one token.
+    fn logits(engine: &mut Engine) -> Vec<u32> {
+        let (mut sequence, mut all, mut row) = (Sequence::default(), Vec::new(), Vec::new());
+        for tokens in [&(100..140).collect::<Vec<u32>>()[..], &[7]] {
+            engine.session.step(&mut [Part { sequence: &mut sequence, tokens, logits: Logits::Last }]).unwrap();
+            engine.session.logits(0, &mut row).unwrap();
+            all.extend(row.iter().map(|v| v.to_bits()));
+        }
+        all
+    }
+
+    #[test]
+    fn a_file_larger_than_memory_gives_the_same_bits() {
+        let (mut whole, mut part) = (load(None).unwrap(), load(Some(4 << 20)).unwrap());
+        assert_eq!(whole.loading.way, Way::Cached, "nothing is known of memory, and nothing is done");
+        let need_bytes = part.file.file_bytes;
+        assert_eq!(part.loading.way, Way::OnDemand { need_bytes, available_bytes: 4 << 20 });
+        assert_eq!(logits(&mut whole), logits(&mut part));
+    }
+
+    #[test]
+    fn a_machine_without_room_for_activations_is_refused() {
+        let Err(e) = load(Some(1000)) else { panic!("1000 bytes are not enough") };
+        assert!(e.is_resource(), "exit code 4");
+        let need = memory::buffer_bytes(&load(None).unwrap().hparams, 64);
+        assert_eq!(
+            e.to_string(),
+            format!("a step of 64 tokens needs {need} bytes for activations, but 1000 bytes of memory are available")
+        );
+    }
 }

@@ -8,6 +8,8 @@ pub mod chat_template;
 pub mod device;
 pub mod diff;
 pub mod generate;
+pub mod loading;
+pub mod mapping;
 pub mod memory;
 pub mod model_file;
 pub mod sampler;

@@ -4,10 +4,12 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use apr_core::backend::Storage;
 use apr_core::gguf::{self, Gguf, GgufError};
 use apr_core::hparams::{Hparams, HparamsError};
-use memmap2::Mmap;
 use sha2::{Digest, Sha256};
+
+use crate::mapping::Mapping;
 
 /// An opened model: metadata, tensor directory and the mapped bytes.
 pub struct ModelFile {
@@ -15,7 +17,9 @@ pub struct ModelFile {
     pub path: PathBuf,
     pub gguf: Gguf,
     /// The mapped parts, in the order that [`TensorInfo::part`](apr_core::gguf::TensorInfo) counts.
-    pub parts: Vec<Arc<dyn AsRef<[u8]> + Send + Sync>>,
+    pub parts: Vec<Arc<dyn Storage>>,
+    /// The same.
+    pub(crate) mappings: Vec<Arc<Mapping>>,
     /// Bytes of all parts.
     pub file_bytes: u64,
 }
@@ -44,18 +48,18 @@ impl ModelFile {
             Some(names) => names.iter().map(|n| path.with_file_name(n)).collect(),
             None => vec![path.to_path_buf()],
         };
-        let mut parsed = Vec::new();
-        let mut parts: Vec<Arc<dyn AsRef<[u8]> + Send + Sync>> = Vec::new();
-        let mut file_bytes = 0;
+        let (mut parsed, mut mappings) = (Vec::new(), Vec::new());
         for part in &paths {
-            let map = map(part, paths.len())?;
-            parsed.push(gguf::parse(&map).map_err(|source| OpenError::Gguf { path: part.clone(), source })?);
-            file_bytes += map.len() as u64;
-            parts.push(Arc::new(map));
+            let map = Arc::new(map(part, paths.len())?);
+            let bytes = (*map).as_ref();
+            parsed.push(gguf::parse(bytes).map_err(|source| OpenError::Gguf { path: part.clone(), source })?);
+            mappings.push(map);
         }
+        let file_bytes = mappings.iter().map(|map| (**map).as_ref().len() as u64).sum();
+        let parts = mappings.iter().map(|map| map.clone() as Arc<dyn Storage>).collect();
         // A single file goes the same way: one part of a split model renamed is refused there.
         let gguf = gguf::join(parsed).map_err(|source| OpenError::Gguf { path: path.to_path_buf(), source })?;
-        Ok(ModelFile { path: path.to_path_buf(), gguf, parts, file_bytes })
+        Ok(ModelFile { path: path.to_path_buf(), gguf, parts, mappings, file_bytes })
     }
 
     /// The model's hyper-parameters.
@@ -86,7 +90,7 @@ impl ModelFile {
     }
 }
 
-fn map(path: &Path, n_parts: usize) -> Result<Mmap, OpenError> {
+fn map(path: &Path, n_parts: usize) -> Result<Mapping, OpenError> {
     let io = |source: std::io::Error| match source.kind() {
         std::io::ErrorKind::NotFound if n_parts > 1 => OpenError::PartMissing { path: path.to_path_buf(), n_parts },
         _ => OpenError::Io { path: path.to_path_buf(), source },
@@ -100,7 +104,5 @@ fn map(path: &Path, n_parts: usize) -> Result<Mmap, OpenError> {
         return Err(OpenError::NotAFile { path: path.to_path_buf(), what: "empty" });
     }
     let file = File::open(path).map_err(io)?;
-    // SAFETY: the mapping is read-only and private to this process. Another process that writes to or truncates the file while it is
-    // mapped breaks this; that is the documented price of running from the page cache, as in every engine that maps its weights.
-    unsafe { Mmap::map(&file) }.map_err(io)
+    Mapping::new(&file).map_err(io)
 }

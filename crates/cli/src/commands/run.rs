@@ -58,7 +58,7 @@ pub struct Args {
     /// Print one JSON object: text, tokens, finish reason, timings
     #[arg(long)]
     json: bool,
-    /// No timings on stderr
+    /// No timings and no progress on stderr
     #[arg(long, short)]
     quiet: bool,
 }
@@ -113,7 +113,7 @@ impl SamplingArgs {
 pub fn run(args: Args) -> Result<Done> {
     let kwargs = kwargs(args.chat_template_kwargs.as_deref())?;
     let start = Instant::now();
-    let mut engine = args.load.load()?;
+    let mut engine = if args.quiet { args.load.load_quietly()? } else { args.load.load()? };
     let load_s = start.elapsed().as_secs_f64();
     let text = prompt_text(&args)?;
     let prompt = prompt_tokens(&engine, &args, text, kwargs)?;

@@ -63,6 +63,12 @@ impl Groups {
         self.tokens.clone_from(&self.slots);
     }
 
+    /// Tells that these experts' matrices are about to be read, in the order in which they are.
+    pub fn will_need(&self, gate: &CpuWeight, up: &CpuWeight, down: &CpuWeight) {
+        self.experts.iter().for_each(|(e, _)| [gate, up].iter().for_each(|w| w.will_need(*e)));
+        self.experts.iter().for_each(|(e, _)| down.will_need(*e));
+    }
+
     /// The slots of the `i`-th group.
     fn slots(&self, i: usize) -> &[u32] {
         &self.slots[self.experts[i].1.clone()]

@@ -1,0 +1,143 @@
+//! A file's bytes as memory: the mapping, what the system is told about it and what it says. Weights are used where they lie in the
+//! page cache; the only copy is the system's own.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use apr_core::backend::Storage;
+use memmap2::{Advice, Mmap};
+
+/// Bytes asked for in one call. The system asks the disk for no more than the disk takes in one request, and forgets the rest:
+/// 512 KiB is what the smallest of common disks take.
+const ASK_BYTES: usize = 512 << 10;
+/// Machines have pages of 4 to 64 KiB.
+const PAGE_BYTES_MIN: usize = 4 << 10;
+pub const PAGE_BYTES_MAX: usize = 64 << 10;
+
+/// A mapped file.
+pub struct Mapping {
+    map: Mmap,
+    /// Whether to ask the disk for what is about to be read.
+    asks: AtomicBool,
+}
+
+impl Mapping {
+    /// Maps a file as a whole.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn new(file: &File) -> io::Result<Mapping> {
+        // SAFETY: the mapping is read-only and private to this process. Another process that writes to or truncates the file while it
+        // is mapped breaks this; that is the documented price of running from the page cache, as in every engine that maps its weights.
+        let map = unsafe { Mmap::map(file) }?;
+        Ok(Mapping { map, asks: AtomicBool::new(false) })
+    }
+
+    /// Whether what is about to be read is asked for from now on. That takes calls to the system for every expert, which pay while weights
+    /// come from disk only.
+    pub fn set_asks(&self, asks: bool) {
+        self.asks.store(asks, Ordering::Relaxed);
+    }
+
+    /// Whether what is about to be read is asked for.
+    #[cfg(test)]
+    pub fn asks(&self) -> bool {
+        self.asks.load(Ordering::Relaxed)
+    }
+
+    /// Whether the page at `offset`, a multiple of [`PAGE_BYTES_MAX`], is in memory. True where the system does not tell, as Linux
+    /// does not for a file that belongs to another user.
+    #[cfg(target_os = "linux")]
+    pub fn is_resident(&self, offset: usize) -> bool {
+        assert!(offset.is_multiple_of(PAGE_BYTES_MAX), "offset {offset} begins a page");
+        let (start, mut page) = (self.map[offset..].as_ptr(), 1u8);
+        // SAFETY: one byte at `start` lies in the mapping, which lives as long as `self`; a mapping begins with a page, so `start` is
+        // aligned. The system writes one byte, for the one page that holds it.
+        let status = unsafe { libc::mincore(start.cast_mut().cast(), 1, &mut page) };
+        status != 0 || page & 1 == 1
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    pub fn is_resident(&self, _: usize) -> bool {
+        true
+    }
+
+    /// Reads a range from disk and returns when it is in memory.
+    pub fn read(&self, range: Range<usize>) {
+        self.ask(range.clone());
+        if self.populate(&range).is_err() {
+            // An older system, or another one: touching a page does the same, one at a time.
+            for at in range.step_by(PAGE_BYTES_MIN) {
+                std::hint::black_box(self.map[at]);
+            }
+        }
+    }
+
+    #[cfg(target_os = "linux")]
+    fn populate(&self, range: &Range<usize>) -> io::Result<()> {
+        match self.map.advise_range(Advice::PopulateRead, range.start, range.len()) {
+            Err(e) if e.kind() == io::ErrorKind::InvalidInput => Err(e),
+            // What cannot be read is found by whoever computes with it.
+            _ => Ok(()),
+        }
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    fn populate(&self, _: &Range<usize>) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// Asks for a range without waiting for it.
+    fn ask(&self, range: Range<usize>) {
+        #[cfg(unix)]
+        for at in range.clone().step_by(ASK_BYTES) {
+            // Advice that is not taken changes no result.
+            let _ = self.map.advise_range(Advice::WillNeed, at, ASK_BYTES.min(range.end - at));
+        }
+    }
+
+    /// Says that pages of a range are read in no order, so that no neighbours are read with them.
+    pub fn read_at_random(&self, range: Range<usize>) {
+        #[cfg(unix)]
+        let _ = self.map.advise_range(Advice::Random, range.start, range.len());
+    }
+}
+
+impl AsRef<[u8]> for Mapping {
+    fn as_ref(&self) -> &[u8] {
+        &self.map
+    }
+}
+
+impl Storage for Mapping {
+    fn will_need(&self, range: Range<usize>) {
+        if self.asks.load(Ordering::Relaxed) {
+            self.ask(range);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn reading_and_asking_change_no_byte_at_any_edge() {
+        let bytes: Vec<u8> = (0..1_200_001u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&bytes).unwrap();
+        let mapping = Mapping::new(&file).unwrap();
+        for range in [0..bytes.len(), 4097..4097, 5000..700_001, bytes.len() - 1..bytes.len()] {
+            mapping.read(range.clone());
+            mapping.read_at_random(range.clone());
+            mapping.set_asks(true);
+            mapping.will_need(range);
+        }
+        assert!(mapping.as_ref() == bytes);
+        assert!((0..bytes.len()).step_by(PAGE_BYTES_MAX).all(|at| mapping.is_resident(at)), "it was just written");
+    }
+}
