@@ -1,4 +1,7 @@
 //! Generation: prefill, then token by token until an end of turn, a stop string, the limit or a cancellation.
+//!
+//! A step may compute guessed tokens along with the newest. Their logits are those that a step of each alone would give, bit for bit, and
+//! each position is sampled once, in order; a guess only decides whether the logits of the next position are there already.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -7,6 +10,7 @@ use crate::engine::Engine;
 use crate::memory;
 use crate::sampler::{Sampler, SamplerConfig, SamplerError};
 use crate::session::{Logits, Part, Sequence, StepError};
+use crate::speculate::{NoSpeculation, Speculate, Speculator};
 use crate::text_stream::TextStream;
 
 /// Tokens of a prompt that go through the model together. More of them share each expert's weights, fewer keep buffers small.
@@ -25,6 +29,8 @@ pub struct Request {
     pub ignore_eos: bool,
     /// Shows the text of CONTROL tokens.
     pub show_control: bool,
+    /// Guesses tokens from the text itself where that promises to be faster. The answer is the same.
+    pub speculate: bool,
 }
 
 /// Why generation ended.
@@ -60,14 +66,25 @@ pub struct Generated {
     pub seed: u64,
     pub n_prompt: usize,
     pub prefill: Duration,
-    /// Time of the steps after the first token.
+    /// Time after the prefill.
     pub decode: Duration,
-    /// Steps in `decode`.
-    pub n_decode_step: usize,
+    /// Tokens that steps in `decode` gave, an end-of-turn token too; the first comes of the prefill.
+    pub n_decode_token: usize,
+    pub speculation: SpeculationCounts,
     /// Bytes read in `decode`, where the backend counts them.
     pub decode_read_bytes: Option<u64>,
     /// Bytes of keys and values at the end.
     pub kv_bytes: usize,
+}
+
+/// What came of guessing tokens.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SpeculationCounts {
+    /// Steps that computed guessed tokens.
+    pub n_step: usize,
+    /// Tokens guessed, and those of them that were sampled.
+    pub n_drafted: usize,
+    pub n_accepted: usize,
 }
 
 /// Why generation failed.
@@ -102,9 +119,23 @@ pub fn generate(
     cancel: &AtomicBool,
     on_text: &mut dyn FnMut(&str),
 ) -> Result<Generated, GenerateError> {
+    if request.speculate {
+        generate_with(engine, request, &mut Speculator::new(&request.prompt), cancel, on_text)
+    } else {
+        generate_with(engine, request, &mut NoSpeculation, cancel, on_text)
+    }
+}
+
+fn generate_with(
+    engine: &mut Engine,
+    request: &Request,
+    speculator: &mut dyn Speculate,
+    cancel: &AtomicBool,
+    on_text: &mut dyn FnMut(&str),
+) -> Result<Generated, GenerateError> {
     let max_tokens = check_fits(engine, request.prompt.len(), request.max_tokens)?;
     let mut sequence = Sequence::default();
-    let mut result = run(engine, request, max_tokens, &mut sequence, cancel, on_text);
+    let mut result = run(engine, request, max_tokens, &mut sequence, speculator, cancel, on_text);
     if let Ok(generated) = &mut result {
         generated.kv_bytes = engine.session.kv_bytes();
     }
@@ -162,23 +193,13 @@ fn run(
     request: &Request,
     max_tokens: usize,
     sequence: &mut Sequence,
+    speculator: &mut dyn Speculate,
     cancel: &AtomicBool,
     on_text: &mut dyn FnMut(&str),
 ) -> Result<Generated, GenerateError> {
     let mut sampler = Sampler::new(request.sampler.clone())?;
     request.prompt.iter().for_each(|&t| sampler.accept(t));
-    let mut out = Generated {
-        text: String::new(),
-        tokens: Vec::new(),
-        finish: Finish::Length,
-        seed: sampler.seed(),
-        n_prompt: request.prompt.len(),
-        prefill: Duration::ZERO,
-        decode: Duration::ZERO,
-        n_decode_step: 0,
-        decode_read_bytes: None,
-        kv_bytes: 0,
-    };
+    let mut out = Generated::nothing(request, sampler.seed());
     let start = Instant::now();
     if !prefill(engine, sequence, &request.prompt, cancel)? {
         out.finish = Finish::Cancelled;
@@ -188,10 +209,17 @@ fn run(
     let (start, read_before) = (Instant::now(), engine.session.read_bytes());
     let mut stream = TextStream::new(request.stop.clone());
     let (mut logits, mut bytes) = (Vec::new(), Vec::new());
+    // Tokens guessed for the last step, and how many of them have been sampled since.
+    let (mut draft, mut n_right) = (Vec::new(), 0);
     while out.tokens.len() < max_tokens {
-        engine.session.logits(0, &mut logits)?;
+        engine.session.logits(n_right, &mut logits)?;
         let token = sampler.sample(&logits)?;
         sampler.accept(token);
+        speculator.push(token);
+        let was_guessed = draft.get(n_right) == Some(&token);
+        n_right += usize::from(was_guessed);
+        out.speculation.n_accepted += usize::from(was_guessed);
+        out.n_decode_token += 1;
         if !request.ignore_eos && engine.tokenizer.end_of_turn().contains(&token) {
             out.finish = Finish::Stop;
             break;
@@ -209,15 +237,62 @@ fn run(
             out.finish = Finish::Cancelled;
             break;
         }
-        if out.tokens.len() < max_tokens {
-            engine.session.step(&mut [Part { sequence: &mut *sequence, tokens: &[token], logits: Logits::Last }])?;
-            out.n_decode_step += 1;
+        let n_left = max_tokens - out.tokens.len();
+        if n_left > 0 && !was_guessed {
+            sequence.truncate(out.n_prompt + out.tokens.len() - 1);
+            draft = speculator.draft(n_left - 1);
+            n_right = 0;
+            step(engine, sequence, token, &draft, speculator)?;
+            out.speculation.count(draft.len());
         }
     }
     emit(&stream.finish().text, &mut out.text, on_text);
+    // The first token was the prefill's.
+    out.n_decode_token = out.n_decode_token.saturating_sub(1);
     out.decode = start.elapsed();
     out.decode_read_bytes = engine.session.read_bytes().zip(read_before).map(|(after, before)| after - before);
     Ok(out)
+}
+
+/// Computes the newest token, and what is guessed to come after it.
+fn step(
+    engine: &mut Engine,
+    sequence: &mut Sequence,
+    newest: u32,
+    draft: &[u32],
+    speculator: &mut dyn Speculate,
+) -> Result<(), StepError> {
+    let tokens = [&[newest], draft].concat();
+    let start = Instant::now();
+    engine.session.step(&mut [Part { sequence, tokens: &tokens, logits: Logits::All }])?;
+    speculator.stepped(draft.len(), start.elapsed());
+    Ok(())
+}
+
+impl Generated {
+    fn nothing(request: &Request, seed: u64) -> Generated {
+        Generated {
+            text: String::new(),
+            tokens: Vec::new(),
+            finish: Finish::Length,
+            seed,
+            n_prompt: request.prompt.len(),
+            prefill: Duration::ZERO,
+            decode: Duration::ZERO,
+            n_decode_token: 0,
+            speculation: SpeculationCounts::default(),
+            decode_read_bytes: None,
+            kv_bytes: 0,
+        }
+    }
+}
+
+impl SpeculationCounts {
+    /// Counts a step with a draft of `n` tokens.
+    fn count(&mut self, n: usize) {
+        self.n_step += usize::from(n > 0);
+        self.n_drafted += n;
+    }
 }
 
 fn emit(text: &str, all: &mut String, on_text: &mut dyn FnMut(&str)) {
@@ -226,3 +301,6 @@ fn emit(text: &str, all: &mut String, on_text: &mut dyn FnMut(&str)) {
         on_text(text);
     }
 }
+
+#[cfg(test)]
+mod tests;

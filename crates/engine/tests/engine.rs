@@ -30,6 +30,7 @@ fn request(n: usize) -> Request {
         stop: Vec::new(),
         ignore_eos: true,
         show_control: false,
+        speculate: true,
     }
 }
 

@@ -52,6 +52,9 @@ pub struct Args {
     /// Go on after an end of turn
     #[arg(long)]
     ignore_eos: bool,
+    /// Never guess tokens from the text itself; the answer is the same, and may come slower
+    #[arg(long)]
+    no_speculate: bool,
     /// Check the contracts on this model first, and refuse to answer where one is broken
     #[arg(long)]
     verify: bool,
@@ -124,6 +127,7 @@ pub fn run(args: Args) -> Result<Done> {
         stop: args.stop.clone(),
         ignore_eos: args.ignore_eos,
         show_control: args.special,
+        speculate: !args.no_speculate,
     };
     if args.verify {
         verify::or_refuse(&mut engine)?;
@@ -222,7 +226,7 @@ fn on_ctrl_c() -> Result<(Arc<AtomicBool>, Arc<AtomicBool>)> {
     Ok((cancel, answering))
 }
 
-/// Steps per second, where there were any.
+/// Tokens per second, where there were any.
 fn rate(n: usize, seconds: f64) -> Option<f64> {
     (n > 0 && seconds > 0.0).then(|| n as f64 / seconds)
 }
@@ -232,15 +236,19 @@ fn summary(g: &Generated, is_random: bool) -> String {
     let speed = |n, time: std::time::Duration| {
         rate(n, time.as_secs_f64()).map_or(String::new(), |r| format!(" ({r:.1} tok/s)"))
     };
-    let bandwidth = g.decode_read_bytes.filter(|_| g.n_decode_step > 0);
+    let bandwidth = g.decode_read_bytes.filter(|_| g.n_decode_token > 0);
     let bandwidth =
         bandwidth.map_or(String::new(), |b| format!(", {:.1} GB/s", b as f64 / g.decode.as_secs_f64() / 1e9));
+    let guessed = match g.speculation {
+        s if s.n_step == 0 => String::new(),
+        s => format!(", {} of {} guessed in {} steps", s.n_accepted, s.n_drafted, s.n_step),
+    };
     format!(
-        "[prompt {} tokens{}; answer {} tokens{}{bandwidth}; ended by {}{}]",
+        "[prompt {} tokens{}; answer {} tokens{}{bandwidth}{guessed}; ended by {}{}]",
         g.n_prompt,
         speed(g.n_prompt, g.prefill),
         g.tokens.len(),
-        speed(g.n_decode_step, g.decode),
+        speed(g.n_decode_token, g.decode),
         g.finish.name(),
         if is_random { format!("; seed {}", g.seed) } else { String::new() }
     )
@@ -248,7 +256,7 @@ fn summary(g: &Generated, is_random: bool) -> String {
 
 fn report(engine: &Engine, g: &Generated, load_s: f64) -> Value {
     let decode_s = g.decode.as_secs_f64();
-    let per_step = g.decode_read_bytes.filter(|_| g.n_decode_step > 0);
+    let read_bytes = g.decode_read_bytes.filter(|_| g.n_decode_token > 0);
     json!({
         "schema": "apr.run/1",
         "text": g.text,
@@ -257,15 +265,20 @@ fn report(engine: &Engine, g: &Generated, load_s: f64) -> Value {
         "prompt_tokens": g.n_prompt,
         "completion_tokens": g.tokens.len(),
         "seed": g.seed,
+        "speculation": {
+            "steps": g.speculation.n_step,
+            "drafted": g.speculation.n_drafted,
+            "accepted": g.speculation.n_accepted,
+        },
         "device": engine.device.name,
         "timings": {
             "load_s": load_s,
             "prefill_s": g.prefill.as_secs_f64(),
             "prefill_tok_per_s": rate(g.n_prompt, g.prefill.as_secs_f64()),
             "decode_s": decode_s,
-            "decode_tok_per_s": rate(g.n_decode_step, decode_s),
-            "read_bytes_per_token": per_step.map(|b| b / g.n_decode_step as u64),
-            "read_gb_per_s": per_step.map(|b| b as f64 / decode_s / 1e9),
+            "decode_tok_per_s": rate(g.n_decode_token, decode_s),
+            "read_bytes_per_token": read_bytes.map(|b| b / g.n_decode_token as u64),
+            "read_gb_per_s": read_bytes.map(|b| b as f64 / decode_s / 1e9),
         },
         "memory": {"model_bytes": engine.file.file_bytes, "kv_bytes": g.kv_bytes},
     })
