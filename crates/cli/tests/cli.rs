@@ -43,11 +43,13 @@ fn stdout_is_the_answer_and_stderr_the_rest() {
 #[test]
 fn json_has_the_documented_keys() {
     let report = run(&["hi", "-n", "4", "--seed", "7", "--json"]).json();
-    let expected = "schema text tokens finish_reason prompt_tokens completion_tokens seed device timings memory";
+    let expected =
+        "schema text tokens finish_reason prompt_tokens completion_tokens seed speculation device timings memory";
     assert_eq!(keys(&report).join(" "), expected);
     assert_eq!((&report["schema"], &report["finish_reason"]), (&"apr.run/1".into(), &"length".into()));
     assert_eq!((&report["prompt_tokens"], &report["seed"]), (&12.into(), &7.into()));
     assert_eq!(report["tokens"].as_array().unwrap().len(), 4);
+    assert_eq!(keys(&report["speculation"]), ["steps", "drafted", "accepted"]);
     let timings = &report["timings"];
     for key in ["load_s", "prefill_s", "prefill_tok_per_s", "decode_s", "decode_tok_per_s", "read_gb_per_s"] {
         assert!(timings[key].as_f64().unwrap() > 0.0, "{key}: {timings}");
@@ -74,6 +76,34 @@ fn one_seed_is_one_text_at_any_thread_count() {
     assert_eq!(drawn["tokens"], again["tokens"]);
     // Greedy needs no seed.
     assert_eq!(run(&["hi", "-n", "8"]).answer(), run(&["hi", "-n", "8", "--temperature", "0"]).answer());
+}
+
+#[test]
+fn guessed_tokens_change_nothing_but_the_time() {
+    // This model hardly repeats itself: penalties that encourage it make it loop.
+    let loops = ["--frequency-penalty", "-2", "--presence-penalty", "-2"];
+    let report = |args: &[&str]| run(&[&["hi", "-n", "200", "--ignore-eos", "--json"], args].concat()).json();
+    for sampling in
+        [&loops[..], &["--temp", "0.5", "--seed", "3"], &["--temp", "1", "--seed", "4", "--repeat-penalty", "0.5"]]
+    {
+        let plain = report(&[sampling, &["--no-speculate"]].concat());
+        let guessed = report(sampling);
+        for key in ["text", "tokens", "finish_reason"] {
+            assert_eq!(guessed[key], plain[key], "{sampling:?}");
+        }
+        assert!(["steps", "drafted", "accepted"].iter().all(|key| plain["speculation"][key] == 0), "{plain}");
+        // Timings count tokens, however many steps they took.
+        let timings = &guessed["timings"];
+        let n = timings["decode_tok_per_s"].as_f64().unwrap() * timings["decode_s"].as_f64().unwrap();
+        assert!((n - 199.0).abs() < 1e-6, "{n} tokens after the first");
+    }
+    let speculation = report(&loops)["speculation"].clone();
+    assert!(
+        speculation["steps"].as_u64().unwrap() > 0 && speculation["accepted"].as_u64().unwrap() > 0,
+        "{speculation}"
+    );
+    let summary = run(&[&["hi", "-n", "200", "--ignore-eos"], &loops[..]].concat()).err;
+    assert!(summary.contains(" guessed in "), "{summary}");
 }
 
 #[test]

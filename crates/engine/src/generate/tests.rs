@@ -179,6 +179,12 @@ fn a_model_that_loops_is_guessed() {
     assert!(counts.n_step > 0 && counts.n_accepted > 0, "{counts:?}");
 }
 
+/// Tokens, and how often they come again.
+type Repeated = (Vec<u32>, usize);
+
+/// Twice the temperature, the repetition penalty, the seed, and tokens to generate.
+type Setting = (u32, f32, u64, usize);
+
 #[test]
 fn prompts_that_repeat_themselves_give_the_same_with_and_without_guesses() {
     let engine = RefCell::new(load(160));
@@ -186,7 +192,7 @@ fn prompts_that_repeat_themselves_give_the_same_with_and_without_guesses() {
     let parts = proptest::collection::vec((part, 0..4_usize), 1..4);
     let settings = (0..3_u32, 0.5..2.0_f32, any::<u64>(), 1..60_usize);
     let mut runner = TestRunner::new(Config { cases: 24, failure_persistence: None, ..Config::default() });
-    let run = |(parts, (warmth, penalty, seed, n)): (Vec<(Vec<u32>, usize)>, (u32, f32, u64, usize))| {
+    let run = |(parts, (warmth, penalty, seed, n)): (Vec<Repeated>, Setting)| {
         let prompt = parts.iter().flat_map(|(part, again)| part.repeat(again + 1)).map(|t| 300 + 11 * t).take(100);
         let mut request = Request { prompt: prompt.collect(), ..random(n, seed) };
         request.sampler.temperature = warmth as f32 / 2.0;
