@@ -1,8 +1,10 @@
 //! The thread pool: one leader, some workers, one parallel loop at a time.
 //!
-//! A forward pass runs hundreds of short loops per token. The leader opens a loop, workers that are awake join it, every thread takes
-//! tasks from one counter, and the leader closes the loop when the tasks are gone. A worker that the system has descheduled has not
-//! joined and is not waited for. Workers spin briefly between loops, then yield, then sleep until the next one is opened.
+//! A forward pass runs hundreds of short loops per token. The leader opens a loop, workers that are awake join it, every thread works
+//! through a run of tasks of its own and then takes from the ends of the others', and the leader closes the loop when the tasks are
+//! gone. Neighbouring tasks mostly read neighbouring memory, which a thread that keeps to its run streams without a break. A worker
+//! that the system has descheduled has not joined and is not waited for; others do its tasks. Workers spin briefly between loops, then
+//! yield, then sleep until the next one is opened.
 
 use std::cell::UnsafeCell;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
@@ -20,8 +22,9 @@ const YIELDS: u32 = 200;
 struct Shared {
     /// Generation in the high half; [`OPEN`] while a loop takes workers; the number that have joined below.
     word: AtomicU64,
-    job: UnsafeCell<Option<(*const Job<'static>, usize)>>,
-    next: Padded<AtomicUsize>,
+    job: UnsafeCell<Option<*const Job<'static>>>,
+    /// The tasks left of each thread's run.
+    runs: Box<[Run]>,
     panicked: AtomicBool,
     stop: AtomicBool,
     asleep: AtomicUsize,
@@ -29,9 +32,37 @@ struct Shared {
     wake: Condvar,
 }
 
-/// Keeps the task counter, which every thread writes, on a cache line of its own.
+/// Consecutive tasks: the first in the high half, the end in the low half. On a cache line of its own, as several threads write it.
 #[repr(align(128))]
-struct Padded<T>(T);
+struct Run(AtomicU64);
+
+impl Run {
+    /// Begins a run. No loop is open, so nobody takes from it.
+    fn set(&self, tasks: std::ops::Range<usize>) {
+        self.0.store((tasks.start as u64) << 32 | tasks.end as u64, Ordering::Relaxed);
+    }
+
+    /// The first task left.
+    fn first(&self) -> Option<usize> {
+        self.take(|start, end| (start + 1, end)).map(|(start, _)| start)
+    }
+
+    /// The last task left.
+    fn last(&self) -> Option<usize> {
+        self.take(|start, end| (start, end - 1)).map(|(_, end)| end - 1)
+    }
+
+    /// Replaces the run by what `rest` leaves of it, unless it is empty; what it was is returned.
+    fn take(&self, rest: impl Fn(usize, usize) -> (usize, usize)) -> Option<(usize, usize)> {
+        let halves = |run: u64| ((run >> 32) as usize, (run & 0xffff_ffff) as usize);
+        let shorter = |run| {
+            let (start, end) = halves(run);
+            let (first, last) = if start < end { rest(start, end) } else { return None };
+            Some((first as u64) << 32 | last as u64)
+        };
+        self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, shorter).ok().map(halves)
+    }
+}
 
 // SAFETY: `job` is written by the leader only while no loop is open and no worker is joined, and read by workers only after they
 // joined an open loop through `word`, whose acquire and release order the accesses. The pointer it holds is to a `Sync` closure.
@@ -57,7 +88,7 @@ impl Pool {
         let shared = Arc::new(Shared {
             word: AtomicU64::new(0),
             job: UnsafeCell::new(None),
-            next: Padded(AtomicUsize::new(0)),
+            runs: (0..n_threads).map(|_| Run(AtomicU64::new(0))).collect(),
             panicked: AtomicBool::new(false),
             stop: AtomicBool::new(false),
             asleep: AtomicUsize::new(0),
@@ -91,8 +122,12 @@ impl Pool {
         // SAFETY: the lifetime is erased only until this function returns: the loop is closed and left by all workers before that.
         let job: *const Job<'static> = unsafe { std::mem::transmute::<&Job<'_>, &'static Job<'static>>(f) };
         // SAFETY: no loop is open and nobody is joined (the previous `run` waited for that), so no worker reads `job` now.
-        unsafe { *s.job.get() = Some((job, n_tasks)) };
-        s.next.0.store(0, Ordering::Relaxed);
+        unsafe { *s.job.get() = Some(job) };
+        assert!(n_tasks <= u32::MAX as usize, "{n_tasks} tasks are more than a run can count");
+        let share = n_tasks.div_ceil(s.runs.len());
+        for (i, run) in s.runs.iter().enumerate() {
+            run.set((i * share).min(n_tasks)..((i + 1) * share).min(n_tasks));
+        }
         let generation = (s.word.load(Ordering::Relaxed) >> 32) + 1;
         s.word.store(generation << 32 | OPEN, Ordering::Release);
         fence(Ordering::SeqCst);
@@ -100,7 +135,7 @@ impl Pool {
             let _guard = s.lock.lock().unwrap_or_else(|e| e.into_inner());
             s.wake.notify_all();
         }
-        let mine = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| take_tasks(s, f, n_tasks, 0)));
+        let mine = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| take_tasks(s, f, 0)));
         s.word.fetch_and(!OPEN, Ordering::AcqRel);
         let mut waited = 0u32;
         while s.word.load(Ordering::Acquire) & JOINED != 0 {
@@ -128,14 +163,15 @@ impl Drop for Pool {
     }
 }
 
-/// Takes tasks until none is left.
-fn take_tasks(s: &Shared, f: &Job<'_>, n_tasks: usize, thread: usize) {
-    loop {
-        let task = s.next.0.fetch_add(1, Ordering::Relaxed);
-        if task >= n_tasks {
-            return;
-        }
+/// Takes the thread's own tasks, then the others' from their ends, until none is left.
+fn take_tasks(s: &Shared, f: &Job<'_>, thread: usize) {
+    while let Some(task) = s.runs[thread].first() {
         f(thread, task);
+    }
+    for other in (1..s.runs.len()).map(|i| &s.runs[(thread + i) % s.runs.len()]) {
+        while let Some(task) = other.last() {
+            f(thread, task);
+        }
     }
 }
 
@@ -148,10 +184,10 @@ fn work(s: &Shared, thread: usize) {
         }
         last = word >> 32;
         // SAFETY: this worker has joined an open loop, so the leader waits for it before it changes or drops the job.
-        let (job, n_tasks) = unsafe { (*s.job.get()).expect("an open loop has a job") };
+        let job = unsafe { (*s.job.get()).expect("an open loop has a job") };
         // SAFETY: as above; the closure outlives the loop.
         let job = unsafe { &*job };
-        let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| take_tasks(s, job, n_tasks, thread)));
+        let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| take_tasks(s, job, thread)));
         if done.is_err() {
             s.panicked.store(true, Ordering::Relaxed);
         }

@@ -13,7 +13,6 @@ mod vectors;
 use apr_core::qtype::GgmlType;
 
 use super::k_quants::K45;
-use super::load::prefetch;
 use super::q6_k::Q6K;
 use super::small::{Nibbles, Q8};
 use super::{Format, Strip, float, prefetch_distance, quantize};
@@ -149,11 +148,7 @@ fn unpack<F: Format>(w: &WeightRows<'_>, first: usize, strips: usize, panels: &m
         let strip = Strip { rows, n_blocks, ahead };
         for (s, panel) in panels.iter_mut().skip(h).step_by(strips).enumerate() {
             let at = s * row_bytes_of_super;
-            for row in rows {
-                for line in (0..row_bytes_of_super).step_by(64) {
-                    prefetch(&row[at..], ahead + line);
-                }
-            }
+            strip.fetch(STRIP * at, STRIP * row_bytes_of_super);
             // SAFETY: this function itself runs only with the features that `Format` asks for.
             unsafe { F::unpack(&strip, s, panel) };
         }
