@@ -1,7 +1,11 @@
 //! Float loops of the CPU backend: the small matrix product of attention, exponentials, norms.
 //!
-//! One source for every ISA: the bodies are inlined into functions that enable the ISA's features, one table per ISA. Every sum has an
+//! Portable bodies are inlined into functions that enable an ISA's features, one table per ISA; where that gives poor code, the ISA
+//! has its own. Every sum has an
 //! order of its own that does not depend on how many rows are computed together.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
 
 use apr_core::stats::RowStats;
 
@@ -104,47 +108,12 @@ static AVX2: FloatKernels = FloatKernels {
     row_stats: avx2::row_stats,
 };
 
-#[cfg(target_arch = "x86_64")]
-mod avx2 {
-    use super::{Gemm, body};
-
-    #[target_feature(enable = "avx2,fma,f16c")]
-    pub fn gemm(g: Gemm<'_>) {
-        body::gemm::<true>(g)
-    }
-
-    #[target_feature(enable = "avx2,fma,f16c")]
-    pub fn softmax_tile(scores: &mut [f32], scale: f32) -> (f32, f32) {
-        body::softmax_tile::<true>(scores, scale)
-    }
-
-    #[target_feature(enable = "avx2,fma,f16c")]
-    pub fn swiglu(gate: &mut [f32], up: &[f32]) {
-        body::swiglu::<true>(gate, up)
-    }
-
-    #[target_feature(enable = "avx2,fma,f16c")]
-    pub fn normalise(x: &[f32], w: &[f32], eps: f32, out: &mut [f32]) {
-        body::normalise::<true>(x, w, eps, out)
-    }
-
-    #[target_feature(enable = "avx2,fma,f16c")]
-    pub fn axpby(y: &mut [f32], a: f32, x: &[f32], b: f32) {
-        body::axpby::<true>(y, a, x, b)
-    }
-
-    #[target_feature(enable = "avx2,fma,f16c")]
-    pub fn row_stats(values: &[f32]) -> super::RowStats {
-        body::row_stats(values)
-    }
-}
-
 /// The loops themselves, written over arrays of eight lanes. `FMA` says whether a fused multiply-add is one instruction.
 mod body {
     use super::{Gemm, RowStats};
 
     const LANES: usize = 8;
-    type Lanes = [f32; LANES];
+    pub type Lanes = [f32; LANES];
 
     #[inline(always)]
     fn mul_add<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
@@ -157,64 +126,34 @@ mod body {
     }
 
     #[inline(always)]
-    pub fn gemm<const FMA: bool>(g: Gemm<'_>) {
-        let Gemm { m, n, k, a, lda, b, ldb, c, ldc } = g;
-        let n_wide = n / (2 * LANES) * (2 * LANES);
-        let mut i = 0;
-        while i < m {
-            let rows = (m - i).min(4);
-            for j in (0..n_wide).step_by(2 * LANES) {
-                let (a, b, c) = (&a[i * lda..], &b[j..], &mut c[i * ldc + j..]);
-                match rows {
-                    4 => gemm_tile::<FMA, 4>(k, a, lda, b, ldb, c, ldc),
-                    3 => gemm_tile::<FMA, 3>(k, a, lda, b, ldb, c, ldc),
-                    2 => gemm_tile::<FMA, 2>(k, a, lda, b, ldb, c, ldc),
-                    _ => gemm_tile::<FMA, 1>(k, a, lda, b, ldb, c, ldc),
+    pub fn gemm<const FMA: bool>(mut g: Gemm<'_>) {
+        gemm_columns::<FMA>(&mut g, 0);
+    }
+
+    /// Columns `from ..` of the product.
+    #[inline(always)]
+    pub fn gemm_columns<const FMA: bool>(g: &mut Gemm<'_>, from: usize) {
+        if from == g.n {
+            return;
+        }
+        for i in 0..g.m {
+            let c = &mut g.c[i * g.ldc + from..i * g.ldc + g.n];
+            c.fill(0.0);
+            for (p, &x) in g.a[i * g.lda..][..g.k].iter().enumerate() {
+                for (c, &b) in c.iter_mut().zip(&g.b[p * g.ldb + from..]) {
+                    *c = mul_add::<FMA>(x, b, *c);
                 }
             }
-            for i in i..i + rows {
-                for j in n_wide..n {
-                    let mut sum = 0.0;
-                    for p in 0..k {
-                        sum = mul_add::<FMA>(a[i * lda + p], b[p * ldb + j], sum);
-                    }
-                    c[i * ldc + j] = sum;
-                }
-            }
-            i += rows;
         }
     }
 
-    /// `R` rows by 16 columns, in registers.
-    #[inline(always)]
-    fn gemm_tile<const FMA: bool, const R: usize>(
-        k: usize,
-        a: &[f32],
-        lda: usize,
-        b: &[f32],
-        ldb: usize,
-        c: &mut [f32],
-        ldc: usize,
-    ) {
-        let mut acc = [[[0f32; LANES]; 2]; R];
-        for p in 0..k {
-            let b = &b[p * ldb..p * ldb + 2 * LANES];
-            let (b0, b1): (&Lanes, &Lanes) = (b[..LANES].try_into().unwrap(), b[LANES..].try_into().unwrap());
-            for r in 0..R {
-                let x = a[r * lda + p];
-                for l in 0..LANES {
-                    acc[r][0][l] = mul_add::<FMA>(x, b0[l], acc[r][0][l]);
-                }
-                for l in 0..LANES {
-                    acc[r][1][l] = mul_add::<FMA>(x, b1[l], acc[r][1][l]);
-                }
-            }
-        }
-        for r in 0..R {
-            c[r * ldc..r * ldc + LANES].copy_from_slice(&acc[r][0]);
-            c[r * ldc + LANES..r * ldc + 2 * LANES].copy_from_slice(&acc[r][1]);
-        }
-    }
+    /// `1.5 * 2^23`: adding and taking it away rounds to an integer.
+    pub const ROUND: f32 = 12_582_912.0;
+    /// ln 2 in two parts, the first of which has few digits.
+    pub const LN_2_HIGH: f32 = 0.693_145_75;
+    pub const LN_2_LOW: f32 = 1.428_606_8e-6;
+    /// Coefficients of the polynomial for `e^r`, `|r| <= ln 2 / 2`, the highest power first.
+    pub const EXP: [f32; 7] = [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0];
 
     /// `e^x` for eight lanes: range reduction by powers of two and a polynomial of degree 6, relative error about 2e-7.
     /// Arguments below -87 give 0; NaN stays NaN.
@@ -223,17 +162,15 @@ mod body {
         let mut out = [0.0; LANES];
         for l in 0..LANES {
             let v = x[l].min(88.0);
-            // Adding and taking away 1.5 * 2^23 rounds to an integer.
-            let shifted = mul_add::<FMA>(v, std::f32::consts::LOG2_E, 12_582_912.0);
-            let n = shifted - 12_582_912.0;
-            let r = mul_add::<FMA>(n, -0.693_145_75, v);
-            let r = mul_add::<FMA>(n, -1.428_606_8e-6, r);
-            let mut p = 1.0 / 720.0;
-            for c in [1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
-                p = mul_add::<FMA>(p, r, c);
+            let shifted = mul_add::<FMA>(v, std::f32::consts::LOG2_E, ROUND);
+            let n = shifted - ROUND;
+            let r = mul_add::<FMA>(n, -LN_2_HIGH, v);
+            let r = mul_add::<FMA>(n, -LN_2_LOW, r);
+            let mut p = EXP[0];
+            for c in &EXP[1..] {
+                p = mul_add::<FMA>(p, r, *c);
             }
-            let power =
-                f32::from_bits(((shifted.to_bits() as i32).wrapping_sub(0x4B40_0000).wrapping_add(127) << 23) as u32);
+            let power = f32::from_bits(shifted.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127) << 23);
             // `min` drops NaN; the second comparison brings it back.
             let y = if x[l] < -87.0 { 0.0 } else { p * power };
             out[l] = if x[l].is_nan() { x[l] } else { y };
@@ -250,11 +187,7 @@ mod body {
                 max[l] = if chunk[l] > max[l] { chunk[l] } else { max[l] };
             }
         }
-        let mut largest = max.iter().chain(tail.iter()).fold(f32::NEG_INFINITY, |m, &v| if v > m { v } else { m });
-        if largest == f32::NEG_INFINITY {
-            // Nothing is comparable: all NaN, which the sum below must show.
-            largest = 0.0;
-        }
+        let largest = largest(&max, tail);
         let mut total = [0f32; LANES];
         for chunk in chunks.iter_mut() {
             let mut y = *chunk;
@@ -266,16 +199,29 @@ mod body {
                 total[l] += chunk[l];
             }
         }
-        let mut last = [f32::NEG_INFINITY; LANES];
+        (largest * scale, softmax_tail::<FMA>(tail, largest, scale, total))
+    }
+
+    /// The largest of some lanes and what follows them; 0 where nothing is comparable, all being NaN, which the sum then shows.
+    #[inline(always)]
+    pub fn largest(lanes: &Lanes, tail: &[f32]) -> f32 {
+        let largest = lanes.iter().chain(tail).fold(f32::NEG_INFINITY, |m, &v| if v > m { v } else { m });
+        if largest == f32::NEG_INFINITY { 0.0 } else { largest }
+    }
+
+    /// The exponentials of scores that fill no eight lanes; the sum over all is returned, `total` being that of the others.
+    #[inline(always)]
+    pub fn softmax_tail<const FMA: bool>(tail: &mut [f32], largest: f32, scale: f32, mut total: Lanes) -> f32 {
+        let mut last = [-1e9; LANES];
         for (y, x) in last.iter_mut().zip(tail.iter()) {
             *y = (*x - largest) * scale;
         }
-        let last = exp::<FMA>(last.map(|y| if y == f32::NEG_INFINITY { -1e9 } else { y }));
+        let last = exp::<FMA>(last);
         for (l, x) in tail.iter_mut().enumerate() {
             *x = last[l];
             total[l] += last[l];
         }
-        (largest * scale, sum(total))
+        sum(total)
     }
 
     #[inline(always)]

@@ -59,7 +59,7 @@ pub enum CpuError {
 #[derive(Default)]
 struct Shared {
     groups: Groups,
-    attention_tasks: Vec<Range<usize>>,
+    attention: attention::Plan,
     angles: Angles,
     order: Vec<u32>,
 }
@@ -303,13 +303,13 @@ impl Backend for CpuBackend {
     ) -> Result<()> {
         attention::store_kv(kv, qkv.values(), il, heads, batch);
         out.set_rows(qkv.n_rows());
-        let mut shared = self.shared();
-        attention::tasks(batch, &mut shared.attention_tasks);
+        let plan = &mut self.shared().attention;
+        plan.prepare(batch);
+        let layer = attention::Layer { qkv: qkv.values(), kv, il, heads, batch };
+        self.read_bytes.fetch_add(plan.read_bytes(&layer), Ordering::Relaxed);
+        let machine = attention::Machine { pool: &self.pool, float: self.float, scratch: &self.attention };
         let n_cols = out.n_cols();
-        let to = SharedOut::new(out.values_mut(), n_cols);
-        let tasks = &shared.attention_tasks;
-        self.read_bytes.fetch_add(attention::read_bytes(kv, heads, batch, tasks), Ordering::Relaxed);
-        attention::attend(&self.pool, self.float, &self.attention, to, qkv.values(), kv, il, heads, batch, tasks);
+        attention::attend(&machine, plan, layer, SharedOut::new(out.values_mut(), n_cols));
         self.write_rows(out, &|_, _| {});
         Ok(())
     }

@@ -10,6 +10,9 @@ use apr_core::qtype::GgmlType;
 use super::load::{floats, load16, load32, store8};
 use crate::kernels::{F32Tokens, Out, WeightRows};
 
+/// Tokens whose activations stay in the second cache while all weight rows pass.
+const TOKENS_IN_CACHE: usize = 16;
+
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn matmul_f32(w: WeightRows<'_>, x: F32Tokens<'_>, out: &mut Out<'_>) {
     match w.qtype() {
@@ -54,15 +57,18 @@ impl Weights for BF16 {
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn matmul<const BYTES: usize, W: Weights>(w: WeightRows<'_>, x: F32Tokens<'_>, out: &mut Out<'_>) {
-    for r in 0..w.n_rows() {
-        let mut t = 0;
-        while t < x.len() {
-            t += match x.len() - t {
-                1 => dots::<BYTES, W, 1>(&w, r, x, t, out),
-                2 => dots::<BYTES, W, 2>(&w, r, x, t, out),
-                3 => dots::<BYTES, W, 3>(&w, r, x, t, out),
-                _ => dots::<BYTES, W, 4>(&w, r, x, t, out),
-            };
+    for first in (0..x.len()).step_by(TOKENS_IN_CACHE) {
+        let end = x.len().min(first + TOKENS_IN_CACHE);
+        for r in 0..w.n_rows() {
+            let mut t = first;
+            while t < end {
+                t += match end - t {
+                    1 => dots::<BYTES, W, 1>(&w, r, x, t, out),
+                    2 => dots::<BYTES, W, 2>(&w, r, x, t, out),
+                    3 => dots::<BYTES, W, 3>(&w, r, x, t, out),
+                    _ => dots::<BYTES, W, 4>(&w, r, x, t, out),
+                };
+            }
         }
     }
 }

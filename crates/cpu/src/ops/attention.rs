@@ -2,10 +2,13 @@
 //!
 //! One task is one KV head and a few consecutive rows of a sequence. All query heads that share the KV head run together, so that a
 //! tile of keys and values is read once for all of them. Each tile of [`KV_BLOCK`] absolute positions gives a maximum, a sum and a
-//! weighted value; tiles are merged in ascending order (online softmax, arXiv:1805.02867). A row's result depends on its own query and
-//! the cache only, never on which rows are computed with it.
+//! weighted value; tiles are merged in ascending order into spans of [`SPAN_TILES`], and spans into the row (online softmax,
+//! arXiv:1805.02867). Where rows are too few to occupy all threads, as in decoding, the spans of a row are tasks of their own and are
+//! merged afterwards. A row's result depends on its own query and the cache only, never on which rows are computed with it or on how
+//! the work was cut.
 
 use std::ops::Range;
+use std::sync::Mutex;
 
 use apr_core::backend::{Heads, KV_BLOCK};
 use apr_core::batch::Batch;
@@ -18,6 +21,9 @@ use crate::pool::Pool;
 /// Rows of one sequence that one task computes.
 const ROWS_PER_TASK: usize = 8;
 
+/// Tiles that are merged before they join the row: what one task of a split row covers.
+const SPAN_TILES: usize = 8;
+
 /// Buffers of one thread.
 #[derive(Default)]
 pub struct Scratch {
@@ -29,13 +35,53 @@ pub struct Scratch {
     scores: Vec<f32>,
     /// `[n_q, head_dim]`: the weighted values of one tile
     part: Vec<f32>,
-    /// `[n_q, head_dim]`: merged so far
-    sum: Vec<f32>,
     /// Per query: largest score and sum of exponentials in one tile.
     tile: Vec<(f32, f32)>,
-    /// Per query: the same, merged so far.
+    /// One span.
+    span: Merged,
+    /// The spans so far.
+    row: Merged,
+}
+
+/// Per query the softmax over some positions, not yet normalised.
+#[derive(Default)]
+struct Merged {
     max: Vec<f32>,
     total: Vec<f32>,
+    /// `[n_q, head_dim]`
+    sum: Vec<f32>,
+}
+
+/// What [`attend`] needs beside the step itself.
+pub struct Machine<'a> {
+    pub pool: &'a Pool,
+    pub float: &'a FloatKernels,
+    /// One per thread.
+    pub scratch: &'a [Mutex<Scratch>],
+}
+
+/// Queries, keys and values of one layer's step.
+#[derive(Clone, Copy)]
+pub struct Layer<'a> {
+    /// `[n_tokens, n_qkv]`
+    pub qkv: &'a [f32],
+    pub kv: &'a KvCache,
+    pub il: usize,
+    pub heads: Heads,
+    pub batch: &'a Batch,
+}
+
+/// How a step's attention is cut into tasks; kept from step to step.
+#[derive(Default)]
+pub struct Plan {
+    /// Rows of the batch that one task computes: consecutive, of one sequence.
+    rows: Vec<Range<usize>>,
+    /// In a split step: the index in `rows` and the span of each task.
+    spans: Vec<(usize, usize)>,
+    /// In a split step: where the spans of `rows[i]` begin in `partial`, counted in queries.
+    starts: Vec<usize>,
+    /// In a split step, per span and query of a row: `head_dim` weighted values, the maximum and the sum.
+    partial: Vec<f32>,
 }
 
 /// Stores the batch's keys and values in layer `il`. `qkv` is `[n_tokens, n_qkv]`.
@@ -50,102 +96,127 @@ pub fn store_kv(kv: &mut KvCache, qkv: &[f32], il: usize, heads: Heads, batch: &
     }
 }
 
-/// Rows of the batch that one task computes: consecutive, of one sequence.
-pub fn tasks(batch: &Batch, out: &mut Vec<Range<usize>>) {
-    out.clear();
-    for (i, row) in batch.rows().iter().enumerate() {
-        match out.last_mut() {
-            Some(last) if batch.rows()[last.start].sequence == row.sequence && last.len() < ROWS_PER_TASK => {
-                last.end = i + 1
+impl Plan {
+    /// Cuts a step into groups of rows.
+    pub fn prepare(&mut self, batch: &Batch) {
+        self.rows.clear();
+        for (i, row) in batch.rows().iter().enumerate() {
+            match self.rows.last_mut() {
+                Some(last) if batch.rows()[last.start].sequence == row.sequence && last.len() < ROWS_PER_TASK => {
+                    last.end = i + 1
+                }
+                _ => self.rows.push(i..i + 1),
             }
-            _ => out.push(i..i + 1),
         }
+    }
+
+    /// Bytes of keys and values that the tasks read in one layer.
+    pub fn read_bytes(&self, layer: &Layer<'_>) -> u64 {
+        let per_position = 2 * layer.heads.n_head_kv * layer.kv.shape().kv_type.bytes(layer.heads.head_dim);
+        let positions = self.rows.iter().map(|rows| layer.batch.rows()[rows.end - 1].position as u64 + 1);
+        positions.sum::<u64>() * per_position as u64
+    }
+
+    /// Cuts every group of rows into spans, and makes room for what they give.
+    fn split(&mut self, layer: &Layer<'_>) {
+        self.spans.clear();
+        self.starts.clear();
+        let mut n_q = 0;
+        for (i, rows) in self.rows.iter().enumerate() {
+            let n_span = n_span(layer.batch, rows);
+            self.starts.push(n_q);
+            self.spans.extend((0..n_span).map(|span| (i, span)));
+            n_q += n_span * rows.len() * layer.heads.n_head;
+        }
+        self.partial.resize(n_q * (layer.heads.head_dim + 2), 0.0);
     }
 }
 
-/// Bytes of keys and values that the tasks read in one layer.
-pub fn read_bytes(kv: &KvCache, heads: Heads, batch: &Batch, tasks: &[Range<usize>]) -> u64 {
-    let per_position = 2 * heads.n_head_kv * kv.shape().kv_type.bytes(heads.head_dim);
-    let positions = tasks.iter().map(|rows| batch.rows()[rows.end - 1].position as u64 + 1);
-    positions.sum::<u64>() * per_position as u64
+/// Spans that the last of `rows` sees.
+fn n_span(batch: &Batch, rows: &Range<usize>) -> usize {
+    batch.rows()[rows.end - 1].position as usize / (SPAN_TILES * KV_BLOCK) + 1
 }
 
 /// Attends: `out` `[n_tokens, n_head * head_dim]`.
-pub fn attend(
-    pool: &Pool,
-    f: &FloatKernels,
-    scratch: &[std::sync::Mutex<Scratch>],
-    out: SharedOut<'_>,
-    qkv: &[f32],
-    kv: &KvCache,
-    il: usize,
-    heads: Heads,
-    batch: &Batch,
-    tasks: &[Range<usize>],
-) {
-    // Later rows see more positions: longest tasks first, so that threads end together.
-    pool.run(tasks.len() * heads.n_head_kv, &|thread, task| {
-        let rows = tasks[tasks.len() - 1 - task / heads.n_head_kv].clone();
-        let mut s = scratch[thread].lock().unwrap_or_else(|e| e.into_inner());
-        attend_rows(f, &mut s, &out, qkv, kv, (il, task % heads.n_head_kv), heads, batch, rows);
+pub fn attend(m: &Machine<'_>, plan: &mut Plan, layer: Layer<'_>, out: SharedOut<'_>) {
+    let n_threads = m.pool.n_threads();
+    let n_span: usize = plan.rows.iter().map(|rows| n_span(layer.batch, rows)).sum();
+    if plan.rows.len() * layer.heads.n_head_kv >= 4 * n_threads || n_span == plan.rows.len() {
+        attend_whole(m, &plan.rows, layer, out);
+    } else {
+        plan.split(&layer);
+        attend_split(m, plan, layer, out);
+    }
+}
+
+/// Every task goes through all spans of its rows.
+fn attend_whole(m: &Machine<'_>, rows: &[Range<usize>], layer: Layer<'_>, out: SharedOut<'_>) {
+    let (n_head_kv, n_threads) = (layer.heads.n_head_kv, m.pool.n_threads());
+    let n = rows.len() * n_head_kv;
+    // Later rows see more positions. Threads work through runs of tasks, so tasks are dealt out in turns, the longest ones first.
+    let per_thread = n.div_ceil(n_threads);
+    m.pool.run(per_thread * n_threads, &|thread, task| {
+        let nth = task % per_thread * n_threads + task / per_thread;
+        if nth >= n {
+            return;
+        }
+        let rows = rows[rows.len() - 1 - nth / n_head_kv].clone();
+        let mut s = m.scratch[thread].lock().unwrap_or_else(|e| e.into_inner());
+        let task = Task::new(m.float, layer, nth % n_head_kv, rows);
+        task.start(&mut s);
+        s.row.clear(task.n_q(), layer.heads.head_dim);
+        for span in 0..n_span(layer.batch, &task.rows) {
+            task.attend_span(&mut s, span);
+            let Scratch { span, row, .. } = &mut *s;
+            for (q, sum) in span.sum.chunks_exact(layer.heads.head_dim).enumerate() {
+                row.add(m.float, q, span.max[q], span.total[q], sum);
+            }
+        }
+        task.write(&s.row, &out);
     });
 }
 
-/// What a task works on.
-struct Task<'a> {
-    f: &'a FloatKernels,
-    kv: &'a KvCache,
-    il: usize,
-    /// The KV head.
-    head: usize,
-    head_dim: usize,
-    /// Query heads per KV head.
-    group: usize,
-    batch: &'a Batch,
-    rows: Range<usize>,
-}
-
-/// One task: the query heads of KV head `head` in `rows`.
-fn attend_rows(
-    f: &FloatKernels,
-    s: &mut Scratch,
-    out: &SharedOut<'_>,
-    qkv: &[f32],
-    kv: &KvCache,
-    (il, head): (usize, usize),
-    heads: Heads,
-    batch: &Batch,
-    rows: Range<usize>,
-) {
-    let (d, group) = (heads.head_dim, heads.n_head / heads.n_head_kv);
-    let q_cols = head * group * d..(head + 1) * group * d;
-    s.start(rows.len() * group, d);
-    for (i, q) in rows.clone().zip(s.q.chunks_exact_mut(group * d)) {
-        q.copy_from_slice(&qkv[i * heads.n_qkv()..][q_cols.clone()]);
-    }
-    let task = Task { f, kv, il, head, head_dim: d, group, batch, rows: rows.clone() };
-    let table = batch.table(batch.rows()[rows.start].sequence);
-    let last = batch.rows()[rows.end - 1].position as usize;
-    for (t, &block) in table[..=last / KV_BLOCK].iter().enumerate() {
-        task.attend_tile(s, t, block);
-    }
-    for (n, i) in rows.enumerate() {
-        // SAFETY: tasks cover disjoint rows and, within a row, disjoint KV heads.
-        let out = unsafe { out.cells(i, q_cols.clone()) };
-        for (q, out) in (n * group..).zip(out.chunks_exact_mut(d)) {
-            let total = s.total[q];
-            out.iter_mut().zip(&s.sum[q * d..]).for_each(|(o, v)| *o = v / total);
+/// Every span of some rows is a task, and what they give is merged afterwards.
+fn attend_split(m: &Machine<'_>, plan: &mut Plan, layer: Layer<'_>, out: SharedOut<'_>) {
+    let Heads { n_head, n_head_kv, head_dim } = layer.heads;
+    let (group, n_cols) = (n_head / n_head_kv, head_dim + 2);
+    // Where query `q` of a task finds its place: spans of some rows lie together, then heads, then rows.
+    let at = |i: usize, span: usize, n_rows: usize, head: usize| {
+        plan.starts[i] + (span * n_head_kv + head) * n_rows * group
+    };
+    let partial = SharedOut::new(&mut plan.partial, n_cols);
+    m.pool.run(plan.spans.len() * n_head_kv, &|thread, task| {
+        let ((i, span), head) = (plan.spans[task / n_head_kv], task % n_head_kv);
+        let mut s = m.scratch[thread].lock().unwrap_or_else(|e| e.into_inner());
+        let task = Task::new(m.float, layer, head, plan.rows[i].clone());
+        task.start(&mut s);
+        task.attend_span(&mut s, span);
+        for q in 0..task.n_q() {
+            // SAFETY: every span, head and query has a row of its own.
+            let to = unsafe { partial.cells(at(i, span, task.rows.len(), head) + q, 0..n_cols) };
+            to[..head_dim].copy_from_slice(&s.span.sum[q * head_dim..(q + 1) * head_dim]);
+            (to[head_dim], to[head_dim + 1]) = (s.span.max[q], s.span.total[q]);
         }
-    }
+    });
+    m.pool.run(plan.rows.len() * n_head_kv, &|thread, task| {
+        let (i, head) = (task / n_head_kv, task % n_head_kv);
+        let mut s = m.scratch[thread].lock().unwrap_or_else(|e| e.into_inner());
+        let task = Task::new(m.float, layer, head, plan.rows[i].clone());
+        s.row.clear(task.n_q(), head_dim);
+        for span in 0..n_span(layer.batch, &task.rows) {
+            for q in 0..task.n_q() {
+                // SAFETY: the loop that wrote these rows has ended.
+                let from = unsafe { partial.cells(at(i, span, task.rows.len(), head) + q, 0..n_cols) };
+                s.row.add(m.float, q, from[head_dim], from[head_dim + 1], &from[..head_dim]);
+            }
+        }
+        task.write(&s.row, &out);
+    });
 }
 
-impl Scratch {
+impl Merged {
     /// Makes room for `n_q` queries that have seen nothing yet.
-    fn start(&mut self, n_q: usize, head_dim: usize) {
-        self.q.resize(n_q * head_dim, 0.0);
-        self.part.resize(n_q * head_dim, 0.0);
-        self.scores.resize(n_q * KV_BLOCK, 0.0);
-        self.tile.resize(n_q, (0.0, 0.0));
+    fn clear(&mut self, n_q: usize, head_dim: usize) {
         self.sum.clear();
         self.sum.resize(n_q * head_dim, 0.0);
         self.max.clear();
@@ -153,17 +224,77 @@ impl Scratch {
         self.total.clear();
         self.total.resize(n_q, 0.0);
     }
+
+    /// Adds positions that query `q` has seen elsewhere. Positions that it does not see at all change nothing.
+    fn add(&mut self, f: &FloatKernels, q: usize, max: f32, total: f32, sum: &[f32]) {
+        if total == 0.0 {
+            return;
+        }
+        let merged = self.max[q].max(max);
+        let (keep, add) = ((self.max[q] - merged).exp(), (max - merged).exp());
+        self.max[q] = merged;
+        self.total[q] = keep * self.total[q] + add * total;
+        f.axpby(&mut self.sum[q * sum.len()..(q + 1) * sum.len()], keep, sum, add);
+    }
 }
 
-impl Task<'_> {
-    /// Attends to the `t`-th tile of the sequence and merges it into what came before.
+/// What a task works on: the query heads of KV head `head` in `rows`.
+struct Task<'a> {
+    f: &'a FloatKernels,
+    layer: Layer<'a>,
+    head: usize,
+    /// Query heads per KV head.
+    group: usize,
+    rows: Range<usize>,
+}
+
+impl<'a> Task<'a> {
+    fn new(f: &'a FloatKernels, layer: Layer<'a>, head: usize, rows: Range<usize>) -> Task<'a> {
+        Task { f, layer, head, group: layer.heads.n_head / layer.heads.n_head_kv, rows }
+    }
+
+    fn n_q(&self) -> usize {
+        self.rows.len() * self.group
+    }
+
+    /// Columns of the task's heads among the queries, and in the output.
+    fn cols(&self) -> Range<usize> {
+        let n = self.group * self.layer.heads.head_dim;
+        self.head * n..(self.head + 1) * n
+    }
+
+    /// Makes room and gathers the queries.
+    fn start(&self, s: &mut Scratch) {
+        let (n_q, d) = (self.n_q(), self.layer.heads.head_dim);
+        s.q.resize(n_q * d, 0.0);
+        s.part.resize(n_q * d, 0.0);
+        s.scores.resize(n_q * KV_BLOCK, 0.0);
+        s.tile.resize(n_q, (0.0, 0.0));
+        for (i, q) in self.rows.clone().zip(s.q.chunks_exact_mut(self.group * d)) {
+            q.copy_from_slice(&self.layer.qkv[i * self.layer.heads.n_qkv()..][self.cols()]);
+        }
+    }
+
+    /// Attends to the `span`-th span of the sequence, as far as the rows see.
+    fn attend_span(&self, s: &mut Scratch, span: usize) {
+        let batch = self.layer.batch;
+        s.span.clear(self.n_q(), self.layer.heads.head_dim);
+        let table = batch.table(batch.rows()[self.rows.start].sequence);
+        let last = batch.rows()[self.rows.end - 1].position as usize / KV_BLOCK;
+        for t in span * SPAN_TILES..((span + 1) * SPAN_TILES).min(last + 1) {
+            self.attend_tile(s, t, table[t]);
+        }
+    }
+
+    /// Attends to the `t`-th tile of the sequence and merges it into what came before in its span.
     fn attend_tile(&self, s: &mut Scratch, t: usize, block: u32) {
-        let (d, rows) = (self.head_dim, &self.batch.rows()[self.rows.clone()]);
+        let Layer { kv, il, heads, batch, .. } = self.layer;
+        let (d, rows) = (heads.head_dim, &batch.rows()[self.rows.clone()]);
         // Rows that end before this tile have nothing in it; positions ascend.
         let first = rows.partition_point(|r| (r.position as usize) < t * KV_BLOCK);
         let (from, n_q) = (first * self.group, rows.len() * self.group);
         let seen = |row: usize| (rows[row].position as usize + 1 - t * KV_BLOCK).min(KV_BLOCK);
-        let b = self.kv.tile(block, self.il, Part::Key, self.head, &mut s.key);
+        let b = kv.tile(block, il, Part::Key, self.head, &mut s.key);
         let (a, c) = (&s.q[from * d..], &mut s.scores[from * KV_BLOCK..]);
         self.f.gemm(Gemm { m: n_q - from, n: KV_BLOCK, k: d, a, lda: d, b, ldb: KV_BLOCK, c, ldc: KV_BLOCK });
         for q in from..n_q {
@@ -171,7 +302,7 @@ impl Task<'_> {
             scores[seen(q / self.group)..].fill(f32::NEG_INFINITY);
             s.tile[q] = self.f.softmax_tile(scores, 1.0 / (d as f32).sqrt());
         }
-        let b = self.kv.tile(block, self.il, Part::Value, self.head, &mut s.value);
+        let b = kv.tile(block, il, Part::Value, self.head, &mut s.value);
         // Rows that see equally much go together. A row never touches values it does not see: zero times infinity is no zero.
         let mut row = first;
         while row < rows.len() {
@@ -183,11 +314,20 @@ impl Task<'_> {
         }
         for q in from..n_q {
             let (max, total) = s.tile[q];
-            let merged = s.max[q].max(max);
-            let (keep, add) = ((s.max[q] - merged).exp(), (max - merged).exp());
-            s.max[q] = merged;
-            s.total[q] = keep * s.total[q] + add * total;
-            self.f.axpby(&mut s.sum[q * d..(q + 1) * d], keep, &s.part[q * d..(q + 1) * d], add);
+            s.span.add(self.f, q, max, total, &s.part[q * d..(q + 1) * d]);
+        }
+    }
+
+    /// Writes the normalised results of the task's rows.
+    fn write(&self, row: &Merged, out: &SharedOut<'_>) {
+        let d = self.layer.heads.head_dim;
+        for (n, i) in self.rows.clone().enumerate() {
+            // SAFETY: tasks cover disjoint rows and, within a row, disjoint KV heads.
+            let out = unsafe { out.cells(i, self.cols()) };
+            for (q, out) in (n * self.group..).zip(out.chunks_exact_mut(d)) {
+                let total = row.total[q];
+                out.iter_mut().zip(&row.sum[q * d..]).for_each(|(o, v)| *o = v / total);
+            }
         }
     }
 }
