@@ -13,12 +13,16 @@ use crate::kernels::Isa;
 
 /// The float loops of one ISA.
 pub struct FloatKernels {
-    gemm: unsafe fn(Gemm<'_>),
+    gemm: unsafe fn(Gemm<'_>, &[f32]),
+    gemm_halves: unsafe fn(Gemm<'_>, &[u16]),
     softmax_tile: unsafe fn(&mut [f32], f32) -> (f32, f32),
     swiglu: unsafe fn(&mut [f32], &[f32]),
     normalise: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
     axpby: unsafe fn(&mut [f32], f32, &[f32], f32),
     row_stats: unsafe fn(&[f32]) -> RowStats,
+    widen: unsafe fn(&[u16], &mut [f32]),
+    scale_each: unsafe fn(&[i8], &[f32], &mut [f32]),
+    scale_all: unsafe fn(&[i8], f32, &mut [f32]),
 }
 
 /// `c = a b` for small row-major matrices: `a` `[m, k]`, `b` `[k, n]`, `c` `[m, n]`.
@@ -29,10 +33,21 @@ pub struct Gemm<'a> {
     pub a: &'a [f32],
     /// Distance of the rows of `a`.
     pub lda: usize,
-    pub b: &'a [f32],
+    /// Distance of the rows of `b`.
     pub ldb: usize,
     pub c: &'a mut [f32],
     pub ldc: usize,
+}
+
+impl Gemm<'_> {
+    /// Asserts that the matrices have the elements that the product reads and writes; `b_len` is the length of `b`.
+    fn check(&self, b_len: usize) {
+        let (last_row, last_k) = (self.m.saturating_sub(1), self.k.saturating_sub(1));
+        assert!(
+            self.m == 0 || last_row * self.lda + self.k <= self.a.len() && last_row * self.ldc + self.n <= self.c.len()
+        );
+        assert!(self.k == 0 || last_k * self.ldb + self.n <= b_len);
+    }
 }
 
 impl FloatKernels {
@@ -48,11 +63,18 @@ impl FloatKernels {
     }
 
     /// See [`Gemm`]. Every element is summed over `k` in ascending order.
-    pub fn gemm(&self, g: Gemm<'_>) {
-        assert!(g.m == 0 || (g.m - 1) * g.lda + g.k <= g.a.len() && (g.m - 1) * g.ldc + g.n <= g.c.len());
-        assert!(g.k == 0 || (g.k - 1) * g.ldb + g.n <= g.b.len());
+    pub fn gemm(&self, g: Gemm<'_>, b: &[f32]) {
+        g.check(b.len());
         // SAFETY: the table is handed out only where the CPU has its ISA; the bounds were checked above.
-        unsafe { (self.gemm)(g) }
+        unsafe { (self.gemm)(g, b) }
+    }
+
+    /// [`gemm`](Self::gemm) with the same result, where `b` has half floats, given as their bits. It widens them again for every few
+    /// rows of `a`.
+    pub fn gemm_halves(&self, g: Gemm<'_>, b: &[u16]) {
+        g.check(b.len());
+        // SAFETY: as in `gemm`.
+        unsafe { (self.gemm_halves)(g, b) }
     }
 
     /// Turns scores into `exp(scale * (score - max))`; returns `scale * max` and the sum.
@@ -82,6 +104,27 @@ impl FloatKernels {
         unsafe { (self.axpby)(y, a, x, b) }
     }
 
+    /// Half floats, given as their bits, as floats.
+    pub fn widen(&self, halves: &[u16], out: &mut [f32]) {
+        assert_eq!(halves.len(), out.len());
+        // SAFETY: the table is handed out only where the CPU has its ISA.
+        unsafe { (self.widen)(halves, out) }
+    }
+
+    /// `out[i] = codes[i] * scales[i]`
+    pub fn scale_each(&self, codes: &[i8], scales: &[f32], out: &mut [f32]) {
+        assert!(codes.len() == scales.len() && codes.len() == out.len());
+        // SAFETY: the table is handed out only where the CPU has its ISA.
+        unsafe { (self.scale_each)(codes, scales, out) }
+    }
+
+    /// `out[i] = codes[i] * scale`
+    pub fn scale_all(&self, codes: &[i8], scale: f32, out: &mut [f32]) {
+        assert_eq!(codes.len(), out.len());
+        // SAFETY: the table is handed out only where the CPU has its ISA.
+        unsafe { (self.scale_all)(codes, scale, out) }
+    }
+
     /// What [`RowStats::of`] gives, but for the order of its sums, which is the same on every ISA.
     pub fn row_stats(&self, values: &[f32]) -> RowStats {
         // SAFETY: the table is handed out only where the CPU has its ISA.
@@ -91,25 +134,35 @@ impl FloatKernels {
 
 static SCALAR: FloatKernels = FloatKernels {
     gemm: body::gemm::<false>,
+    gemm_halves: body::gemm_halves::<false>,
     softmax_tile: body::softmax_tile::<false>,
     swiglu: body::swiglu::<false>,
     normalise: body::normalise::<false>,
     axpby: body::axpby::<false>,
     row_stats: body::row_stats,
+    widen: body::widen,
+    scale_each: body::scale_each,
+    scale_all: body::scale_all,
 };
 
 #[cfg(target_arch = "x86_64")]
 static AVX2: FloatKernels = FloatKernels {
     gemm: avx2::gemm,
+    gemm_halves: avx2::gemm_halves,
     softmax_tile: avx2::softmax_tile,
     swiglu: avx2::swiglu,
     normalise: avx2::normalise,
     axpby: avx2::axpby,
     row_stats: avx2::row_stats,
+    widen: avx2::widen,
+    scale_each: avx2::scale_each,
+    scale_all: avx2::scale_all,
 };
 
 /// The loops themselves, written over arrays of eight lanes. `FMA` says whether a fused multiply-add is one instruction.
 mod body {
+    use half::f16;
+
     use super::{Gemm, RowStats};
 
     const LANES: usize = 8;
@@ -126,13 +179,18 @@ mod body {
     }
 
     #[inline(always)]
-    pub fn gemm<const FMA: bool>(mut g: Gemm<'_>) {
-        gemm_columns::<FMA>(&mut g, 0);
+    pub fn gemm<const FMA: bool>(mut g: Gemm<'_>, b: &[f32]) {
+        gemm_columns::<FMA, _>(&mut g, b, |b| b, 0);
+    }
+
+    #[inline(always)]
+    pub fn gemm_halves<const FMA: bool>(mut g: Gemm<'_>, b: &[u16]) {
+        gemm_columns::<FMA, _>(&mut g, b, |b| f16::from_bits(b).to_f32(), 0);
     }
 
     /// Columns `from ..` of the product.
     #[inline(always)]
-    pub fn gemm_columns<const FMA: bool>(g: &mut Gemm<'_>, from: usize) {
+    pub fn gemm_columns<const FMA: bool, T: Copy>(g: &mut Gemm<'_>, b: &[T], float: impl Fn(T) -> f32, from: usize) {
         if from == g.n {
             return;
         }
@@ -140,8 +198,8 @@ mod body {
             let c = &mut g.c[i * g.ldc + from..i * g.ldc + g.n];
             c.fill(0.0);
             for (p, &x) in g.a[i * g.lda..][..g.k].iter().enumerate() {
-                for (c, &b) in c.iter_mut().zip(&g.b[p * g.ldb + from..]) {
-                    *c = mul_add::<FMA>(x, b, *c);
+                for (c, &b) in c.iter_mut().zip(&b[p * g.ldb + from..]) {
+                    *c = mul_add::<FMA>(x, float(b), *c);
                 }
             }
         }
@@ -273,6 +331,21 @@ mod body {
         }
     }
 
+    #[inline(always)]
+    pub fn widen(halves: &[u16], out: &mut [f32]) {
+        out.iter_mut().zip(halves).for_each(|(o, h)| *o = f16::from_bits(*h).to_f32());
+    }
+
+    #[inline(always)]
+    pub fn scale_each(codes: &[i8], scales: &[f32], out: &mut [f32]) {
+        out.iter_mut().zip(codes).zip(scales).for_each(|((o, c), d)| *o = f32::from(*c) * d);
+    }
+
+    #[inline(always)]
+    pub fn scale_all(codes: &[i8], scale: f32, out: &mut [f32]) {
+        out.iter_mut().zip(codes).for_each(|(o, c)| *o = f32::from(*c) * scale);
+    }
+
     /// Statistics in eight lanes, merged in order; what is left over comes last. Squares of floats are exact in f64, so that it makes
     /// no difference whether they are added by one instruction or two.
     #[inline(always)]
@@ -332,16 +405,32 @@ mod tests {
             for (m, n, k) in [(1, 64, 128), (4, 16, 3), (7, 37, 64), (33, 80, 5), (2, 8, 9)] {
                 let (a, b) = (values(m * k, 1), values(k * n, 2));
                 let mut c = vec![f32::NAN; m * n];
-                t.gemm(Gemm { m, n, k, a: &a, lda: k, b: &b, ldb: n, c: &mut c, ldc: n });
+                t.gemm(Gemm { m, n, k, a: &a, lda: k, ldb: n, c: &mut c, ldc: n }, &b);
                 for i in 0..m {
                     let mut alone = vec![f32::NAN; n];
-                    t.gemm(Gemm { m: 1, n, k, a: &a[i * k..], lda: k, b: &b, ldb: n, c: &mut alone, ldc: n });
+                    t.gemm(Gemm { m: 1, n, k, a: &a[i * k..], lda: k, ldb: n, c: &mut alone, ldc: n }, &b);
                     assert_eq!(alone, c[i * n..(i + 1) * n], "row {i} alone is bitwise the same");
                     for j in 0..n {
                         let expected: f64 = (0..k).map(|p| f64::from(a[i * k + p]) * f64::from(b[p * n + j])).sum();
                         assert!((f64::from(c[i * n + j]) - expected).abs() < 1e-5, "{} at {i},{j}", c[i * n + j]);
                     }
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn half_floats_give_the_same_product_widened_before_or_on_the_way() {
+        for t in tables() {
+            for (m, n, k) in [(1, 64, 128), (8, 128, 64), (5, 37, 3), (9, 16, 7)] {
+                let (a, b) = (values(m * k, 1), values(k * n, 2));
+                let halves: Vec<u16> = b.iter().map(|v| half::f16::from_f32(*v).to_bits()).collect();
+                let (mut wide, mut c, mut d) = (vec![0.0; k * n], vec![f32::NAN; m * n], vec![f32::NAN; m * n]);
+                t.widen(&halves, &mut wide);
+                assert!(wide.iter().zip(&b).all(|(w, b)| (w - b).abs() < 5e-4), "within the type's precision");
+                t.gemm(Gemm { m, n, k, a: &a, lda: k, ldb: n, c: &mut c, ldc: n }, &wide);
+                t.gemm_halves(Gemm { m, n, k, a: &a, lda: k, ldb: n, c: &mut d, ldc: n }, &halves);
+                assert_eq!(c, d, "{m} by {n} by {k}");
             }
         }
     }

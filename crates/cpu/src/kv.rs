@@ -10,6 +10,8 @@ use apr_core::backend::{BackendError, KV_BLOCK, KvShape, KvType, Result};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
+use crate::float::FloatKernels;
+
 /// Keys and values of all sequences.
 pub struct KvCache {
     shape: KvShape,
@@ -20,6 +22,7 @@ pub struct KvCache {
 #[derive(Default)]
 pub struct Tile {
     values: Vec<f32>,
+    scales: Vec<f32>,
 }
 
 /// Keys or values.
@@ -116,26 +119,45 @@ impl KvCache {
         }
     }
 
+    /// The keys `[head_dim, KV_BLOCK]` or values `[KV_BLOCK, head_dim]` of a head in a block, as half floats' bits; `None` where they
+    /// are stored otherwise.
+    pub fn halves(&self, block: u32, il: usize, part: Part, head: usize) -> Option<&[u16]> {
+        let tile = &self.block(block)[self.tile_range(il, part, head)];
+        (self.shape.kv_type == KvType::F16).then(|| bytemuck::cast_slice(tile))
+    }
+
     /// The keys `[head_dim, KV_BLOCK]` or values `[KV_BLOCK, head_dim]` of a head in a block, as floats.
-    pub fn tile<'a>(&'a self, block: u32, il: usize, part: Part, head: usize, scratch: &'a mut Tile) -> &'a [f32] {
+    pub fn tile<'a>(
+        &'a self,
+        f: &FloatKernels,
+        block: u32,
+        il: usize,
+        part: Part,
+        head: usize,
+        scratch: &'a mut Tile,
+    ) -> &'a [f32] {
         let tile = &self.block(block)[self.tile_range(il, part, head)];
         let n = self.shape.head_dim;
         scratch.values.resize(n * KV_BLOCK, 0.0);
         match self.shape.kv_type {
             KvType::F32 => return bytemuck::cast_slice(tile),
-            KvType::F16 => {
-                let bits: &[u16] = bytemuck::cast_slice(tile);
-                half::slice::HalfBitsSliceExt::reinterpret_cast::<f16>(bits).convert_to_f32_slice(&mut scratch.values);
-            }
+            KvType::F16 => f.widen(bytemuck::cast_slice(tile), &mut scratch.values),
             KvType::Q8_0 => {
                 let (codes, scales) = tile.split_at(n * KV_BLOCK);
-                let scales: &[u16] = bytemuck::cast_slice(scales);
-                let per_row = if part == Part::Key { KV_BLOCK } else { n };
-                let rows = codes.chunks_exact(per_row).zip(scratch.values.chunks_exact_mut(per_row));
-                for (row, (codes, out)) in rows.enumerate() {
-                    for (i, (o, c)) in out.iter_mut().zip(codes).enumerate() {
-                        let at = if part == Part::Key { row / 32 * KV_BLOCK + i } else { row * (n / 32) + i / 32 };
-                        *o = f32::from(*c as i8) * f16::from_bits(scales[at]).to_f32();
+                scratch.scales.resize(scales.len() / 2, 0.0);
+                f.widen(bytemuck::cast_slice(scales), &mut scratch.scales);
+                let codes: &[i8] = bytemuck::cast_slice(codes);
+                match part {
+                    // 32 rows of columns share a row of scales.
+                    Part::Key => {
+                        let rows = codes.chunks_exact(KV_BLOCK).zip(scratch.values.chunks_exact_mut(KV_BLOCK));
+                        for (row, (codes, out)) in rows.enumerate() {
+                            f.scale_each(codes, &scratch.scales[row / 32 * KV_BLOCK..][..KV_BLOCK], out);
+                        }
+                    }
+                    Part::Value => {
+                        let (codes, out) = (codes.chunks_exact(32), scratch.values.chunks_exact_mut(32));
+                        codes.zip(&scratch.scales).zip(out).for_each(|((codes, d), out)| f.scale_all(codes, *d, out));
                     }
                 }
             }
@@ -147,9 +169,11 @@ impl KvCache {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernels::Kernels;
 
     #[test]
     fn what_is_stored_is_read_back_within_the_type() {
+        let f = FloatKernels::for_isa(Kernels::detect().isa());
         for (kv_type, bound) in [(KvType::F32, 0.0), (KvType::F16, 5e-4), (KvType::Q8_0, 4e-3)] {
             let mut kv = KvCache::new(KvShape { n_layer: 2, n_head_kv: 3, head_dim: 64, kv_type });
             kv.reserve(2).unwrap();
@@ -157,12 +181,12 @@ mod tests {
             for part in [Part::Key, Part::Value] {
                 kv.store(1, 5, 1, part, 2, &x);
                 let (mut scratch, mut other) = (Tile::default(), Tile::default());
-                let tile = kv.tile(1, 1, part, 2, &mut scratch);
+                let tile = kv.tile(f, 1, 1, part, 2, &mut scratch);
                 for (i, x) in x.iter().enumerate() {
                     let got = if part == Part::Key { tile[i * KV_BLOCK + 5] } else { tile[5 * 64 + i] };
                     assert!((got - x).abs() <= bound * 1.01, "{kv_type} {part:?} {i}: {got} {x}");
                 }
-                assert!(kv.tile(1, 1, part, 1, &mut other).iter().all(|&v| v == 0.0), "other heads are untouched");
+                assert!(kv.tile(f, 1, 1, part, 1, &mut other).iter().all(|&v| v == 0.0), "other heads are untouched");
             }
         }
     }

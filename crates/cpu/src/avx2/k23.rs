@@ -185,10 +185,7 @@ impl<const THREE: bool, const BYTES: usize> Format for K23<THREE, BYTES> {
     unsafe fn unpack(strip: &Strip<'_>, s: usize, panel: &mut Panel) {
         let blocks = direct::nth(&direct::rows_of::<BYTES>(strip), s);
         let of = Self::scales(&blocks);
-        let mut slices: [&[u8]; STRIP] = [&[]; STRIP];
-        for r in 0..STRIP {
-            slices[r] = blocks[r];
-        }
+        let slices: [&[u8]; STRIP] = blocks.map(|block| block.as_slice());
         let high = if THREE { transpose(load32_of_each(&slices, 0)) } else { [_mm256_setzero_si256(); 8] };
         for h in 0..2 {
             let low = transpose(load32_of_each(&slices, Self::QS + 32 * h));

@@ -8,47 +8,93 @@ use apr_core::stats::RowStats;
 
 const LANES: usize = 8;
 
+/// Elements of `b`. Unsafe, because they may be loaded only on a CPU with AVX2 and F16C, and only where there are eight.
+trait Element: Copy {
+    unsafe fn load(from: *const Self) -> __m256;
+}
+
+impl Element for f32 {
+    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline]
+    unsafe fn load(from: *const f32) -> __m256 {
+        // SAFETY: the caller's promise.
+        unsafe { _mm256_loadu_ps(from) }
+    }
+}
+
+/// The bits of a half float.
+impl Element for u16 {
+    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline]
+    unsafe fn load(from: *const u16) -> __m256 {
+        // SAFETY: the caller's promise.
+        _mm256_cvtph_ps(unsafe { _mm_loadu_si128(from.cast()) })
+    }
+}
+
 /// See [`Gemm`]; the caller has checked its bounds.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub fn gemm(mut g: Gemm<'_>) {
+pub fn gemm(mut g: Gemm<'_>, b: &[f32]) {
     let n_wide = g.n / (2 * LANES) * (2 * LANES);
     // Sixteen columns of `b` stay in the first cache while all rows of `a` pass.
     for j in (0..n_wide).step_by(2 * LANES) {
         let mut i = 0;
         while i < g.m {
             i += match g.m - i {
-                1 => gemm_tile::<1>(&mut g, i, j),
-                2 => gemm_tile::<2>(&mut g, i, j),
-                3 => gemm_tile::<3>(&mut g, i, j),
-                4 | 8 => gemm_tile::<4>(&mut g, i, j),
-                5 => gemm_tile::<5>(&mut g, i, j),
-                _ => gemm_tile::<6>(&mut g, i, j),
+                1 => gemm_tile::<f32, 1, 2>(&mut g, b, i, j),
+                2 => gemm_tile::<f32, 2, 2>(&mut g, b, i, j),
+                3 => gemm_tile::<f32, 3, 2>(&mut g, b, i, j),
+                4 | 8 => gemm_tile::<f32, 4, 2>(&mut g, b, i, j),
+                5 => gemm_tile::<f32, 5, 2>(&mut g, b, i, j),
+                _ => gemm_tile::<f32, 6, 2>(&mut g, b, i, j),
             };
         }
     }
-    body::gemm_columns::<true>(&mut g, n_wide);
+    body::gemm_columns::<true, _>(&mut g, b, |b| b, n_wide);
 }
 
-/// `R` rows from `i` on by 16 columns from `j` on, in registers; returns `R`.
+/// See [`Gemm`]; the caller has checked its bounds. Eight rows share one widening.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub fn gemm_halves(mut g: Gemm<'_>, b: &[u16]) {
+    let n_wide = g.n / LANES * LANES;
+    for j in (0..n_wide).step_by(LANES) {
+        let mut i = 0;
+        while i < g.m {
+            i += match g.m - i {
+                8.. => gemm_tile::<u16, 8, 1>(&mut g, b, i, j),
+                4.. => gemm_tile::<u16, 4, 1>(&mut g, b, i, j),
+                _ => gemm_tile::<u16, 1, 1>(&mut g, b, i, j),
+            };
+        }
+    }
+    body::gemm_columns::<true, _>(&mut g, b, |b| half::f16::from_bits(b).to_f32(), n_wide);
+}
+
+/// `R` rows from `i` on by `C` vectors of columns from `j` on, in registers; returns `R`.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn gemm_tile<const R: usize>(g: &mut Gemm<'_>, i: usize, j: usize) -> usize {
-    let (a, b) = (g.a[i * g.lda..].as_ptr(), g.b[j..].as_ptr());
-    let mut acc = [[_mm256_setzero_ps(); 2]; R];
+fn gemm_tile<T: Element, const R: usize, const C: usize>(g: &mut Gemm<'_>, b: &[T], i: usize, j: usize) -> usize {
+    let (a, b) = (g.a[i * g.lda..].as_ptr(), b[j..].as_ptr());
+    let mut acc = [[_mm256_setzero_ps(); C]; R];
     for p in 0..g.k {
-        // SAFETY: the caller of `gemm` has checked that row `k - 1` of `b` has `n` columns, and `j + 16 <= n`.
-        let (b0, b1) = unsafe { (_mm256_loadu_ps(b.add(p * g.ldb)), _mm256_loadu_ps(b.add(p * g.ldb + LANES))) };
+        let mut of_b = [_mm256_setzero_ps(); C];
+        for c in 0..C {
+            // SAFETY: the caller of `gemm` has checked that row `k - 1` of `b` has `n` columns, and `j + 8 C <= n`.
+            of_b[c] = unsafe { T::load(b.add(p * g.ldb + LANES * c)) };
+        }
         for r in 0..R {
             // SAFETY: and that row `m - 1` of `a` has `k` columns, and `i + R <= m`.
             let x = unsafe { _mm256_broadcast_ss(&*a.add(r * g.lda + p)) };
-            acc[r][0] = _mm256_fmadd_ps(x, b0, acc[r][0]);
-            acc[r][1] = _mm256_fmadd_ps(x, b1, acc[r][1]);
+            for c in 0..C {
+                acc[r][c] = _mm256_fmadd_ps(x, of_b[c], acc[r][c]);
+            }
         }
     }
     for r in 0..R {
-        let (low, _) = g.c[(i + r) * g.ldc + j..][..2 * LANES].as_chunks_mut::<LANES>();
-        store(&mut low[0], acc[r][0]);
-        store(&mut low[1], acc[r][1]);
+        let (to, _) = g.c[(i + r) * g.ldc + j..][..LANES * C].as_chunks_mut::<LANES>();
+        for c in 0..C {
+            store(&mut to[c], acc[r][c]);
+        }
     }
     R
 }
@@ -81,7 +127,8 @@ fn exp(x: __m256) -> __m256 {
     for c in &body::EXP[1..] {
         p = _mm256_fmadd_ps(p, r, set(*c));
     }
-    let exponent = _mm256_add_epi32(_mm256_castps_si256(shifted), _mm256_set1_epi32(127 - body::ROUND.to_bits() as i32));
+    let exponent =
+        _mm256_add_epi32(_mm256_castps_si256(shifted), _mm256_set1_epi32(127 - body::ROUND.to_bits() as i32));
     let power = _mm256_castsi256_ps(_mm256_slli_epi32::<23>(exponent));
     let y = _mm256_andnot_ps(_mm256_cmp_ps::<_CMP_LT_OQ>(x, set(-87.0)), _mm256_mul_ps(p, power));
     _mm256_blendv_ps(y, x, _mm256_cmp_ps::<_CMP_UNORD_Q>(x, x))
@@ -135,4 +182,24 @@ pub fn axpby(y: &mut [f32], a: f32, x: &[f32], b: f32) {
 #[target_feature(enable = "avx2,fma,f16c")]
 pub fn row_stats(values: &[f32]) -> RowStats {
     body::row_stats(values)
+}
+
+#[target_feature(enable = "avx2,f16c")]
+pub fn widen(halves: &[u16], out: &mut [f32]) {
+    let ((from, from_tail), (to, to_tail)) = (halves.as_chunks::<LANES>(), out.as_chunks_mut::<LANES>());
+    for (h, o) in from.iter().zip(to) {
+        // SAFETY: `h` has eight halves.
+        store(o, _mm256_cvtph_ps(unsafe { _mm_loadu_si128(h.as_ptr().cast()) }));
+    }
+    body::widen(from_tail, to_tail);
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub fn scale_each(codes: &[i8], scales: &[f32], out: &mut [f32]) {
+    body::scale_each(codes, scales, out)
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub fn scale_all(codes: &[i8], scale: f32, out: &mut [f32]) {
+    body::scale_all(codes, scale, out)
 }

@@ -181,9 +181,8 @@ fn attend_split(m: &Machine<'_>, plan: &mut Plan, layer: Layer<'_>, out: SharedO
     let Heads { n_head, n_head_kv, head_dim } = layer.heads;
     let (group, n_cols) = (n_head / n_head_kv, head_dim + 2);
     // Where query `q` of a task finds its place: spans of some rows lie together, then heads, then rows.
-    let at = |i: usize, span: usize, n_rows: usize, head: usize| {
-        plan.starts[i] + (span * n_head_kv + head) * n_rows * group
-    };
+    let at =
+        |i: usize, span: usize, n_rows: usize, head: usize| plan.starts[i] + (span * n_head_kv + head) * n_rows * group;
     let partial = SharedOut::new(&mut plan.partial, n_cols);
     m.pool.run(plan.spans.len() * n_head_kv, &|thread, task| {
         let ((i, span), head) = (plan.spans[task / n_head_kv], task % n_head_kv);
@@ -288,33 +287,41 @@ impl<'a> Task<'a> {
 
     /// Attends to the `t`-th tile of the sequence and merges it into what came before in its span.
     fn attend_tile(&self, s: &mut Scratch, t: usize, block: u32) {
-        let Layer { kv, il, heads, batch, .. } = self.layer;
+        let Layer { heads, batch, .. } = self.layer;
         let (d, rows) = (heads.head_dim, &batch.rows()[self.rows.clone()]);
         // Rows that end before this tile have nothing in it; positions ascend.
         let first = rows.partition_point(|r| (r.position as usize) < t * KV_BLOCK);
         let (from, n_q) = (first * self.group, rows.len() * self.group);
         let seen = |row: usize| (rows[row].position as usize + 1 - t * KV_BLOCK).min(KV_BLOCK);
-        let b = kv.tile(block, il, Part::Key, self.head, &mut s.key);
         let (a, c) = (&s.q[from * d..], &mut s.scores[from * KV_BLOCK..]);
-        self.f.gemm(Gemm { m: n_q - from, n: KV_BLOCK, k: d, a, lda: d, b, ldb: KV_BLOCK, c, ldc: KV_BLOCK });
+        let by_keys = Gemm { m: n_q - from, n: KV_BLOCK, k: d, a, lda: d, ldb: KV_BLOCK, c, ldc: KV_BLOCK };
+        self.product(by_keys, block, Part::Key, &mut s.key);
         for q in from..n_q {
             let scores = &mut s.scores[q * KV_BLOCK..(q + 1) * KV_BLOCK];
             scores[seen(q / self.group)..].fill(f32::NEG_INFINITY);
             s.tile[q] = self.f.softmax_tile(scores, 1.0 / (d as f32).sqrt());
         }
-        let b = kv.tile(block, il, Part::Value, self.head, &mut s.value);
         // Rows that see equally much go together. A row never touches values it does not see: zero times infinity is no zero.
         let mut row = first;
         while row < rows.len() {
             let k = seen(row);
             let m = rows[row..].iter().enumerate().take_while(|(i, _)| seen(row + i) == k).count() * self.group;
             let (a, c) = (&s.scores[row * self.group * KV_BLOCK..], &mut s.part[row * self.group * d..]);
-            self.f.gemm(Gemm { m, n: d, k, a, lda: KV_BLOCK, b, ldb: d, c, ldc: d });
+            self.product(Gemm { m, n: d, k, a, lda: KV_BLOCK, ldb: d, c, ldc: d }, block, Part::Value, &mut s.value);
             row += m / self.group;
         }
         for q in from..n_q {
             let (max, total) = s.tile[q];
             s.span.add(self.f, q, max, total, &s.part[q * d..(q + 1) * d]);
+        }
+    }
+
+    /// A product with a tile of the head's keys or values. Half floats are widened once for many queries, on the way for few.
+    fn product(&self, g: Gemm<'_>, block: u32, part: Part, scratch: &mut Tile) {
+        let Layer { kv, il, .. } = self.layer;
+        match kv.halves(block, il, part, self.head) {
+            Some(b) if g.m <= 8 => self.f.gemm_halves(g, b),
+            _ => self.f.gemm(g, kv.tile(self.f, block, il, part, self.head, scratch)),
         }
     }
 
