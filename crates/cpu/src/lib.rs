@@ -22,6 +22,7 @@ mod float;
 pub mod kernels;
 pub mod kv;
 mod ops;
+pub mod peak;
 pub mod pool;
 mod scalar;
 pub mod tensor;
