@@ -2,6 +2,7 @@
 
 use std::io;
 
+use apr_engine::bench::BenchError;
 use apr_engine::diff::DiffError;
 use apr_engine::diff::bundle::BundleError;
 use apr_engine::generate::GenerateError;
@@ -114,6 +115,18 @@ impl From<BundleError> for Failure {
     /// As with diff(1), whatever keeps an op from being run or compared.
     fn from(e: BundleError) -> Failure {
         Failure { code: USAGE, error: e.into() }
+    }
+}
+
+impl From<BenchError> for Failure {
+    fn from(e: BenchError) -> Failure {
+        let code = match &e {
+            BenchError::Context { .. } => USAGE,
+            BenchError::Memory { .. } => RESOURCE,
+            BenchError::Step(e) => step_code(e),
+            BenchError::Sampler(_) => FAILED,
+        };
+        Failure { code, error: e.into() }
     }
 }
 

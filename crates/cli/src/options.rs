@@ -45,16 +45,11 @@ impl LoadArgs {
 
     /// As [`load`](Self::load), without showing how far it is.
     pub fn load_quietly(&self) -> Result<Engine> {
-        let device = match self.device.as_str() {
-            _ if self.gpu => Device::Gpu,
-            "reference" => {
-                if self.threads.is_some() || self.isa.is_some() {
-                    say("note: the reference device runs plain loops on one thread; --threads and --isa do not apply");
-                }
-                Device::Reference { activations: Precision::F32 }
-            }
-            _ => Device::Cpu { n_threads: self.threads, isa: self.isa },
-        };
+        let device = self.device();
+        let is_reference = matches!(device, Device::Reference { .. });
+        if is_reference && (self.threads.is_some() || self.isa.is_some()) {
+            say("note: the reference device runs plain loops on one thread; --threads and --isa do not apply");
+        }
         let engine = Engine::load(&self.model, EngineOptions { device, kv_type: self.kv, n_ctx: self.ctx })?;
         engine.hparams.notes.iter().for_each(|note| say(format_args!("note: {note}")));
         if let Way::OnDemand { need_bytes, available_bytes } = engine.loading.way {
@@ -62,6 +57,25 @@ impl LoadArgs {
             say(on_demand(need_bytes, available_bytes, per_token));
         }
         Ok(engine)
+    }
+
+    /// Where to compute.
+    pub fn device(&self) -> Device {
+        match self.device.as_str() {
+            _ if self.gpu => Device::Gpu,
+            "reference" => Device::Reference { activations: Precision::F32 },
+            _ => Device::Cpu { n_threads: self.threads, isa: self.isa },
+        }
+    }
+
+    /// These options on another command line of `apr`, the model left out.
+    pub fn to_args(&self) -> Vec<String> {
+        let mut args = vec![format!("--kv={}", self.kv), format!("--device={}", self.device)];
+        args.extend(self.ctx.map(|n| format!("--ctx={n}")));
+        args.extend(self.threads.map(|n| format!("--threads={n}")));
+        args.extend(self.isa.map(|isa| format!("--isa={isa}")));
+        args.extend(self.gpu.then(|| "--gpu".to_string()));
+        args
     }
 }
 

@@ -136,6 +136,25 @@ pub fn bytes(n: u64) -> String {
     }
 }
 
+/// A time in seconds since 1970 as RFC 3339 writes it, in UTC.
+pub fn rfc3339(unix_s: u64) -> String {
+    let (mut days, second) = (unix_s / 86_400, unix_s % 86_400);
+    let is_leap = |year: u64| year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400));
+    let mut year = 1970;
+    while days >= 365 + u64::from(is_leap(year)) {
+        days -= 365 + u64::from(is_leap(year));
+        year += 1;
+    }
+    let lengths = [31, 28 + u64::from(is_leap(year)), 31, 30, 31, 30, 31, 31, 30, 31, 30, 31];
+    let mut month = 0;
+    while days >= lengths[month] {
+        days -= lengths[month];
+        month += 1;
+    }
+    let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
+    format!("{year}-{:02}-{:02}T{hour:02}:{minute:02}:{second:02}Z", month + 1, days + 1)
+}
+
 /// The command as it was typed, for reports.
 pub fn command_line() -> String {
     let quoted = |arg: String| match arg.chars().all(|c| c.is_ascii_alphanumeric() || "-_./,:=+%@".contains(c)) {
@@ -162,5 +181,13 @@ mod tests {
         let third = format!("reading [{}{}] 1.00 GB of 3.00 GB, 500.00 MB/s", "#".repeat(10), ".".repeat(20));
         assert_eq!(at(1_000_000_000), third);
         assert!(at(3_000_000_000).contains(&"#".repeat(30)));
+    }
+
+    #[test]
+    fn dates_are_those_of_the_calendar() {
+        assert_eq!(rfc3339(0), "1970-01-01T00:00:00Z");
+        assert_eq!(rfc3339(951_827_696), "2000-02-29T12:34:56Z");
+        assert_eq!(rfc3339(1_735_689_599), "2024-12-31T23:59:59Z");
+        assert_eq!(rfc3339(4_107_542_400), "2100-03-01T00:00:00Z");
     }
 }

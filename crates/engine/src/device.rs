@@ -115,3 +115,18 @@ pub(crate) fn run_ops(device: Device, ops: &[&StageOp]) -> Result<(Vec<Vec<f32>>
     let ((results, precision), info) = with_backend(device, Run(ops))?;
     Ok((results, precision, info))
 }
+
+/// What a device is called and runs on this machine.
+///
+/// # Errors
+/// A device or instruction set that this machine lacks, or threads that it does not start.
+pub fn info(device: Device) -> Result<DeviceInfo, EngineError> {
+    struct Nothing;
+    impl Task for Nothing {
+        type Out = ();
+        fn on<B: Backend>(self, _: B) -> Result<(), EngineError> {
+            Ok(())
+        }
+    }
+    Ok(with_backend(device, Nothing)?.1)
+}

@@ -1,4 +1,5 @@
-//! How much memory this process can still get, and what a model needs: what a request is held against before anything is allocated.
+//! How much memory this process can still get, and what a model needs: what a request is held against before anything is allocated; and
+//! how much it had.
 
 use std::fs::read_to_string;
 use std::path::Path;
@@ -18,6 +19,17 @@ pub fn available() -> Option<u64> {
 /// What is available, where that is less than `need_bytes`.
 pub fn shortage(need_bytes: u64) -> Option<u64> {
     available().filter(|&available| need_bytes > available)
+}
+
+/// Bytes of memory that the machine has.
+pub fn total() -> Option<u64> {
+    field(&read_to_string("/proc/meminfo").ok()?, "MemTotal:", 1024)
+}
+
+/// The most memory this process has had at one time, pages of mapped files among it (proc(5), `VmHWM`). `None` where the system does not
+/// say.
+pub fn peak_rss() -> Option<u64> {
+    field(&read_to_string("/proc/self/status").ok()?, "VmHWM:", 1024)
 }
 
 /// Bytes of the buffers of a step of `n_tokens` of which one wants logits: activations, as floats and in their 8-bit form.

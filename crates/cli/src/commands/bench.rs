@@ -1,84 +1,208 @@
-//! `apr bench`: prefill and decode speed, and the machine's read bandwidth measured in the same run.
+//! `apr bench`: prefill, decode, decode of several sequences, depth and load in one table, beside what the machine can do at best,
+//! measured in the same run.
+
+mod load;
 
 use std::io::Write;
 use std::ops::ControlFlow;
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use apr_engine::bench::{BenchOptions, BenchResult, bench, read_gb_per_s};
-use apr_engine::device::default_threads;
+use apr_engine::bench::{ActiveWeights, BenchOptions, BenchResult, Limits, bench};
+use apr_engine::device::{self, DeviceInfo, default_threads};
+use apr_engine::model_file::ModelFile;
+use apr_engine::{EngineError, Hparams, memory};
 use serde_json::{Value, json};
 
 use crate::failure::{Done, Result, usage};
 use crate::options::{LoadArgs, model_name};
-use crate::print::one_line;
+use crate::print::{bytes, one_line, rfc3339};
 
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
     load: LoadArgs,
-    /// Tokens of the prefill test; 0 leaves it out
-    #[arg(short = 'p', long, default_value_t = 512, value_name = "N")]
-    n_prompt: usize,
-    /// Tokens of the decode test; 0 leaves it out
-    #[arg(short = 'n', long, default_value_t = 64, value_name = "N")]
-    n_gen: usize,
-    /// Tokens already in the context
-    #[arg(short = 'd', long, default_value_t = 0, value_name = "N")]
-    depth: usize,
+    /// Tokens of the prefill tests, as in 512,2048; 0 leaves them out
+    #[arg(short = 'p', long, value_delimiter = ',', default_value = "512", value_name = "N,...")]
+    n_prompt: Vec<usize>,
+    /// Tokens of the decode tests; 0 leaves them out
+    #[arg(short = 'n', long, value_delimiter = ',', default_value = "64", value_name = "N,...")]
+    n_gen: Vec<usize>,
+    /// Tokens already in the context; every test runs at every depth
+    #[arg(short = 'd', long, value_delimiter = ',', default_value = "0", value_name = "N,...")]
+    depth: Vec<usize>,
+    /// Sequences that decode together, one token each in a step
+    #[arg(short = 'b', long, value_delimiter = ',', default_value = "1", value_name = "N,...")]
+    batch: Vec<usize>,
     /// Counted repetitions; one more runs first and is dropped
     #[arg(long, short = 'r', default_value_t = 5, value_name = "N")]
     reps: usize,
+    /// Leave out the load test: a process of its own, from its start to its first token
+    #[arg(long)]
+    no_load: bool,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
 }
 
+/// What is measured, and on what.
+struct Subject {
+    name: String,
+    file_bytes: u64,
+    hparams: Hparams,
+    device: DeviceInfo,
+    n_threads: usize,
+    kv: String,
+}
+
 pub fn run(args: Args) -> Result<Done> {
-    if args.reps == 0 {
-        return Err(usage("--reps is 0, expected at least 1"));
-    }
-    if args.n_prompt == 0 && args.n_gen == 0 {
-        return Err(usage("-p and -n are both 0: there is nothing to measure"));
-    }
-    let mut engine = args.load.load()?;
-    let options = BenchOptions { n_prompt: args.n_prompt, n_gen: args.n_gen, depth: args.depth, reps: args.reps };
-    options.check(engine.session.n_ctx())?;
-    let n_threads = args.load.threads.unwrap_or_else(default_threads);
-    let (name, device) = (model_name(&args.load.model), engine.device.name.clone());
-    let bandwidth = read_gb_per_s(n_threads);
+    let options = BenchOptions {
+        n_prompt: args.n_prompt.clone(),
+        n_gen: args.n_gen.clone(),
+        depth: args.depth.clone(),
+        batch: args.batch.clone(),
+        reps: args.reps,
+    };
+    check(&args, &options)?;
+    let subject = subject(&args.load)?;
     let mut out = std::io::stdout();
-    if !args.json {
-        writeln!(out, "{name} on {device}; this machine reads {bandwidth:.1} GB/s with {n_threads} threads")?;
-        writeln!(out, "{:<16} {:>10} {:>8} {:>8} {:>12}", "test", "tok/s", "±", "GB/s", "of bandwidth")?;
-    }
-    let (mut results, mut written) = (Vec::new(), Ok(()));
-    bench(&mut engine, options, &mut |r| {
+    let mut results = Vec::new();
+    let mut limits: Option<Limits> = None;
+    let has_tests = !options.tests().is_empty();
+    if has_tests {
+        let mut engine = args.load.load()?;
+        options.check(&engine)?;
         if !args.json {
-            written = writeln!(out, "{}", line(r, bandwidth));
+            write!(out, "{}", subject.head())?;
         }
-        results.push(entry(r));
-        // Nobody reads the rest when writing fails.
-        if written.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
-    })?;
-    written?;
-    if args.json {
-        let report = json!({
-            "schema": "apr.bench/1", "model": name, "device": device, "threads": n_threads,
-            "file_bytes": engine.file.file_bytes, "read_gb_per_s": bandwidth, "results": results,
-        });
-        writeln!(out, "{}", one_line(&report))?;
+        let mut written = Ok(());
+        bench(&mut engine, &options, &mut |r| {
+            limits = Some(limits.map_or(r.limits, |l| l.best(r.limits)));
+            results.push(entry(r));
+            if !args.json {
+                written = writeln!(out, "{}", line(r));
+            }
+            // Nobody reads the rest when writing fails.
+            if written.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+        })?;
+        written?;
+    }
+    // The engine is gone by now: two processes need not hold one model.
+    if !args.no_load {
+        let load = load::measure(&args.load, args.reps)?;
+        results.push(load.entry());
+        if !args.json {
+            write!(out, "{}{}", if has_tests { String::new() } else { subject.head() }, load.line())?;
+        }
+    }
+    match args.json {
+        true => writeln!(out, "{}", one_line(&subject.report(limits, results)))?,
+        false => write!(out, "{}", limits.map_or(String::new(), |l| foot(&l)))?,
     }
     Ok(Done::Ok)
 }
 
-fn line(r: &BenchResult, bandwidth: f64) -> String {
-    let gb = r.gb_per_s.map_or("-".to_string(), |g| format!("{g:.1}"));
-    let share = r.gb_per_s.map_or("-".to_string(), |g| format!("{:.0} %", 100.0 * g / bandwidth));
-    format!("{:<16} {:>10.2} {:>8.2} {gb:>8} {share:>12}", r.test, r.tok_per_s, r.spread_tok_per_s)
+fn check(args: &Args, options: &BenchOptions) -> Result<()> {
+    if args.reps == 0 {
+        return Err(usage("--reps is 0, expected at least 1"));
+    }
+    if args.batch.contains(&0) {
+        return Err(usage("-b has a 0, expected numbers of sequences of at least 1"));
+    }
+    if options.tests().is_empty() && args.no_load {
+        return Err(usage("-p and -n are all 0, and --no-load: there is nothing to measure"));
+    }
+    Ok(())
+}
+
+fn subject(load: &LoadArgs) -> Result<Subject> {
+    let device = device::info(load.device())?;
+    let file = ModelFile::open(&load.model)?;
+    let hparams = file.hparams().map_err(EngineError::from)?;
+    let n_threads = device.n_threads.unwrap_or_else(default_threads);
+    let (name, kv) = (model_name(&load.model), load.kv.to_string());
+    Ok(Subject { name, file_bytes: file.file_bytes, hparams, device, n_threads, kv })
+}
+
+impl Subject {
+    /// What stands above the table.
+    fn head(&self) -> String {
+        let w = ActiveWeights::of(&self.hparams);
+        let titles = format!(
+            "{:<16} {:>9} {:>8} {:>7} {:>8} {:>8} {:>10} {:>8}  bound by",
+            "test", "tok/s", "±", "GB/s", "of read", "GMAC/s", "MAC/cycle", "of int8"
+        );
+        let (file, layers, head) = (bytes(self.file_bytes), w.layers as f64 / 1e6, w.head as f64 / 1e6);
+        format!(
+            "{}, {file}, on {}, KV {}; a token meets {layers:.1} M weights and {head:.1} M of the output matrix\n{titles}\n",
+            self.name, self.device.name, self.kv
+        )
+    }
+
+    fn report(&self, limits: Option<Limits>, results: Vec<Value>) -> Value {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+        let w = ActiveWeights::of(&self.hparams);
+        json!({
+            "schema": "apr.bench/2", "version": env!("CARGO_PKG_VERSION"), "date": rfc3339(now),
+            "machine": {
+                "cpu": cpu_model(), "arch": std::env::consts::ARCH, "os": std::env::consts::OS,
+                "cpus": std::thread::available_parallelism().map_or(1, |n| n.get()), "memory_bytes": memory::total(),
+            },
+            "model": self.name, "architecture": self.hparams.arch.to_string(), "file_bytes": self.file_bytes,
+            "active_weights": w.layers, "head_weights": w.head,
+            "device": self.device.name, "isa": self.device.isa.map(|isa| isa.to_string()), "threads": self.n_threads,
+            "kv": self.kv, "limits": limits.as_ref().map(limits_entry), "results": results,
+        })
+    }
+}
+
+/// What the CPU calls itself; the name of its architecture where it has none.
+fn cpu_model() -> String {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let name = text.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
+    name.map_or(std::env::consts::ARCH.to_string(), |(_, name)| name.trim().to_string())
+}
+
+fn percent(share: f64) -> String {
+    format!("{:.0} %", 100.0 * share)
+}
+
+fn line(r: &BenchResult) -> String {
+    let or_dash = |text: Option<String>| text.unwrap_or("-".to_string());
+    let (gb, of_read) = (or_dash(r.gb_per_s().map(|g| format!("{g:.1}"))), or_dash(r.share_of_read().map(percent)));
+    let (bound, of_int8) = (or_dash(r.bound().map(|b| b.to_string())), percent(r.share_of_int8()));
+    let (gmac, per_cycle) = (r.macs_per_s() / 1e9, r.limits.per_cycle_and_core(r.macs_per_s()));
+    format!(
+        "{:<16} {:>9.2} {:>8.2} {gb:>7} {of_read:>8} {gmac:>8.1} {per_cycle:>10.2} {of_int8:>8}  {bound}",
+        r.test.to_string(),
+        r.tok_per_s,
+        r.spread_tok_per_s
+    )
+}
+
+/// What stands below the table.
+fn foot(l: &Limits) -> String {
+    let (gmac, per_cycle) = (l.int8_macs_per_s / 1e9, l.per_cycle_and_core(l.int8_macs_per_s));
+    let (gb, clock, n_threads) = (l.read_gb_per_s, l.clock_hz / 1e9, l.n_threads);
+    let threads = if n_threads == 1 { "1 thread".to_string() } else { format!("{n_threads} threads") };
+    format!(
+        "this machine with {threads}: reads {gb:.1} GB/s; {gmac:.1} GMAC/s of int8, {per_cycle:.1} per cycle and core, \
+         at {clock:.2} GHz; MAC/cycle are per core\n"
+    )
 }
 
 fn entry(r: &BenchResult) -> Value {
     json!({
-        "test": r.test, "tok_per_s": r.tok_per_s, "spread_tok_per_s": r.spread_tok_per_s, "gb_per_s": r.gb_per_s,
-        "read_bytes_per_token": r.bytes_per_token, "reps": r.reps,
+        "test": r.test.to_string(), "tok_per_s": r.tok_per_s, "spread_tok_per_s": r.spread_tok_per_s, "reps": r.reps,
+        "read_bytes_per_token": r.bytes_per_token, "gb_per_s": r.gb_per_s(), "share_of_read": r.share_of_read(),
+        "mac_per_token": r.macs_per_token, "gmac_per_s": r.macs_per_s() / 1e9,
+        "mac_per_cycle_per_core": r.limits.per_cycle_and_core(r.macs_per_s()), "share_of_int8": r.share_of_int8(),
+        "bound_by": r.bound().map(|b| b.to_string()), "limits": limits_entry(&r.limits),
+    })
+}
+
+fn limits_entry(l: &Limits) -> Value {
+    json!({
+        "read_gb_per_s": l.read_gb_per_s, "int8_gmac_per_s": l.int8_macs_per_s / 1e9,
+        "int8_mac_per_cycle_per_core": l.per_cycle_and_core(l.int8_macs_per_s), "clock_ghz": l.clock_hz / 1e9,
     })
 }

@@ -9,6 +9,7 @@ use std::time::Instant;
 use apr_engine::Engine;
 use apr_engine::chat_template::ChatInput;
 use apr_engine::generate::{Finish, Generated, Request, generate};
+use apr_engine::memory;
 use apr_engine::sampler::SamplerConfig;
 use serde_json::{Map, Value, json};
 
@@ -280,6 +281,6 @@ fn report(engine: &Engine, g: &Generated, load_s: f64) -> Value {
             "read_bytes_per_token": read_bytes.map(|b| b / g.n_decode_token as u64),
             "read_gb_per_s": read_bytes.map(|b| b as f64 / decode_s / 1e9),
         },
-        "memory": {"model_bytes": engine.file.file_bytes, "kv_bytes": g.kv_bytes},
+        "memory": {"model_bytes": engine.file.file_bytes, "kv_bytes": g.kv_bytes, "peak_rss_bytes": memory::peak_rss()},
     })
 }
