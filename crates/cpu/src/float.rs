@@ -387,7 +387,7 @@ mod tests {
     use crate::kernels::Kernels;
 
     fn tables() -> impl Iterator<Item = &'static FloatKernels> {
-        Isa::ALL.into_iter().filter_map(Kernels::for_isa).map(|k| FloatKernels::for_isa(k.isa()))
+        Isa::ALL.into_iter().filter_map(Kernels::for_isa).map(Kernels::float)
     }
 
     fn values(n: usize, seed: u32) -> Vec<f32> {

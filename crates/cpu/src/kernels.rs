@@ -28,6 +28,7 @@ pub use out::{Out, SharedOut};
 
 #[cfg(target_arch = "x86_64")]
 use crate::avx2::{self, vnni};
+use crate::float::FloatKernels;
 use crate::scalar;
 
 /// An instruction set that kernels are written for.
@@ -158,6 +159,11 @@ impl Kernels {
     /// The instruction set of this table.
     pub fn isa(&self) -> Isa {
         self.isa
+    }
+
+    /// The float loops of this instruction set.
+    pub fn float(&self) -> &'static FloatKernels {
+        FloatKernels::for_isa(self.isa)
     }
 
     /// Quantizes one activation row into a row of [`Q8Rows`] of the same width. A super-block that holds an infinity

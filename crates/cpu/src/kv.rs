@@ -173,7 +173,7 @@ mod tests {
 
     #[test]
     fn what_is_stored_is_read_back_within_the_type() {
-        let f = FloatKernels::for_isa(Kernels::detect().isa());
+        let f = Kernels::detect().float();
         for (kv_type, bound) in [(KvType::F32, 0.0), (KvType::F16, 5e-4), (KvType::Q8_0, 4e-3)] {
             let mut kv = KvCache::new(KvShape { n_layer: 2, n_head_kv: 3, head_dim: 64, kv_type });
             kv.reserve(2).unwrap();

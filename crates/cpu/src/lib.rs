@@ -18,7 +18,7 @@ use apr_core::stats::RowStats;
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
-mod float;
+pub mod float;
 pub mod kernels;
 pub mod kv;
 mod ops;
@@ -112,7 +112,7 @@ impl CpuBackend {
         Ok(CpuBackend {
             pool: Pool::new(n_threads).map_err(|source| CpuError::Threads { n_threads, source })?,
             kernels,
-            float: FloatKernels::for_isa(kernels.isa()),
+            float: kernels.float(),
             panels: (0..n_threads).map(|_| Mutex::default()).collect(),
             attention: (0..n_threads).map(|_| Mutex::default()).collect(),
             shared: Mutex::default(),

@@ -5,6 +5,7 @@ use apr_core::batch::{Batch, Row};
 use apr_core::probe::NoProbe;
 use apr_core::stats::RowStats;
 use apr_cpu::CpuBackend;
+use apr_cpu::kernels::Kernels;
 use apr_cpu::kv::{KvCache, Part, Tile};
 
 const HEADS: Heads = Heads { n_head: 1, n_head_kv: 1, head_dim: 32 };
@@ -56,7 +57,7 @@ fn nan_is_not_lost_in_an_8_bit_cache() {
     x[3] = f32::NAN;
     kv.store(0, 0, 0, Part::Value, 0, &x);
     let mut scratch = Tile::default();
-    let read = kv.tile(0, 0, Part::Value, 0, &mut scratch);
+    let read = kv.tile(Kernels::detect().float(), 0, 0, Part::Value, 0, &mut scratch);
     assert!(read[..32].iter().any(|v| v.is_nan()), "stored NaN, read {:?}", &read[..8]);
 }
 
