@@ -69,8 +69,8 @@ trait Format {
 fn matmul_q8(w: WeightRows<'_>, x: Q8Tokens<'_>, out: &mut Out<'_>, scratch: &mut PanelScratch) {
     use GgmlType::*;
     match w.qtype() {
-        Q4_K => matmul::<k_quants::K45<false>>(w, x, out, scratch),
-        Q5_K => matmul::<k_quants::K45<true>>(w, x, out, scratch),
+        Q4_K => matmul::<k_quants::K45<false, 144>>(w, x, out, scratch),
+        Q5_K => matmul::<k_quants::K45<true, 176>>(w, x, out, scratch),
         Q6_K => matmul::<q6_k::Q6K>(w, x, out, scratch),
         Q8_0 => matmul::<small::Q8>(w, x, out, scratch),
         Q4_0 => matmul::<small::Nibbles<false, false>>(w, x, out, scratch),

@@ -4,7 +4,7 @@
 use std::arch::x86_64::*;
 
 use super::Strip;
-use super::load::{broadcast, half_vector, load16};
+use super::load::{broadcast, broadcast8, half_vector, load16};
 use crate::kernels::{Q8Block, STRIP};
 
 /// The same block of eight rows.
@@ -50,6 +50,45 @@ pub(super) fn pairs<const BYTES: usize>(blocks: &Blocks<'_, BYTES>, at: usize) -
         v[i] = _mm256_set_m128i(load16(blocks[i + 4], at), load16(blocks[i], at));
     }
     v
+}
+
+/// Eight columns of eight rows: bytes of rows 0 and 1 (4 and 5 in the upper half) in the first vector, of rows 2 and 3
+/// (6 and 7) in the second. Eight bytes of a token meet both; [`even_odd`] of two such vectors of results puts row `r`
+/// into lane `r`.
+pub(super) type Eights = [__m256i; 2];
+
+/// Sixteen bytes at `at` of eight rows.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn eights<const BYTES: usize>(blocks: &Blocks<'_, BYTES>, at: usize) -> [Eights; 2] {
+    let v = pairs(blocks, at);
+    [
+        [_mm256_unpacklo_epi64(v[0], v[1]), _mm256_unpacklo_epi64(v[2], v[3])],
+        [_mm256_unpackhi_epi64(v[0], v[1]), _mm256_unpackhi_epi64(v[2], v[3])],
+    ]
+}
+
+/// Thirty-two bytes at `at` of eight rows.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn eights_32<const BYTES: usize>(blocks: &Blocks<'_, BYTES>, at: usize) -> [Eights; 4] {
+    let ([a, b], [c, d]) = (eights(blocks, at), eights(blocks, at + 16));
+    [a, b, c, d]
+}
+
+/// The sums in 16 bits of `C` times eight columns with a token's, of which the first are `8 c ..`.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn products<const C: usize>(w: &[Eights; C], x: &Q8Block, c: usize) -> Eights {
+    let codes = broadcast8(&x.codes, c);
+    let mut y = [_mm256_maddubs_epi16(w[0][0], codes), _mm256_maddubs_epi16(w[0][1], codes)];
+    for i in 1..C {
+        let codes = broadcast8(&x.codes, c + i);
+        for h in 0..2 {
+            y[h] = _mm256_add_epi16(y[h], _mm256_maddubs_epi16(w[i][h], codes));
+        }
+    }
+    y
 }
 
 /// The lower and the upper nibbles.
@@ -138,14 +177,25 @@ fn sum_32(y: [__m256i; 4]) -> __m256i {
     _mm256_add_epi32(even, odd)
 }
 
+/// The even and the odd dwords of both, those of `a` first in each half.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn even_odd(a: __m256i, b: __m256i) -> (__m256i, __m256i) {
+pub(super) fn even_odd(a: __m256i, b: __m256i) -> (__m256i, __m256i) {
     let (a, b) = (_mm256_castsi256_ps(a), _mm256_castsi256_ps(b));
     (
         _mm256_castps_si256(_mm256_shuffle_ps::<0b10_00_10_00>(a, b)),
         _mm256_castps_si256(_mm256_shuffle_ps::<0b11_01_11_01>(a, b)),
     )
+}
+
+/// Bytes `a` and `b` of every lane as two 16-bit numbers.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn bytes(v: __m256i, a: usize, b: usize) -> __m256i {
+    let first = _mm_setr_epi32(0, 4, 8, 12);
+    let places = _mm_set1_epi32(0x8000_8000u32 as i32 | (b << 16 | a) as i32);
+    let twice = _mm_or_si128(first, _mm_slli_epi32::<16>(first));
+    _mm256_shuffle_epi8(v, _mm256_broadcastsi128_si256(_mm_add_epi8(places, twice)))
 }
 
 /// The two half floats that open each row's block, as floats.

@@ -28,16 +28,6 @@ struct Scales {
     m: __m256,
 }
 
-/// Bytes `a` and `b` of every lane as two 16-bit numbers.
-#[target_feature(enable = "avx2")]
-#[inline]
-fn bytes(v: __m256i, a: usize, b: usize) -> __m256i {
-    let first = _mm_setr_epi32(0, 4, 8, 12);
-    let places = _mm_set1_epi32(0x8000_8000u32 as i32 | (b << 16 | a) as i32);
-    let twice = _mm_or_si128(first, _mm_slli_epi32::<16>(first));
-    _mm256_shuffle_epi8(v, _mm256_broadcastsi128_si256(_mm_add_epi8(places, twice)))
-}
-
 /// `v` with bit `from` of every byte at place 2, other bits anything.
 #[target_feature(enable = "avx2")]
 #[inline]
@@ -87,7 +77,7 @@ impl<const THREE: bool, const BYTES: usize> K23<THREE, BYTES> {
     #[target_feature(enable = "avx2")]
     #[inline]
     fn pair(scales: __m256i, a: usize, b: usize) -> __m256i {
-        let pair = bytes(scales, a, b);
+        let pair = direct::bytes(scales, a, b);
         if THREE { _mm256_sub_epi16(pair, _mm256_set1_epi16(32)) } else { pair }
     }
 
@@ -185,7 +175,7 @@ impl<const THREE: bool, const BYTES: usize> Format for K23<THREE, BYTES> {
     unsafe fn unpack(strip: &Strip<'_>, s: usize, panel: &mut Panel) {
         let blocks = direct::nth(&direct::rows_of::<BYTES>(strip), s);
         let of = Self::scales(&blocks);
-        let slices: [&[u8]; STRIP] = blocks.map(|block| block.as_slice());
+        let slices = blocks.map(|block| &block[..]);
         let high = if THREE { transpose(load32_of_each(&slices, 0)) } else { [_mm256_setzero_si256(); 8] };
         for h in 0..2 {
             let low = transpose(load32_of_each(&slices, Self::QS + 32 * h));

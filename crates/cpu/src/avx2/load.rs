@@ -69,6 +69,15 @@ pub(super) fn broadcast<T: Plain>(from: &T, i: usize) -> __m256i {
     unsafe { _mm256_set1_epi32((from as *const T).cast::<i32>().add(i).read_unaligned()) }
 }
 
+/// Qword `i` of `from` four times.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn broadcast8<T: Plain>(from: &T, i: usize) -> __m256i {
+    assert!(8 * i + 8 <= size_of::<T>());
+    // SAFETY: the qword lies within `from` by the assertion, and is none of it padding.
+    unsafe { _mm256_set1_epi64x((from as *const T).cast::<i64>().add(i).read_unaligned()) }
+}
+
 /// Writes a vector over the whole of `to`.
 #[target_feature(enable = "avx2")]
 #[inline]
@@ -107,13 +116,6 @@ pub(super) fn halves(bits: [i16; 8]) -> __m256 {
 #[inline(always)]
 pub(super) fn half_bits(b: &[u8], at: usize) -> i16 {
     i16::from_le_bytes([b[at], b[at + 1]])
-}
-
-/// The half float at `b[at..]` in every lane, as floats.
-#[target_feature(enable = "avx2,f16c")]
-#[inline]
-pub(super) fn broadcast_half(b: &[u8], at: usize) -> __m256 {
-    _mm256_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(half_bits(b, at)))))
 }
 
 /// Bytes `at .. at + len` of eight rows.

@@ -6,127 +6,178 @@
 
 use std::arch::x86_64::*;
 
-use super::load::{
-    broadcast_half, floats, half_of_each, load16, load16_of_each, load32, load32_of_each, part_of_each, store, store8,
-    vector,
-};
-use super::reduce::{sum_lanes, transpose, transpose_floats, transpose_halves};
+use super::direct::{self, Blocks, Eights};
+use super::load::{broadcast, load32_of_each, store, store8};
+use super::reduce::{transpose, transpose_quarter};
 use super::tile;
 use super::{Format, Strip};
-use crate::kernels::{Panel, Q8Block, STRIP};
+use crate::kernels::{Panel, Q8Block};
 
 const BYTES: usize = 210;
 
 pub(super) struct Q6K;
 
-/// The four vectors of codes from two vectors of nibbles and one of upper bits.
+/// The scales of eight rows.
+struct Scales {
+    /// Dword `r` of vector `c`: scales `4 c` and `4 c + 2` of row `r`.
+    even: [__m256i; 4],
+    /// Dword `r` of vector `c`: scales `4 c + 1` and `4 c + 3` of row `r`.
+    odd: [__m256i; 4],
+}
+
+impl Scales {
+    #[target_feature(enable = "avx2")]
+    #[inline]
+    fn of(blocks: &Blocks<'_, BYTES>) -> Scales {
+        // Dword c of a row holds scales 4 c .. 4 c + 4 as signed bytes.
+        let v = transpose_quarter(direct::pairs(blocks, 192));
+        let mut scales = Scales { even: v, odd: v };
+        for c in 0..4 {
+            scales.even[c] = _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(v[c]));
+            scales.odd[c] = _mm256_srai_epi16::<8>(v[c]);
+        }
+        scales
+    }
+
+    /// The scales of both halves of block `4 half + Q`, as a pair per row.
+    #[target_feature(enable = "avx2")]
+    #[inline]
+    fn pairs<const Q: usize>(&self, half: usize) -> __m256i {
+        let (even, odd) = (self.even[2 * half + Q / 2], self.odd[2 * half + Q / 2]);
+        match Q % 2 {
+            0 => _mm256_blend_epi16::<0xaa>(even, _mm256_slli_epi32::<16>(odd)),
+            _ => _mm256_blend_epi16::<0xaa>(_mm256_srli_epi32::<16>(even), odd),
+        }
+    }
+
+    /// The scales of both halves of block `4 half + Q`, each in the places of the rows in [`Eights`].
+    #[target_feature(enable = "avx2")]
+    #[inline]
+    fn eights<const Q: usize>(&self, half: usize) -> [Eights; 2] {
+        let (even, odd) = (self.even[2 * half + Q / 2], self.odd[2 * half + Q / 2]);
+        let word = _mm256_set1_epi16(0x0100 + 0x0202 * (Q % 2) as i16);
+        let rows = _mm256_broadcastsi128_si256(_mm_setr_epi32(0, 0, 0x0404_0404, 0x0404_0404));
+        let first = _mm256_add_epi8(word, rows);
+        let last = _mm256_add_epi8(first, _mm256_set1_epi8(8));
+        [
+            [_mm256_shuffle_epi8(even, first), _mm256_shuffle_epi8(even, last)],
+            [_mm256_shuffle_epi8(odd, first), _mm256_shuffle_epi8(odd, last)],
+        ]
+    }
+}
+
+/// The codes of quarter `Q` from its bytes of nibbles and of upper bits.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn codes(low: [__m256i; 2], high: __m256i) -> [__m256i; 4] {
-    let nibble = _mm256_set1_epi8(15);
-    let pair = _mm256_set1_epi8(0x30);
-    let (a, b) = (_mm256_and_si256(low[0], nibble), _mm256_and_si256(low[1], nibble));
-    let c = _mm256_and_si256(_mm256_srli_epi16::<4>(low[0]), nibble);
-    let d = _mm256_and_si256(_mm256_srli_epi16::<4>(low[1]), nibble);
-    [
-        _mm256_or_si256(a, _mm256_and_si256(_mm256_slli_epi16::<4>(high), pair)),
-        _mm256_or_si256(b, _mm256_and_si256(_mm256_slli_epi16::<2>(high), pair)),
-        _mm256_or_si256(c, _mm256_and_si256(high, pair)),
-        _mm256_or_si256(d, _mm256_and_si256(_mm256_srli_epi16::<2>(high), pair)),
-    ]
+fn codes<const Q: usize>(low: __m256i, high: __m256i) -> __m256i {
+    let low = if Q < 2 { low } else { _mm256_srli_epi16::<4>(low) };
+    let high = match Q {
+        0 => _mm256_slli_epi16::<4>(high),
+        1 => _mm256_slli_epi16::<2>(high),
+        2 => high,
+        _ => _mm256_srli_epi16::<2>(high),
+    };
+    let (nibble, pair) = (_mm256_set1_epi8(15), _mm256_set1_epi8(0x30));
+    _mm256_or_si256(_mm256_and_si256(low, nibble), _mm256_and_si256(high, pair))
 }
 
-/// The integer sums of one row's super-block with a token: lane `j` is that of block `j`.
+/// The products of block `4 half + Q` with `N` tokens, added to `acc`.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn row_sums(block: &[u8], x: &Q8Block) -> __m256i {
-    let scales = _mm256_cvtepi8_epi16(load16(block, 192));
-    let (y, _) = x.codes.as_chunks::<32>();
-    let mut sums = [_mm256_setzero_si256(); 8];
-    // Both halves' scales in each half of the vector: scales 2 j and 2 j + 1 are one shuffle away from any j.
-    let first = _mm256_permute2x128_si256::<0x00>(scales, scales);
-    let second = _mm256_permute2x128_si256::<0x11>(scales, scales);
-    for half in 0..2 {
-        let low = [load32(block, 64 * half), load32(block, 64 * half + 32)];
-        let w = codes(low, load32(block, 128 + 32 * half));
-        for q in 0..4 {
-            let j = q as i16;
-            let (a, b) = ((4 * j) | (4 * j + 1) << 8, (4 * j + 2) | (4 * j + 3) << 8);
-            let pick = _mm256_set_m128i(_mm_set1_epi16(b), _mm_set1_epi16(a));
-            let scale = _mm256_shuffle_epi8(if half == 0 { first } else { second }, pick);
-            let products = _mm256_maddubs_epi16(w[q], vector(&y[4 * half + q]));
-            sums[4 * half + q] = _mm256_madd_epi16(products, scale);
+fn add_block<const Q: usize, const N: usize>(
+    acc: &mut [__m256; N],
+    low: &[Eights; 4],
+    high: &[Eights; 4],
+    of: &Scales,
+    d: __m256,
+    half: usize,
+    x: &[&Q8Block; N],
+) {
+    let j = 4 * half + Q;
+    let mut w = *high;
+    for c in 0..4 {
+        for i in 0..2 {
+            w[c][i] = codes::<Q>(low[c][i], high[c][i]);
         }
     }
-    let offset = _mm256_madd_epi16(scales, vector(&x.half_sums));
-    _mm256_sub_epi32(sum_lanes(sums), _mm256_slli_epi32::<5>(offset))
-}
-
-#[target_feature(enable = "avx2,fma,f16c")]
-fn gemv(strip: &Strip<'_>, x: &[Q8Block]) -> __m256 {
-    let mut acc = _mm256_setzero_ps();
-    for s in 0..strip.n_blocks / 8 {
-        let blocks = part_of_each(&strip.rows, s * BYTES, BYTES);
-        let x_d = floats(&x[s].block_d);
-        let mut terms = [_mm256_setzero_ps(); STRIP];
-        for r in 0..STRIP {
-            let block = blocks[r];
-            strip.fetch((s * STRIP + r) * BYTES, BYTES);
-            let sums = _mm256_cvtepi32_ps(row_sums(block, &x[s]));
-            terms[r] = _mm256_mul_ps(sums, _mm256_mul_ps(broadcast_half(block, 208), x_d));
+    let offset = _mm256_slli_epi16::<5>(of.pairs::<Q>(half));
+    let scales = of.eights::<Q>(half);
+    for t in 0..N {
+        let first = direct::products(&[w[0], w[1]], x[t], 4 * j);
+        let second = direct::products(&[w[2], w[3]], x[t], 4 * j + 2);
+        let mut y = first;
+        for i in 0..2 {
+            let first = _mm256_madd_epi16(first[i], scales[0][i]);
+            y[i] = _mm256_add_epi32(first, _mm256_madd_epi16(second[i], scales[1][i]));
         }
-        for term in transpose_floats(terms) {
-            acc = _mm256_add_ps(acc, term);
-        }
+        let (even, odd) = direct::even_odd(y[0], y[1]);
+        let offset = _mm256_madd_epi16(offset, broadcast(&x[t].half_sums, j));
+        let sum = _mm256_sub_epi32(_mm256_add_epi32(even, odd), offset);
+        acc[t] = tile::add_block(acc[t], sum, d, x[t].block_d[j]);
     }
-    acc
 }
 
 impl Format for Q6K {
-    const TILES_FROM: usize = 2;
+    const TILES_FROM: usize = 5;
 
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn direct<const N: usize>(strip: &Strip<'_>, x: [&[Q8Block]; N]) -> [__m256; N] {
-        let mut y = [_mm256_setzero_ps(); N];
-        for t in 0..N {
-            y[t] = gemv(strip, x[t]);
+        let mut acc = [_mm256_setzero_ps(); N];
+        let rows = direct::rows_of(strip);
+        for s in 0..rows[0].len() {
+            let blocks = direct::nth(&rows, s);
+            let x = direct::super_block(&x, s);
+            let of = Scales::of(&blocks);
+            let [_, d] = direct::last_two_halves(&blocks);
+            for half in 0..2 {
+                let low0 = direct::eights_32(&blocks, 64 * half);
+                let low1 = direct::eights_32(&blocks, 64 * half + 32);
+                let high = direct::eights_32(&blocks, 128 + 32 * half);
+                let at = (2 * s + half) * 4 * BYTES;
+                strip.fetch(at, BYTES);
+                add_block::<0, N>(&mut acc, &low0, &high, &of, d, half, &x);
+                strip.fetch(at + BYTES, BYTES);
+                add_block::<1, N>(&mut acc, &low1, &high, &of, d, half, &x);
+                strip.fetch(at + 2 * BYTES, BYTES);
+                add_block::<2, N>(&mut acc, &low0, &high, &of, d, half, &x);
+                strip.fetch(at + 3 * BYTES, BYTES);
+                add_block::<3, N>(&mut acc, &low1, &high, &of, d, half, &x);
+            }
         }
-        y
+        acc
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn unpack(strip: &Strip<'_>, s: usize, panel: &mut Panel) {
-        let blocks = part_of_each(&strip.rows, s * BYTES, BYTES);
+        let blocks = direct::nth(&direct::rows_of(strip), s);
+        let slices = blocks.map(|block| &block[..]);
         for half in 0..2 {
-            let low0 = transpose(load32_of_each(&blocks, 64 * half));
-            let low1 = transpose(load32_of_each(&blocks, 64 * half + 32));
-            let high = transpose(load32_of_each(&blocks, 128 + 32 * half));
+            let low0 = transpose(load32_of_each(&slices, 64 * half));
+            let low1 = transpose(load32_of_each(&slices, 64 * half + 32));
+            let high = transpose(load32_of_each(&slices, 128 + 32 * half));
             for i in 0..8 {
-                for (q, w) in codes([low0[i], low1[i]], high[i]).into_iter().enumerate() {
-                    store(&mut panel.codes[4 * half + q][i], w);
-                }
+                store(&mut panel.codes[4 * half][i], codes::<0>(low0[i], high[i]));
+                store(&mut panel.codes[4 * half + 1][i], codes::<1>(low1[i], high[i]));
+                store(&mut panel.codes[4 * half + 2][i], codes::<2>(low0[i], high[i]));
+                store(&mut panel.codes[4 * half + 3][i], codes::<3>(low1[i], high[i]));
             }
         }
-        // Dword c of a row holds scales 4 c .. 4 c + 4 as signed bytes.
-        let scales = transpose_halves(load16_of_each(&blocks, 192));
-        for (c, v) in scales.into_iter().enumerate() {
-            // 16-bit numbers: scales 0 and 2 of the dword in `even`, 1 and 3 in `odd`.
-            let (even, odd) = (_mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(v)), _mm256_srai_epi16::<8>(v));
+        let of = Scales::of(&blocks);
+        for (c, (even, odd)) in of.even.into_iter().zip(of.odd).enumerate() {
             for (i, v) in [even, odd].into_iter().enumerate() {
                 let lower = _mm256_blend_epi16::<0xaa>(v, _mm256_slli_epi32::<16>(v));
                 let upper = _mm256_blend_epi16::<0x55>(v, _mm256_srli_epi32::<16>(v));
                 store(&mut panel.scales[4 * c + i], lower);
                 store(&mut panel.scales[4 * c + 2 + i], upper);
             }
-            let pairs = [
-                _mm256_blend_epi16::<0xaa>(even, _mm256_slli_epi32::<16>(odd)),
-                _mm256_blend_epi16::<0xaa>(_mm256_srli_epi32::<16>(even), odd),
-            ];
-            for h in 0..2 {
-                store(&mut panel.mins[2 * c + h], _mm256_mullo_epi16(pairs[h], _mm256_set1_epi16(-32)));
+        }
+        for half in 0..2 {
+            let pairs = [of.pairs::<0>(half), of.pairs::<1>(half), of.pairs::<2>(half), of.pairs::<3>(half)];
+            for (q, pairs) in pairs.into_iter().enumerate() {
+                store(&mut panel.mins[4 * half + q], _mm256_mullo_epi16(pairs, _mm256_set1_epi16(-32)));
             }
         }
-        panel.d[0] = store8(half_of_each(&blocks, 208));
+        panel.d[0] = store8(direct::last_two_halves(&blocks)[1]);
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]

@@ -1,24 +1,6 @@
-//! Sums across lanes and transpositions of eight vectors at a time.
+//! Transpositions of eight vectors at a time.
 
 use std::arch::x86_64::*;
-
-/// Lane `i` of the result is the sum of the lanes of `v[i]`.
-#[target_feature(enable = "avx2")]
-#[inline]
-pub(super) fn sum_lanes(v: [__m256i; 8]) -> __m256i {
-    let a = _mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3]));
-    let b = _mm256_hadd_epi32(_mm256_hadd_epi32(v[4], v[5]), _mm256_hadd_epi32(v[6], v[7]));
-    _mm256_add_epi32(_mm256_permute2x128_si256::<0x20>(a, b), _mm256_permute2x128_si256::<0x31>(a, b))
-}
-
-/// Lane `i` of the result is the sum of the four lanes of `v[i]`.
-#[target_feature(enable = "avx2")]
-#[inline]
-pub(super) fn sum_half_lanes(v: [__m128i; 8]) -> __m256i {
-    let (a, b) = (_mm256_set_m128i(v[4], v[0]), _mm256_set_m128i(v[5], v[1]));
-    let (c, d) = (_mm256_set_m128i(v[6], v[2]), _mm256_set_m128i(v[7], v[3]));
-    _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d))
-}
 
 /// Lane `i` of vector `j` becomes lane `j` of vector `i`.
 #[target_feature(enable = "avx2")]
@@ -36,17 +18,10 @@ pub(super) fn transpose(v: [__m256i; 8]) -> [__m256i; 8] {
 /// Transposes four by four lanes in both halves of the vectors.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn transpose_quarter(v: [__m256i; 4]) -> [__m256i; 4] {
+pub(super) fn transpose_quarter(v: [__m256i; 4]) -> [__m256i; 4] {
     let (a, b) = (_mm256_unpacklo_epi32(v[0], v[1]), _mm256_unpackhi_epi32(v[0], v[1]));
     let (c, d) = (_mm256_unpacklo_epi32(v[2], v[3]), _mm256_unpackhi_epi32(v[2], v[3]));
     [_mm256_unpacklo_epi64(a, c), _mm256_unpackhi_epi64(a, c), _mm256_unpacklo_epi64(b, d), _mm256_unpackhi_epi64(b, d)]
-}
-
-/// [`transpose`] for floats.
-#[target_feature(enable = "avx2")]
-#[inline]
-pub(super) fn transpose_floats(v: [__m256; 8]) -> [__m256; 8] {
-    transpose(v.map(|v| _mm256_castps_si256(v))).map(|v| _mm256_castsi256_ps(v))
 }
 
 /// Four dwords of each of eight rows: lane `r` of vector `c` is dword `c` of row `r`.

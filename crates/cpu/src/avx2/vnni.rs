@@ -31,6 +31,9 @@ const fn table(isa: Isa, matmul_q8: crate::kernels::MatmulQ8) -> Kernels {
     Kernels::new(isa, quantize::quantize_row, matmul_q8, float::matmul_f32)
 }
 
+/// From this many tokens on the tiles here are taken, even where those of AVX2 would wait for more.
+const DIRECT_BELOW: usize = 5;
+
 /// How the panels of a format, as its [`Format::unpack`] leaves them, are multiplied.
 trait Tiles {
     /// The products of strips side by side with `N` tokens.
@@ -44,7 +47,7 @@ trait Tiles {
     ) -> [V::Floats; N];
 }
 
-impl<const FIVE: bool> Tiles for K45<FIVE> {
+impl<const FIVE: bool, const BYTES: usize> Tiles for K45<FIVE, BYTES> {
     #[inline(always)]
     unsafe fn tile<V: Vectors, const N: usize>(panels: &[V::Panels], _: usize, x: [&[Q8Block]; N]) -> [V::Floats; N] {
         // SAFETY: the caller's promise.
@@ -95,8 +98,8 @@ impl<const MIN: bool, const FIVE: bool> Tiles for Nibbles<MIN, FIVE> {
 fn matmul_q8<V: Vectors>(w: WeightRows<'_>, x: Q8Tokens<'_>, out: &mut Out<'_>, scratch: &mut PanelScratch) {
     use GgmlType::*;
     match w.qtype() {
-        Q4_K => matmul::<K45<false>, V>(w, x, out, scratch),
-        Q5_K => matmul::<K45<true>, V>(w, x, out, scratch),
+        Q4_K => matmul::<K45<false, 144>, V>(w, x, out, scratch),
+        Q5_K => matmul::<K45<true, 176>, V>(w, x, out, scratch),
         Q6_K => matmul::<Q6K, V>(w, x, out, scratch),
         Q8_0 => matmul::<Q8, V>(w, x, out, scratch),
         Q4_0 => matmul::<Nibbles<false, false>, V>(w, x, out, scratch),
@@ -114,7 +117,7 @@ fn matmul<F: Format + Tiles, V: Vectors>(
     out: &mut Out<'_>,
     scratch: &mut PanelScratch,
 ) {
-    if x.len() < F::TILES_FROM {
+    if x.len() < F::TILES_FROM.min(DIRECT_BELOW) {
         return super::matmul::<F>(w, x, out, scratch);
     }
     let (n_rows, n_blocks) = (w.n_rows(), w.n_cols().div_ceil(32));
