@@ -1,7 +1,7 @@
 //! Products with weights: one matrix, or the routed experts of every token.
 //!
 //! Tokens are grouped by expert, so that each expert's weights are read once per step whatever the number of tokens. A task is some
-//! weight rows of one expert with all its tokens; tasks are handed out by a counter, the experts with most tokens first.
+//! weight rows of one expert with all its tokens; neighbouring tasks read neighbouring rows.
 
 use std::ops::Range;
 use std::sync::Mutex;
