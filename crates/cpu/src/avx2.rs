@@ -139,11 +139,7 @@ fn direct_to<F: Format, const N: usize>(
     n: usize,
 ) -> usize {
     // SAFETY: this function itself runs only with the features that `Format` asks for.
-    let y = unsafe { F::direct::<N>(strip, std::array::from_fn(|i| x.row(t + i))) };
-    for (i, y) in y.into_iter().enumerate() {
-        out.put(x.out_row(t + i), r, &store8(y)[..n]);
-    }
-    N
+    put(unsafe { F::direct::<N>(strip, std::array::from_fn(|i| x.row(t + i))) }, x, t, out, r, n)
 }
 
 /// Multiplies tokens `t .. t + N` and writes the `n` results of each; returns `N`.
@@ -159,7 +155,13 @@ fn tile_to<F: Format, const N: usize>(
     n: usize,
 ) -> usize {
     // SAFETY: this function itself runs only with the features that `Format` asks for.
-    let y = unsafe { F::tile::<N>(panels, n_blocks, std::array::from_fn(|i| x.row(t + i))) };
+    put(unsafe { F::tile::<N>(panels, n_blocks, std::array::from_fn(|i| x.row(t + i))) }, x, t, out, r, n)
+}
+
+/// Writes the `n` results from weight row `r` on of tokens `t .. t + N`; returns `N`.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn put<const N: usize>(y: [__m256; N], x: Q8Tokens<'_>, t: usize, out: &mut Out<'_>, r: usize, n: usize) -> usize {
     for (i, y) in y.into_iter().enumerate() {
         out.put(x.out_row(t + i), r, &store8(y)[..n]);
     }
