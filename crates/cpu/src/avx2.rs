@@ -9,6 +9,7 @@ mod float;
 mod iq4;
 mod k23;
 mod k_quants;
+mod lanes;
 mod load;
 mod q6_k;
 mod quantize;
@@ -21,10 +22,20 @@ use std::arch::x86_64::*;
 
 use apr_core::qtype::GgmlType;
 
-use crate::kernels::{Isa, Kernels, Out, Panel, PanelScratch, Q8Block, Q8Tokens, STRIP, SUPER, WeightRows};
+use crate::kernels::{
+    Isa, Kernels, LANES, LaneSums, Lanes, Out, Panel, PanelScratch, Q8Block, Q8Tokens, STRIP, SUPER, WeightRows,
+};
 use load::{prefetch, store8};
+use reduce::transpose_floats;
 
 pub(crate) static KERNELS: Kernels = Kernels::new(Isa::Avx2, quantize::quantize_row, matmul_q8, float::matmul_f32);
+
+/// Strips that are unpacked at a time: many, so that interleaved tokens are seldom read again, and no more than fit the
+/// first cache beside four groups of tokens.
+const STRIPS: usize = 4;
+
+/// Tokens that are interleaved at a time: no more than fit the second cache.
+const SPAN: usize = 128;
 
 /// Eight weight rows of `n_blocks` blocks of 32 columns each, as they lie in the file. A strip with fewer rows repeats
 /// its last one.
@@ -52,7 +63,7 @@ impl Strip<'_> {
 /// What differs between quant types. The functions are `unsafe` because they may run only on a CPU with AVX2, FMA
 /// and F16C.
 trait Format {
-    /// From this many tokens on unpacking pays.
+    /// From this many tokens on tiles are faster.
     const TILES_FROM: usize;
 
     /// The products of a strip with `N` tokens.
@@ -61,8 +72,15 @@ trait Format {
     /// Unpacks super-block `s` of a strip.
     unsafe fn unpack(strip: &Strip<'_>, s: usize, panel: &mut Panel);
 
-    /// The products of an unpacked strip with `N` tokens.
-    unsafe fn tile<const N: usize>(panels: &[Panel], n_blocks: usize, x: [&[Q8Block]; N]) -> [__m256; N];
+    /// Adds to `acc` the products of rows `r .. r + R` of an unpacked super-block, of `n_blocks` blocks of 32 columns, with
+    /// `T` groups of eight tokens.
+    unsafe fn tile<const R: usize, const T: usize>(
+        panel: &Panel,
+        n_blocks: usize,
+        r: usize,
+        x: &[Lanes; T],
+        acc: &mut tile::Acc<R, T>,
+    );
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -88,40 +106,26 @@ fn matmul_q8(w: WeightRows<'_>, x: Q8Tokens<'_>, out: &mut Out<'_>, scratch: &mu
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn matmul<F: Format>(w: WeightRows<'_>, x: Q8Tokens<'_>, out: &mut Out<'_>, scratch: &mut PanelScratch) {
+    if x.len() >= F::TILES_FROM {
+        for from in (0..x.len()).step_by(SPAN) {
+            tiled::<F>(&w, x.part(from, SPAN), out, scratch);
+        }
+        return;
+    }
     let n_blocks = w.n_cols().div_ceil(32);
     let n_rows = w.n_rows();
-    let panels = scratch.panels(w.n_cols().div_ceil(SUPER));
-    let row_bytes_of_super = SUPER / w.qtype().block_len() * w.qtype().block_bytes();
     let ahead = prefetch_distance(w.row_bytes());
     for r in (0..n_rows).step_by(STRIP) {
         let n = STRIP.min(n_rows - r);
         let rows = std::array::from_fn(|i| w.row(r + i.min(n - 1)));
         let strip = Strip { rows, n_blocks, ahead };
-        if x.len() < F::TILES_FROM {
-            let mut t = 0;
-            while t < x.len() {
-                t += match x.len() - t {
-                    1 => direct_to::<F, 1>(&strip, x, t, out, r, n),
-                    2 => direct_to::<F, 2>(&strip, x, t, out, r, n),
-                    3 => direct_to::<F, 3>(&strip, x, t, out, r, n),
-                    _ => direct_to::<F, 4>(&strip, x, t, out, r, n),
-                };
-            }
-            continue;
-        }
-        for (s, panel) in panels.iter_mut().enumerate() {
-            let at = s * row_bytes_of_super;
-            strip.fetch(STRIP * at, STRIP * row_bytes_of_super);
-            // SAFETY: as above.
-            unsafe { F::unpack(&strip, s, panel) };
-        }
         let mut t = 0;
         while t < x.len() {
             t += match x.len() - t {
-                1 => tile_to::<F, 1>(panels, n_blocks, x, t, out, r, n),
-                2 => tile_to::<F, 2>(panels, n_blocks, x, t, out, r, n),
-                3 => tile_to::<F, 3>(panels, n_blocks, x, t, out, r, n),
-                _ => tile_to::<F, 4>(panels, n_blocks, x, t, out, r, n),
+                1 => direct_to::<F, 1>(&strip, x, t, out, r, n),
+                2 => direct_to::<F, 2>(&strip, x, t, out, r, n),
+                3 => direct_to::<F, 3>(&strip, x, t, out, r, n),
+                _ => direct_to::<F, 4>(&strip, x, t, out, r, n),
             };
         }
     }
@@ -142,20 +146,110 @@ fn direct_to<F: Format, const N: usize>(
     put(unsafe { F::direct::<N>(strip, std::array::from_fn(|i| x.row(t + i))) }, x, t, out, r, n)
 }
 
-/// Multiplies tokens `t .. t + N` and writes the `n` results of each; returns `N`.
+/// Multiplies in tiles. Super-block by super-block, some strips are unpacked into the first cache and meet all tokens.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn tiled<F: Format>(w: &WeightRows<'_>, x: Q8Tokens<'_>, out: &mut Out<'_>, scratch: &mut PanelScratch) {
+    let (n_rows, n_blocks, n_supers) = (w.n_rows(), w.n_cols().div_ceil(32), w.n_cols().div_ceil(SUPER));
+    let n_groups = x.len().div_ceil(LANES);
+    let (panels, lanes, sums) = scratch.tiles(STRIPS, n_supers * n_groups, STRIPS * STRIP * n_groups);
+    interleave(x, n_supers, lanes);
+    let row_bytes_of_super = SUPER / w.qtype().block_len() * w.qtype().block_bytes();
+    for first in (0..n_rows).step_by(STRIPS * STRIP) {
+        let n = (STRIPS * STRIP).min(n_rows - first);
+        let panels = &mut panels[..n.div_ceil(STRIP)];
+        let strips: [Strip<'_>; STRIPS] = std::array::from_fn(|h| Strip {
+            rows: std::array::from_fn(|i| w.row((first + STRIP * h + i).min(n_rows - 1))),
+            n_blocks,
+            ahead: (STRIPS - h) * STRIP * w.row_bytes(),
+        });
+        sums.fill(LaneSums([0.0; LANES]));
+        for (s, lanes) in lanes.chunks_exact(n_groups).enumerate() {
+            for (h, (strip, panel)) in strips.iter().zip(panels.iter_mut()).enumerate() {
+                strip.fetch((STRIPS * s + h) * STRIP * row_bytes_of_super, STRIP * row_bytes_of_super);
+                // SAFETY: this function itself runs only with the features that `Format` asks for.
+                unsafe { F::unpack(strip, s, panel) };
+            }
+            let n_blocks = 8.min(n_blocks - 8 * s);
+            let mut g = 0;
+            while g < n_groups {
+                g += match n_groups - g {
+                    1 => tiles::<F, 8, 1>(panels, n_blocks, lanes, g, sums),
+                    2 => tiles::<F, 2, 2>(panels, n_blocks, lanes, g, sums),
+                    3 | 5 | 6 => tiles::<F, 1, 3>(panels, n_blocks, lanes, g, sums),
+                    _ => tiles::<F, 1, 4>(panels, n_blocks, lanes, g, sums),
+                };
+            }
+        }
+        put_sums(sums, n_groups, x, out, first, n);
+    }
+}
+
+/// Interleaves the tokens: `lanes[s * n_groups + g]` is super-block `s` of the `g`-th eight of them. The last token fills
+/// the last eight up.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn interleave(x: Q8Tokens<'_>, n_supers: usize, lanes: &mut [Lanes]) {
+    let n_groups = lanes.len() / n_supers;
+    for g in 0..n_groups {
+        let rows: [&[Q8Block]; LANES] = std::array::from_fn(|t| x.row((LANES * g + t).min(x.len() - 1)));
+        for s in 0..n_supers {
+            lanes::interleave(&std::array::from_fn(|t| &rows[t][s]), &mut lanes[s * n_groups + g]);
+        }
+    }
+}
+
+/// Adds the products of unpacked strips with groups `g .. g + T` to `sums`; returns `T`.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn tile_to<F: Format, const N: usize>(
+fn tiles<F: Format, const R: usize, const T: usize>(
     panels: &[Panel],
     n_blocks: usize,
-    x: Q8Tokens<'_>,
-    t: usize,
-    out: &mut Out<'_>,
-    r: usize,
-    n: usize,
+    lanes: &[Lanes],
+    g: usize,
+    sums: &mut [LaneSums],
 ) -> usize {
-    // SAFETY: this function itself runs only with the features that `Format` asks for.
-    put(unsafe { F::tile::<N>(panels, n_blocks, std::array::from_fn(|i| x.row(t + i))) }, x, t, out, r, n)
+    let n_groups = lanes.len();
+    let x: &[Lanes; T] = lanes[g..].first_chunk().expect("as many groups");
+    for (h, panel) in panels.iter().enumerate() {
+        for r in (0..STRIP).step_by(R) {
+            let at = (STRIP * h + r) * n_groups + g;
+            let mut acc = [[_mm256_setzero_ps(); T]; R];
+            for k in 0..R {
+                for t in 0..T {
+                    acc[k][t] = load::floats(&sums[at + k * n_groups + t].0);
+                }
+            }
+            // SAFETY: this function itself runs only with the features that `Format` asks for.
+            unsafe { F::tile::<R, T>(panel, n_blocks, r, x, &mut acc) };
+            for k in 0..R {
+                for t in 0..T {
+                    sums[at + k * n_groups + t].0 = store8(acc[k][t]);
+                }
+            }
+        }
+    }
+    T
+}
+
+/// Writes the sums of weight rows `first .. first + n`.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn put_sums(sums: &[LaneSums], n_groups: usize, x: Q8Tokens<'_>, out: &mut Out<'_>, first: usize, n: usize) {
+    for r in (0..n).step_by(STRIP) {
+        let n = STRIP.min(n - r);
+        for g in 0..n_groups {
+            let mut y = [_mm256_setzero_ps(); STRIP];
+            for i in 0..STRIP {
+                y[i] = load::floats(&sums[(r + i) * n_groups + g].0);
+            }
+            let y = transpose_floats(y);
+            for t in 0..LANES.min(x.len() - LANES * g) {
+                let row = x.out_row(LANES * g + t);
+                match n {
+                    STRIP => out.put(row, first + r, &store8(y[t])),
+                    _ => out.put(row, first + r, &store8(y[t])[..n]),
+                }
+            }
+        }
+    }
 }
 
 /// Writes the `n` results from weight row `r` on of tokens `t .. t + N`; returns `N`.

@@ -22,7 +22,7 @@ use std::str::FromStr;
 
 use apr_core::qtype::GgmlType;
 
-pub(crate) use activations::{MAX_CODE, sub_scale, super_scale};
+pub(crate) use activations::{LANES, Lanes, MAX_CODE, sub_scale, super_scale};
 pub use activations::{Q8Block, Q8Rows, SUPER, SharedQ8Rows};
 pub use out::{Out, SharedOut};
 
@@ -282,6 +282,13 @@ impl<'a> Q8Tokens<'a> {
         self.x_rows.len()
     }
 
+    /// At most `n` tokens from `from` on.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only SIMD kernels interleave tokens"))]
+    pub(crate) fn part(&self, from: usize, n: usize) -> Q8Tokens<'a> {
+        let range = from..(from + n).min(self.len());
+        Q8Tokens { x: self.x, x_rows: &self.x_rows[range.clone()], out_rows: &self.out_rows[range] }
+    }
+
     /// The activations of token `t`.
     #[inline]
     pub(crate) fn row(&self, t: usize) -> &'a [Q8Block] {
@@ -328,6 +335,8 @@ impl<'a> F32Tokens<'a> {
 pub struct PanelScratch {
     unpacked: Vec<scalar::Unpacked>,
     panels: Vec<Panel>,
+    lanes: Vec<Lanes>,
+    sums: Vec<LaneSums>,
 }
 
 impl PanelScratch {
@@ -351,6 +360,25 @@ impl PanelScratch {
             self.panels.resize(n, Panel::ZERO);
         }
         &mut self.panels[..n]
+    }
+
+    /// What tiles are made of: `n_panels` super-blocks of eight rows, `n_lanes` of eight tokens, and `n_sums` times the sums
+    /// of a row with eight tokens.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only SIMD kernels interleave rows"))]
+    pub(crate) fn tiles(
+        &mut self,
+        n_panels: usize,
+        n_lanes: usize,
+        n_sums: usize,
+    ) -> (&mut [Panel], &mut [Lanes], &mut [LaneSums]) {
+        if self.lanes.len() < n_lanes {
+            self.lanes.resize(n_lanes, Lanes::ZERO);
+        }
+        if self.sums.len() < n_sums {
+            self.sums.resize(n_sums, LaneSums([0.0; LANES]));
+        }
+        self.panels(n_panels);
+        (&mut self.panels[..n_panels], &mut self.lanes[..n_lanes], &mut self.sums[..n_sums])
     }
 }
 
@@ -384,3 +412,9 @@ impl Panel {
         m: [[0.0; STRIP]; 8],
     };
 }
+
+/// A row's sums with the tokens of [`Lanes`].
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(32))]
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only SIMD kernels interleave tokens"))]
+pub(crate) struct LaneSums(pub(crate) [f32; LANES]);

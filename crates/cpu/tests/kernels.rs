@@ -210,6 +210,27 @@ fn every_instruction_set_gives_the_bits_of_the_portable_kernels() {
     }
 }
 
+/// As many rows and tokens as make every kind of tile: whole sets of strips and a last one, one to four groups of eight
+/// tokens, the last one full or not, and more tokens than are interleaved at a time.
+#[test]
+fn tiles_of_every_size_give_the_bits_of_the_portable_kernels() {
+    let mut rng = Rng(5);
+    let scalar = Kernels::for_isa(Isa::Scalar).unwrap();
+    for k in tables() {
+        for qtype in quantized() {
+            let (n_rows, n_cols) = (43, widths(qtype)[0]);
+            let m = Matrix::random(qtype, n_rows, n_cols, &mut rng);
+            let x = rng.activations(147 * n_cols);
+            for n in [16, 21, 31, 40, 48, 56, 147] {
+                let tokens: Vec<u32> = (0..n).collect();
+                let want = product(scalar, m.rows(), &x, &tokens);
+                let got = product(k, m.rows(), &x, &tokens);
+                assert_same_bits(&got, &want, || format!("{} {qtype} {n_rows}x{n_cols}, {n} tokens", k.isa()));
+            }
+        }
+    }
+}
+
 #[test]
 fn a_product_does_not_depend_on_the_tokens_and_rows_around_it() {
     let mut rng = Rng(4);

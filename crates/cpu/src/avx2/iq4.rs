@@ -10,8 +10,9 @@ use super::direct::{self, Blocks};
 use super::load::{half_vector, load16, load16_of_each, store, store8};
 use super::reduce::transpose_halves;
 use super::small::each_block;
-use super::{Format, Strip, tile};
-use crate::kernels::{Panel, Q8Block, STRIP};
+use super::tile::{self, Acc};
+use super::{Format, Strip};
+use crate::kernels::{Lanes, Panel, Q8Block, STRIP};
 use crate::scalar::{IQ4_VALUES, MXFP4_VALUES};
 
 /// IQ4_NL.
@@ -70,7 +71,7 @@ impl Iq4Nl {
         let w = values(&blocks, 2, table(&IQ4_VALUES));
         let [d, _] = direct::first_two_halves(&blocks);
         for t in 0..N {
-            acc[t] = tile::add_block(acc[t], direct::signed_sum(&w, x[t], j), d, x[t].block_d[j]);
+            acc[t] = tile::add_block(acc[t], direct::signed_sum(&w, x[t], j), d, _mm256_set1_ps(x[t].block_d[j]));
         }
         acc
     }
@@ -95,8 +96,14 @@ impl Format for Iq4Nl {
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn tile<const N: usize>(panels: &[Panel], n_blocks: usize, x: [&[Q8Block]; N]) -> [__m256; N] {
-        tile::blocks_signed(panels, n_blocks, x)
+    unsafe fn tile<const R: usize, const T: usize>(
+        panel: &Panel,
+        n_blocks: usize,
+        r: usize,
+        x: &[Lanes; T],
+        acc: &mut Acc<R, T>,
+    ) {
+        tile::blocks_signed(panel, n_blocks, r, x, acc)
     }
 }
 
@@ -139,7 +146,7 @@ impl Mxfp4 {
         let d = Self::scales(&blocks);
         for t in 0..N {
             let sum = direct::unsigned_sum::<true>(&w, x[t], j, Self::OFFSET);
-            acc[t] = tile::add_block(acc[t], sum, d, x[t].block_d[j]);
+            acc[t] = tile::add_block(acc[t], sum, d, _mm256_set1_ps(x[t].block_d[j]));
         }
         acc
     }
@@ -164,8 +171,14 @@ impl Format for Mxfp4 {
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn tile<const N: usize>(panels: &[Panel], n_blocks: usize, x: [&[Q8Block]; N]) -> [__m256; N] {
-        tile::blocks_unsigned::<4, false, N>(panels, n_blocks, x, Self::OFFSET)
+    unsafe fn tile<const R: usize, const T: usize>(
+        panel: &Panel,
+        n_blocks: usize,
+        r: usize,
+        x: &[Lanes; T],
+        acc: &mut Acc<R, T>,
+    ) {
+        tile::blocks_unsigned::<4, false, R, T>(panel, n_blocks, r, x, Self::OFFSET, acc)
     }
 }
 
@@ -211,7 +224,8 @@ impl Format for Iq4Xs {
                 let d = Self::next_scale(d, &mut low, &mut high);
                 let w = values(&blocks, 8 + 16 * j, table(&IQ4_VALUES));
                 for t in 0..N {
-                    acc[t] = tile::add_block(acc[t], direct::signed_sum(&w, x[t], j), d, x[t].block_d[j]);
+                    acc[t] =
+                        tile::add_block(acc[t], direct::signed_sum(&w, x[t], j), d, _mm256_set1_ps(x[t].block_d[j]));
                 }
             }
         }
@@ -229,7 +243,13 @@ impl Format for Iq4Xs {
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn tile<const N: usize>(panels: &[Panel], n_blocks: usize, x: [&[Q8Block]; N]) -> [__m256; N] {
-        tile::blocks_signed(panels, n_blocks, x)
+    unsafe fn tile<const R: usize, const T: usize>(
+        panel: &Panel,
+        n_blocks: usize,
+        r: usize,
+        x: &[Lanes; T],
+        acc: &mut Acc<R, T>,
+    ) {
+        tile::blocks_signed(panel, n_blocks, r, x, acc)
     }
 }

@@ -11,9 +11,9 @@ use std::arch::x86_64::*;
 use super::direct::{self, Blocks};
 use super::load::{broadcast, load16, load32_of_each, store, store8};
 use super::reduce::{transpose, transpose_halves};
-use super::tile::{self, add_super};
+use super::tile::{self, Acc, add_super};
 use super::{Format, Strip};
-use crate::kernels::{Panel, Q8Block, STRIP};
+use crate::kernels::{Lanes, Panel, Q8Block, STRIP};
 
 /// Q3_K where `THREE`, else Q2_K; in blocks of `BYTES`.
 pub(super) struct K23<const THREE: bool, const BYTES: usize>;
@@ -162,9 +162,9 @@ impl<const THREE: bool, const BYTES: usize> Format for K23<THREE, BYTES> {
                 acc[t] = match THREE {
                     true => {
                         let none = _mm256_setzero_si256();
-                        add_super(acc[t], _mm256_sub_epi32(sum[t], min[t]), none, of.d, of.m, x[t].d)
+                        add_super(acc[t], _mm256_sub_epi32(sum[t], min[t]), none, of.d, of.m, _mm256_set1_ps(x[t].d))
                     }
-                    false => add_super(acc[t], sum[t], min[t], of.d, of.m, x[t].d),
+                    false => add_super(acc[t], sum[t], min[t], of.d, of.m, _mm256_set1_ps(x[t].d)),
                 };
             }
         }
@@ -195,7 +195,13 @@ impl<const THREE: bool, const BYTES: usize> Format for K23<THREE, BYTES> {
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn tile<const N: usize>(panels: &[Panel], _: usize, x: [&[Q8Block]; N]) -> [__m256; N] {
-        tile::super_16::<THREE, N>(panels, x)
+    unsafe fn tile<const R: usize, const T: usize>(
+        panel: &Panel,
+        _: usize,
+        r: usize,
+        x: &[Lanes; T],
+        acc: &mut Acc<R, T>,
+    ) {
+        tile::super_16::<THREE, R, T>(panel, r, x, acc)
     }
 }

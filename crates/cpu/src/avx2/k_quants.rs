@@ -9,9 +9,9 @@ use std::arch::x86_64::*;
 use super::direct::{self, Blocks};
 use super::load::{broadcast, load32_of_each, store, store8};
 use super::reduce::{transpose, transpose_quarter};
-use super::tile::{self, add_super};
+use super::tile::{self, Acc, add_super};
 use super::{Format, Strip};
-use crate::kernels::{Panel, Q8Block};
+use crate::kernels::{Lanes, Panel, Q8Block};
 
 /// Q5_K where `FIVE`, else Q4_K; in blocks of `BYTES`.
 pub(super) struct K45<const FIVE: bool, const BYTES: usize>;
@@ -122,7 +122,7 @@ impl<const FIVE: bool, const BYTES: usize> Format for K45<FIVE, BYTES> {
             let of = scales(&blocks);
             let (sum, min) = Self::sums(strip, s, &blocks, &of, &x);
             for t in 0..N {
-                acc[t] = add_super(acc[t], sum[t], min[t], of.d, of.m, x[t].d);
+                acc[t] = add_super(acc[t], sum[t], min[t], of.d, of.m, _mm256_set1_ps(x[t].d));
             }
         }
         acc
@@ -156,7 +156,13 @@ impl<const FIVE: bool, const BYTES: usize> Format for K45<FIVE, BYTES> {
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn tile<const N: usize>(panels: &[Panel], _: usize, x: [&[Q8Block]; N]) -> [__m256; N] {
-        if FIVE { tile::super_32::<4, N>(panels, x) } else { tile::super_32::<8, N>(panels, x) }
+    unsafe fn tile<const R: usize, const T: usize>(
+        panel: &Panel,
+        _: usize,
+        r: usize,
+        x: &[Lanes; T],
+        acc: &mut Acc<R, T>,
+    ) {
+        if FIVE { tile::super_32::<4, R, T>(panel, r, x, acc) } else { tile::super_32::<8, R, T>(panel, r, x, acc) }
     }
 }

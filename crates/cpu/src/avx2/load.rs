@@ -69,6 +69,13 @@ pub(super) fn broadcast<T: Plain>(from: &T, i: usize) -> __m256i {
     unsafe { _mm256_set1_epi32((from as *const T).cast::<i32>().add(i).read_unaligned()) }
 }
 
+/// Float `i` of `from` in every lane.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn broadcast_float(from: &[f32; 8], i: usize) -> __m256 {
+    _mm256_set1_ps(from[i])
+}
+
 /// Qword `i` of `from` four times.
 #[target_feature(enable = "avx2")]
 #[inline]

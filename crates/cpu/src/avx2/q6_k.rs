@@ -11,9 +11,9 @@ use super::load::{
     broadcast, broadcast_half, floats, load16, load32, load32_of_each, part_of_each, store, store8, vector,
 };
 use super::reduce::{sum_lanes, transpose, transpose_floats, transpose_quarter};
-use super::tile;
+use super::tile::{self, Acc};
 use super::{Format, Strip};
-use crate::kernels::{Panel, Q8Block, STRIP};
+use crate::kernels::{Lanes, Panel, Q8Block, STRIP};
 
 const BYTES: usize = 210;
 
@@ -115,7 +115,7 @@ fn add_block<const Q: usize, const N: usize>(
         let (even, odd) = direct::even_odd(y[0], y[1]);
         let offset = _mm256_madd_epi16(offset, broadcast(&x[t].half_sums, j));
         let sum = _mm256_sub_epi32(_mm256_add_epi32(even, odd), offset);
-        acc[t] = tile::add_block(acc[t], sum, d, x[t].block_d[j]);
+        acc[t] = tile::add_block(acc[t], sum, d, _mm256_set1_ps(x[t].block_d[j]));
     }
 }
 
@@ -237,7 +237,13 @@ impl Format for Q6K {
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn tile<const N: usize>(panels: &[Panel], n_blocks: usize, x: [&[Q8Block]; N]) -> [__m256; N] {
-        tile::blocks_16(panels, n_blocks, x)
+    unsafe fn tile<const R: usize, const T: usize>(
+        panel: &Panel,
+        _: usize,
+        r: usize,
+        x: &[Lanes; T],
+        acc: &mut Acc<R, T>,
+    ) {
+        tile::blocks_16(panel, r, x, acc)
     }
 }

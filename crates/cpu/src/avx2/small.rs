@@ -9,9 +9,9 @@ use std::arch::x86_64::*;
 use super::direct::{self, Blocks};
 use super::load::{half_of_each, load4, load4_of_each, load16_of_each, load32_of_each, part_of_each, store, store8};
 use super::reduce::{transpose, transpose_halves};
-use super::tile;
+use super::tile::{self, Acc};
 use super::{Format, Strip};
-use crate::kernels::{Panel, Q8Block, STRIP};
+use crate::kernels::{Lanes, Panel, Q8Block, STRIP};
 
 /// Q8_0.
 pub(super) struct Q8;
@@ -61,7 +61,7 @@ impl Q8 {
         let w = [direct::pairs(&blocks, 2), direct::pairs(&blocks, 18)];
         let [d, _] = direct::first_two_halves(&blocks);
         for t in 0..N {
-            acc[t] = tile::add_block(acc[t], direct::signed_sum(&w, x[t], j), d, x[t].block_d[j]);
+            acc[t] = tile::add_block(acc[t], direct::signed_sum(&w, x[t], j), d, _mm256_set1_ps(x[t].block_d[j]));
         }
         acc
     }
@@ -88,8 +88,14 @@ impl Format for Q8 {
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn tile<const N: usize>(panels: &[Panel], n_blocks: usize, x: [&[Q8Block]; N]) -> [__m256; N] {
-        tile::blocks_signed(panels, n_blocks, x)
+    unsafe fn tile<const R: usize, const T: usize>(
+        panel: &Panel,
+        n_blocks: usize,
+        r: usize,
+        x: &[Lanes; T],
+        acc: &mut Acc<R, T>,
+    ) {
+        tile::blocks_signed(panel, n_blocks, r, x, acc)
     }
 }
 
@@ -152,7 +158,7 @@ impl<const MIN: bool, const FIVE: bool> Nibbles<MIN, FIVE> {
         let [d, m] = direct::first_two_halves(&blocks);
         for t in 0..N {
             let sum = direct::unsigned_sum::<FIVE>(&w, x[t], j, Self::OFFSET);
-            acc[t] = tile::add_block(acc[t], sum, d, x[t].block_d[j]);
+            acc[t] = tile::add_block(acc[t], sum, d, _mm256_set1_ps(x[t].block_d[j]));
             if MIN {
                 acc[t] = _mm256_add_ps(acc[t], _mm256_mul_ps(m, _mm256_set1_ps(x[t].block_sum[j])));
             }
@@ -201,10 +207,16 @@ impl<const MIN: bool, const FIVE: bool> Format for Nibbles<MIN, FIVE> {
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn tile<const N: usize>(panels: &[Panel], n_blocks: usize, x: [&[Q8Block]; N]) -> [__m256; N] {
+    unsafe fn tile<const R: usize, const T: usize>(
+        panel: &Panel,
+        n_blocks: usize,
+        r: usize,
+        x: &[Lanes; T],
+        acc: &mut Acc<R, T>,
+    ) {
         match FIVE {
-            true => tile::blocks_unsigned::<4, MIN, N>(panels, n_blocks, x, Self::OFFSET),
-            false => tile::blocks_unsigned::<8, MIN, N>(panels, n_blocks, x, Self::OFFSET),
+            true => tile::blocks_unsigned::<4, MIN, R, T>(panel, n_blocks, r, x, Self::OFFSET, acc),
+            false => tile::blocks_unsigned::<8, MIN, R, T>(panel, n_blocks, r, x, Self::OFFSET, acc),
         }
     }
 }

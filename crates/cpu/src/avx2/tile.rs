@@ -1,53 +1,76 @@
-//! Tiles: eight unpacked weight rows with one to four tokens.
+//! Tiles: unpacked weight rows with groups of eight tokens.
 //!
-//! A broadcast dword of a token's codes meets the same four columns of eight rows; `maddubs` results are summed in
-//! 16 bits as often as their largest value allows (eight times for codes to 15, four for 31, two for 63) before
-//! `madd` widens them.
+//! A dword of a weight row, four columns, is broadcast and meets the same columns of eight tokens, one in each lane, for
+//! one to four such groups. The tokens' vectors are operands in memory, so that a multiplication costs no load of its
+//! own: with the sides swapped, every multiplication would need a broadcast from memory first, a third more
+//! instructions. `maddubs` results are summed in 16 bits as often as their largest value allows (eight times for codes
+//! to 15, four for 31, two for 63) before `madd` widens them.
 
 use std::arch::x86_64::*;
 
-use super::load::{broadcast, floats, vector};
-use crate::kernels::{Panel, Q8Block};
+use super::load::{broadcast, broadcast_float, floats, vector};
+use crate::kernels::{Lanes, Panel};
+
+/// Integer sums of `R` rows with `T` groups of tokens.
+type Sums<const R: usize, const T: usize> = [[__m256i; T]; R];
+
+/// Float sums of `R` rows with `T` groups of tokens.
+pub(super) type Acc<const R: usize, const T: usize> = [[__m256; T]; R];
 
 /// Unsigned codes with integer scales and minima per 32 columns; `SUMS` results of `maddubs` fit 16 bits.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-pub(super) fn super_32<const SUMS: usize, const N: usize>(panels: &[Panel], x: [&[Q8Block]; N]) -> [__m256; N] {
-    let mut acc = [_mm256_setzero_ps(); N];
-    for (s, p) in panels.iter().enumerate() {
-        let x: [&Q8Block; N] = x.map(|x| &x[s]);
-        let mut sum = [_mm256_setzero_si256(); N];
-        for j in 0..8 {
-            let w: [__m256i; 8] = std::array::from_fn(|i| vector(&p.codes[j][i]));
-            let scale = vector(&p.scales[j]);
-            for t in 0..N {
-                let scale = _mm256_mullo_epi16(scale, broadcast(&x[t].scale_pairs, j));
-                for g in 0..8 / SUMS {
-                    let y = unsigned_16::<SUMS>(&w, x[t], j, g * SUMS);
-                    sum[t] = _mm256_add_epi32(sum[t], _mm256_madd_epi16(y, scale));
+pub(super) fn super_32<const SUMS: usize, const R: usize, const T: usize>(
+    p: &Panel,
+    r: usize,
+    x: &[Lanes; T],
+    acc: &mut Acc<R, T>,
+) {
+    let mut sum = [[_mm256_setzero_si256(); T]; R];
+    for j in 0..8 {
+        for g in 0..8 / SUMS {
+            let y = unsigned_16::<SUMS, R, T>(p, r, x, j, g * SUMS);
+            for k in 0..R {
+                let scale = broadcast(&p.scales[j], r + k);
+                for t in 0..T {
+                    let scale = _mm256_mullo_epi16(scale, vector(&x[t].scale_pairs[j]));
+                    sum[k][t] = _mm256_add_epi32(sum[k][t], _mm256_madd_epi16(y[k][t], scale));
                 }
             }
         }
-        let mut min = [_mm256_setzero_si256(); N];
-        for i in 0..4 {
-            let m = vector(&p.mins[i]);
-            for t in 0..N {
-                let m = _mm256_mullo_epi16(m, broadcast(&x[t].scales, i));
-                min[t] = _mm256_add_epi32(min[t], _mm256_madd_epi16(m, broadcast(&x[t].sums, i)));
+    }
+    let mut min = [[_mm256_setzero_si256(); T]; R];
+    for i in 0..4 {
+        for k in 0..R {
+            let m = broadcast(&p.mins[i], r + k);
+            for t in 0..T {
+                let m = _mm256_mullo_epi16(m, vector(&x[t].scales[i]));
+                min[k][t] = _mm256_add_epi32(min[k][t], _mm256_madd_epi16(m, vector(&x[t].sums[i])));
             }
         }
-        finish_super(p, &x, &sum, &min, &mut acc);
     }
-    acc
+    finish_super(p, r, x, &sum, &min, acc);
 }
 
-/// The sum of `SUMS` results of `maddubs` in 16-bit lanes: dwords `from ..` of block `j`.
+/// The sums of `SUMS` results of `maddubs` in 16-bit lanes: dwords `from ..` of block `j`.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn unsigned_16<const SUMS: usize>(w: &[__m256i; 8], x: &Q8Block, j: usize, from: usize) -> __m256i {
-    let mut y = _mm256_maddubs_epi16(w[from], broadcast(&x.codes, 8 * j + from));
-    for i in from + 1..from + SUMS {
-        y = _mm256_add_epi16(y, _mm256_maddubs_epi16(w[i], broadcast(&x.codes, 8 * j + i)));
+fn unsigned_16<const SUMS: usize, const R: usize, const T: usize>(
+    p: &Panel,
+    r: usize,
+    x: &[Lanes; T],
+    j: usize,
+    from: usize,
+) -> Sums<R, T> {
+    let mut y = [[_mm256_setzero_si256(); T]; R];
+    for i in from..from + SUMS {
+        for k in 0..R {
+            let w = broadcast(&p.codes[j][i], r + k);
+            for t in 0..T {
+                let product = _mm256_maddubs_epi16(w, vector(&x[t].codes[8 * j + i]));
+                y[k][t] = if i == from { product } else { _mm256_add_epi16(y[k][t], product) };
+            }
+        }
     }
     y
 }
@@ -55,24 +78,26 @@ fn unsigned_16<const SUMS: usize>(w: &[__m256i; 8], x: &Q8Block, j: usize, from:
 /// Adds a super-block's integer sums to the float accumulators.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn finish_super<const N: usize>(
+fn finish_super<const R: usize, const T: usize>(
     p: &Panel,
-    x: &[&Q8Block; N],
-    sum: &[__m256i; N],
-    min: &[__m256i; N],
-    acc: &mut [__m256; N],
+    r: usize,
+    x: &[Lanes; T],
+    sum: &Sums<R, T>,
+    min: &Sums<R, T>,
+    acc: &mut Acc<R, T>,
 ) {
-    let (d, m) = (floats(&p.d[0]), floats(&p.m[0]));
-    for t in 0..N {
-        acc[t] = add_super(acc[t], sum[t], min[t], d, m, x[t].d);
+    for k in 0..R {
+        let (d, m) = (broadcast_float(&p.d[0], r + k), broadcast_float(&p.m[0], r + k));
+        for t in 0..T {
+            acc[k][t] = add_super(acc[k][t], sum[k][t], min[k][t], d, m, floats(&x[t].d));
+        }
     }
 }
 
-/// One step of the sequence of [`crate::kernels`] for types with a super-block sum, for eight rows.
+/// One step of the sequence of [`crate::kernels`] for types with a super-block sum, in every lane.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-pub(super) fn add_super(acc: __m256, sum: __m256i, min: __m256i, d: __m256, m: __m256, x_d: f32) -> __m256 {
-    let x_d = _mm256_set1_ps(x_d);
+pub(super) fn add_super(acc: __m256, sum: __m256i, min: __m256i, d: __m256, m: __m256, x_d: __m256) -> __m256 {
     let acc = _mm256_add_ps(acc, _mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_mul_ps(d, x_d)));
     _mm256_sub_ps(acc, _mm256_mul_ps(_mm256_cvtepi32_ps(min), _mm256_mul_ps(m, x_d)))
 }
@@ -81,118 +106,161 @@ pub(super) fn add_super(acc: __m256, sum: __m256i, min: __m256i, d: __m256, m: _
 /// the products and are taken off before the sum becomes a float.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-pub(super) fn super_16<const OFFSET: bool, const N: usize>(panels: &[Panel], x: [&[Q8Block]; N]) -> [__m256; N] {
-    let mut acc = [_mm256_setzero_ps(); N];
-    for (s, p) in panels.iter().enumerate() {
-        let x: [&Q8Block; N] = x.map(|x| &x[s]);
-        let (mut sum, mut min) = ([_mm256_setzero_si256(); N], [_mm256_setzero_si256(); N]);
-        for j in 0..8 {
-            let w: [__m256i; 8] = std::array::from_fn(|i| vector(&p.codes[j][i]));
-            for t in 0..N {
-                let x_scale = broadcast(&x[t].scale_pairs, j);
-                for h in 0..2 {
-                    let y = unsigned_16::<4>(&w, x[t], j, 4 * h);
-                    let scale = _mm256_mullo_epi16(vector(&p.scales[2 * j + h]), x_scale);
-                    sum[t] = _mm256_add_epi32(sum[t], _mm256_madd_epi16(y, scale));
+pub(super) fn super_16<const OFFSET: bool, const R: usize, const T: usize>(
+    p: &Panel,
+    r: usize,
+    x: &[Lanes; T],
+    acc: &mut Acc<R, T>,
+) {
+    let (mut sum, mut min) = ([[_mm256_setzero_si256(); T]; R], [[_mm256_setzero_si256(); T]; R]);
+    for j in 0..8 {
+        for h in 0..2 {
+            let y = unsigned_16::<4, R, T>(p, r, x, j, 4 * h);
+            for k in 0..R {
+                let scale = broadcast(&p.scales[2 * j + h], r + k);
+                for t in 0..T {
+                    let scale = _mm256_mullo_epi16(scale, vector(&x[t].scale_pairs[j]));
+                    sum[k][t] = _mm256_add_epi32(sum[k][t], _mm256_madd_epi16(y[k][t], scale));
                 }
-                let m = _mm256_mullo_epi16(vector(&p.mins[j]), x_scale);
-                min[t] = _mm256_add_epi32(min[t], _mm256_madd_epi16(m, broadcast(&x[t].half_sums, j)));
             }
         }
-        if OFFSET {
-            for t in 0..N {
-                (sum[t], min[t]) = (_mm256_sub_epi32(sum[t], min[t]), _mm256_setzero_si256());
+        for k in 0..R {
+            let m = broadcast(&p.mins[j], r + k);
+            for t in 0..T {
+                let m = _mm256_mullo_epi16(m, vector(&x[t].scale_pairs[j]));
+                min[k][t] = _mm256_add_epi32(min[k][t], _mm256_madd_epi16(m, vector(&x[t].half_sums[j])));
             }
         }
-        finish_super(p, &x, &sum, &min, &mut acc);
     }
-    acc
+    if OFFSET {
+        for k in 0..R {
+            for t in 0..T {
+                (sum[k][t], min[k][t]) = (_mm256_sub_epi32(sum[k][t], min[k][t]), _mm256_setzero_si256());
+            }
+        }
+    }
+    finish_super(p, r, x, &sum, &min, acc);
 }
 
 /// Unsigned codes that stand for `code - offset`, with a float scale per 32 columns, and a float minimum where
 /// `MIN`; `SUMS` results of `maddubs` fit 16 bits.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-pub(super) fn blocks_unsigned<const SUMS: usize, const MIN: bool, const N: usize>(
-    panels: &[Panel],
+pub(super) fn blocks_unsigned<const SUMS: usize, const MIN: bool, const R: usize, const T: usize>(
+    p: &Panel,
     n_blocks: usize,
-    x: [&[Q8Block]; N],
+    r: usize,
+    x: &[Lanes; T],
     offset: i16,
-) -> [__m256; N] {
-    let mut acc = [_mm256_setzero_ps(); N];
+    acc: &mut Acc<R, T>,
+) {
     let ones = _mm256_set1_epi16(1);
-    for b in 0..n_blocks {
-        let (p, j) = (&panels[b / 8], b % 8);
-        let w: [__m256i; 8] = std::array::from_fn(|i| vector(&p.codes[j][i]));
-        for t in 0..N {
-            let x = &x[t][b / 8];
-            let mut sum = _mm256_set1_epi32(-i32::from(offset) * i32::from(x.sums[j]));
-            for g in 0..8 / SUMS {
-                sum = _mm256_add_epi32(sum, _mm256_madd_epi16(unsigned_16::<SUMS>(&w, x, j, g * SUMS), ones));
+    for j in 0..n_blocks {
+        let mut sum = [[_mm256_setzero_si256(); T]; R];
+        for t in 0..T {
+            let offset = _mm256_madd_epi16(vector(&x[t].half_sums[j]), _mm256_set1_epi16(-offset));
+            for k in 0..R {
+                sum[k][t] = offset;
             }
-            acc[t] = add_block(acc[t], sum, floats(&p.d[j]), x.block_d[j]);
-            if MIN {
-                let min = _mm256_mul_ps(floats(&p.m[j]), _mm256_set1_ps(x.block_sum[j]));
-                acc[t] = _mm256_add_ps(acc[t], min);
+        }
+        for g in 0..8 / SUMS {
+            let y = unsigned_16::<SUMS, R, T>(p, r, x, j, g * SUMS);
+            for k in 0..R {
+                for t in 0..T {
+                    sum[k][t] = _mm256_add_epi32(sum[k][t], _mm256_madd_epi16(y[k][t], ones));
+                }
+            }
+        }
+        add_blocks(p, j, r, j, x, &sum, acc);
+        if MIN {
+            for k in 0..R {
+                let m = broadcast_float(&p.m[j], r + k);
+                for t in 0..T {
+                    acc[k][t] = _mm256_add_ps(acc[k][t], _mm256_mul_ps(m, floats(&x[t].block_sum[j])));
+                }
             }
         }
     }
-    acc
 }
 
-/// One step of the sequence of [`crate::kernels`] for types with a float scale per 32 columns, for eight rows.
+/// Adds the integer sums of block `j`, whose float scales are the `d_at`-th, to the float accumulators.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-pub(super) fn add_block(acc: __m256, sum: __m256i, d: __m256, x_d: f32) -> __m256 {
-    let d = _mm256_mul_ps(d, _mm256_set1_ps(x_d));
-    _mm256_add_ps(acc, _mm256_mul_ps(_mm256_cvtepi32_ps(sum), d))
+fn add_blocks<const R: usize, const T: usize>(
+    p: &Panel,
+    d_at: usize,
+    r: usize,
+    j: usize,
+    x: &[Lanes; T],
+    sum: &Sums<R, T>,
+    acc: &mut Acc<R, T>,
+) {
+    for k in 0..R {
+        let d = broadcast_float(&p.d[d_at], r + k);
+        for t in 0..T {
+            acc[k][t] = add_block(acc[k][t], sum[k][t], d, floats(&x[t].block_d[j]));
+        }
+    }
+}
+
+/// One step of the sequence of [`crate::kernels`] for types with a float scale per 32 columns, in every lane.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+pub(super) fn add_block(acc: __m256, sum: __m256i, d: __m256, x_d: __m256) -> __m256 {
+    _mm256_add_ps(acc, _mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_mul_ps(d, x_d)))
 }
 
 /// Unsigned codes to 63 that stand for `code - 32`, with an integer scale per 16 columns and a float per super-block.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-pub(super) fn blocks_16<const N: usize>(panels: &[Panel], n_blocks: usize, x: [&[Q8Block]; N]) -> [__m256; N] {
-    let mut acc = [_mm256_setzero_ps(); N];
-    for b in 0..n_blocks {
-        let (p, j) = (&panels[b / 8], b % 8);
-        let w: [__m256i; 8] = std::array::from_fn(|i| vector(&p.codes[j][i]));
-        let scales = [vector(&p.scales[2 * j]), vector(&p.scales[2 * j + 1])];
-        for t in 0..N {
-            let x = &x[t][b / 8];
+pub(super) fn blocks_16<const R: usize, const T: usize>(p: &Panel, r: usize, x: &[Lanes; T], acc: &mut Acc<R, T>) {
+    for j in 0..8 {
+        let mut sum = [[_mm256_setzero_si256(); T]; R];
+        for k in 0..R {
             // `mins` holds -32 times the scales, so this takes the codes' offset off.
-            let mut sum = _mm256_madd_epi16(vector(&p.mins[j]), broadcast(&x.half_sums, j));
-            for g in 0..4 {
-                let y = _mm256_madd_epi16(unsigned_16::<2>(&w, x, j, 2 * g), scales[g / 2]);
-                sum = _mm256_add_epi32(sum, y);
+            let offset = broadcast(&p.mins[j], r + k);
+            for t in 0..T {
+                sum[k][t] = _mm256_madd_epi16(offset, vector(&x[t].half_sums[j]));
             }
-            acc[t] = add_block(acc[t], sum, floats(&p.d[0]), x.block_d[j]);
         }
+        for g in 0..4 {
+            let y = unsigned_16::<2, R, T>(p, r, x, j, 2 * g);
+            for k in 0..R {
+                let scale = broadcast(&p.scales[2 * j + g / 2], r + k);
+                for t in 0..T {
+                    sum[k][t] = _mm256_add_epi32(sum[k][t], _mm256_madd_epi16(y[k][t], scale));
+                }
+            }
+        }
+        add_blocks(p, 0, r, j, x, &sum, acc);
     }
-    acc
 }
 
 /// Signed 8-bit codes with a float scale per 32 columns. The sign of a weight moves to the activation, whose codes
 /// never are -128, and `128 · 127 · 2` still fits 16 bits.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-pub(super) fn blocks_signed<const N: usize>(panels: &[Panel], n_blocks: usize, x: [&[Q8Block]; N]) -> [__m256; N] {
-    let mut acc = [_mm256_setzero_ps(); N];
+pub(super) fn blocks_signed<const R: usize, const T: usize>(
+    p: &Panel,
+    n_blocks: usize,
+    r: usize,
+    x: &[Lanes; T],
+    acc: &mut Acc<R, T>,
+) {
     let ones = _mm256_set1_epi16(1);
-    for b in 0..n_blocks {
-        let (p, j) = (&panels[b / 8], b % 8);
-        let mut sum = [_mm256_setzero_si256(); N];
+    for j in 0..n_blocks {
+        let mut sum = [[_mm256_setzero_si256(); T]; R];
         for i in 0..8 {
-            let w = vector(&p.codes[j][i]);
-            let magnitude = _mm256_abs_epi8(w);
-            for t in 0..N {
-                let signed = _mm256_sign_epi8(broadcast(&x[t][b / 8].codes, 8 * j + i), w);
-                let y = _mm256_madd_epi16(_mm256_maddubs_epi16(magnitude, signed), ones);
-                sum[t] = _mm256_add_epi32(sum[t], y);
+            for k in 0..R {
+                let w = broadcast(&p.codes[j][i], r + k);
+                let magnitude = _mm256_abs_epi8(w);
+                for t in 0..T {
+                    let signed = _mm256_sign_epi8(vector(&x[t].codes[8 * j + i]), w);
+                    let y = _mm256_madd_epi16(_mm256_maddubs_epi16(magnitude, signed), ones);
+                    sum[k][t] = _mm256_add_epi32(sum[k][t], y);
+                }
             }
         }
-        for t in 0..N {
-            acc[t] = add_block(acc[t], sum[t], floats(&p.d[j]), x[t][b / 8].block_d[j]);
-        }
+        add_blocks(p, j, r, j, x, &sum, acc);
     }
-    acc
 }

@@ -74,6 +74,39 @@ impl Q8Block {
     }
 }
 
+/// Tokens of [`Lanes`].
+pub(crate) const LANES: usize = 8;
+
+/// A super-block of eight tokens, interleaved so that every 32-bit lane of a vector belongs to one token. The fields are
+/// those of [`Q8Block`]; 16-bit ones are in pairs of neighbours.
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(32))]
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only SIMD kernels interleave tokens"))]
+pub(crate) struct Lanes {
+    /// `codes[i][4 * token + c]` is the code of column `4 i + c`.
+    pub(crate) codes: [[i8; 4 * LANES]; SUPER / 4],
+    pub(crate) scale_pairs: [[[i16; 2]; LANES]; 8],
+    pub(crate) half_sums: [[[i16; 2]; LANES]; 8],
+    pub(crate) scales: [[[i16; 2]; LANES]; 4],
+    pub(crate) sums: [[[i16; 2]; LANES]; 4],
+    pub(crate) block_d: [[f32; LANES]; 8],
+    pub(crate) block_sum: [[f32; LANES]; 8],
+    pub(crate) d: [f32; LANES],
+}
+
+impl Lanes {
+    pub(crate) const ZERO: Lanes = Lanes {
+        codes: [[0; 4 * LANES]; SUPER / 4],
+        scale_pairs: [[[0; 2]; LANES]; 8],
+        half_sums: [[[0; 2]; LANES]; 8],
+        scales: [[[0; 2]; LANES]; 4],
+        sums: [[[0; 2]; LANES]; 4],
+        block_d: [[0.0; LANES]; 8],
+        block_sum: [[0.0; LANES]; 8],
+        d: [0.0; LANES],
+    };
+}
+
 /// The scale of a super-block whose largest magnitude is `amax`, or `None` where all codes are zero: the largest
 /// value gets code 127 and sub-scale 32. Values so small that `d` would be subnormal count as zero.
 #[inline(always)]
