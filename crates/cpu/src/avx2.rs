@@ -2,7 +2,7 @@
 //!
 //! Quantized rows are taken in strips of eight. For few tokens a strip is multiplied straight from the file's layout
 //! (`direct`); for more it is unpacked once into a [`Panel`], where every 32-bit lane belongs to one row (`tile`). Both
-//! take up to four tokens at a time and give the same bits.
+//! give the same bits.
 
 mod direct;
 mod float;
@@ -27,6 +27,7 @@ use crate::kernels::{
 };
 use load::{prefetch, store8};
 use reduce::transpose_floats;
+use tile::{Acc, Rows};
 
 pub(crate) static KERNELS: Kernels = Kernels::new(Isa::Avx2, quantize::quantize_row, matmul_q8, float::matmul_f32);
 
@@ -72,14 +73,13 @@ trait Format {
     /// Unpacks super-block `s` of a strip.
     unsafe fn unpack(strip: &Strip<'_>, s: usize, panel: &mut Panel);
 
-    /// Adds to `acc` the products of rows `r .. r + R` of an unpacked super-block, of `n_blocks` blocks of 32 columns, with
-    /// `T` groups of eight tokens.
-    unsafe fn tile<const R: usize, const T: usize>(
-        panel: &Panel,
+    /// Adds to `acc` the products of an unpacked super-block, of `n_blocks` blocks of 32 columns: of one row with `N` groups
+    /// of eight tokens, or of eight rows with `N` tokens.
+    unsafe fn tile<const L: usize, const N: usize>(
+        w: Rows<'_, L>,
         n_blocks: usize,
-        r: usize,
-        x: &[Lanes; T],
-        acc: &mut tile::Acc<R, T>,
+        x: &[&Lanes<L>; N],
+        acc: &mut Acc<N>,
     );
 }
 
@@ -146,13 +146,16 @@ fn direct_to<F: Format, const N: usize>(
     put(unsafe { F::direct::<N>(strip, std::array::from_fn(|i| x.row(t + i))) }, x, t, out, r, n)
 }
 
-/// Multiplies in tiles. Super-block by super-block, some strips are unpacked into the first cache and meet all tokens.
+/// Multiplies in tiles. Super-block by super-block, some strips are unpacked into the first cache and meet all tokens:
+/// those that fill two or more groups as groups, the others one by one.
 #[target_feature(enable = "avx2,fma,f16c")]
 fn tiled<F: Format>(w: &WeightRows<'_>, x: Q8Tokens<'_>, out: &mut Out<'_>, scratch: &mut PanelScratch) {
     let (n_rows, n_blocks, n_supers) = (w.n_rows(), w.n_cols().div_ceil(32), w.n_cols().div_ceil(SUPER));
-    let n_groups = x.len().div_ceil(LANES);
-    let (panels, lanes, sums) = scratch.tiles(STRIPS, n_supers * n_groups, STRIPS * STRIP * n_groups);
-    interleave(x, n_supers, lanes);
+    let n_groups = if x.len() < 2 * LANES { 0 } else { x.len() / LANES };
+    let (grouped, single) = (x.part(0, LANES * n_groups), x.part(LANES * n_groups, SPAN));
+    let n_sums = STRIPS * (STRIP * n_groups + single.len());
+    let (panels, lanes, sums) = scratch.tiles(STRIPS, n_supers * n_groups, n_sums);
+    interleave(grouped, n_groups, lanes);
     let row_bytes_of_super = SUPER / w.qtype().block_len() * w.qtype().block_bytes();
     for first in (0..n_rows).step_by(STRIPS * STRIP) {
         let n = (STRIPS * STRIP).min(n_rows - first);
@@ -163,85 +166,139 @@ fn tiled<F: Format>(w: &WeightRows<'_>, x: Q8Tokens<'_>, out: &mut Out<'_>, scra
             ahead: (STRIPS - h) * STRIP * w.row_bytes(),
         });
         sums.fill(LaneSums([0.0; LANES]));
-        for (s, lanes) in lanes.chunks_exact(n_groups).enumerate() {
+        let (of_groups, of_single) = sums.split_at_mut(STRIPS * STRIP * n_groups);
+        for s in 0..n_supers {
             for (h, (strip, panel)) in strips.iter().zip(panels.iter_mut()).enumerate() {
                 strip.fetch((STRIPS * s + h) * STRIP * row_bytes_of_super, STRIP * row_bytes_of_super);
                 // SAFETY: this function itself runs only with the features that `Format` asks for.
                 unsafe { F::unpack(strip, s, panel) };
             }
             let n_blocks = 8.min(n_blocks - 8 * s);
-            let mut g = 0;
-            while g < n_groups {
-                g += match n_groups - g {
-                    1 => tiles::<F, 8, 1>(panels, n_blocks, lanes, g, sums),
-                    2 => tiles::<F, 2, 2>(panels, n_blocks, lanes, g, sums),
-                    3 | 5 | 6 => tiles::<F, 1, 3>(panels, n_blocks, lanes, g, sums),
-                    _ => tiles::<F, 1, 4>(panels, n_blocks, lanes, g, sums),
-                };
+            meet_groups::<F>(panels, n_blocks, &lanes[s * n_groups..][..n_groups], of_groups);
+            meet_single::<F>(panels, n_blocks, single, s, of_single);
+        }
+        put_groups(of_groups, n_groups, grouped, out, first, n);
+        for (h, sums) in of_single.chunks_exact(single.len().max(1)).take(panels.len()).enumerate() {
+            for (t, sums) in sums.iter().enumerate() {
+                out.put(single.out_row(t), first + STRIP * h, &sums.0[..STRIP.min(n - STRIP * h)]);
             }
         }
-        put_sums(sums, n_groups, x, out, first, n);
     }
 }
 
-/// Interleaves the tokens: `lanes[s * n_groups + g]` is super-block `s` of the `g`-th eight of them. The last token fills
-/// the last eight up.
+/// Interleaves the tokens: `lanes[s * n_groups + g]` is super-block `s` of the `g`-th eight of them.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn interleave(x: Q8Tokens<'_>, n_supers: usize, lanes: &mut [Lanes]) {
-    let n_groups = lanes.len() / n_supers;
+fn interleave(x: Q8Tokens<'_>, n_groups: usize, lanes: &mut [Lanes<LANES>]) {
     for g in 0..n_groups {
-        let rows: [&[Q8Block]; LANES] = std::array::from_fn(|t| x.row((LANES * g + t).min(x.len() - 1)));
-        for s in 0..n_supers {
-            lanes::interleave(&std::array::from_fn(|t| &rows[t][s]), &mut lanes[s * n_groups + g]);
+        let rows: [&[Q8Block]; LANES] = std::array::from_fn(|t| x.row(LANES * g + t));
+        for (s, to) in lanes[g..].iter_mut().step_by(n_groups).enumerate() {
+            lanes::interleave(&std::array::from_fn(|t| &rows[t][s]), to);
         }
     }
 }
 
-/// Adds the products of unpacked strips with groups `g .. g + T` to `sums`; returns `T`.
+/// Adds the products of unpacked strips with all groups of a super-block to `sums`, `[rows, n_groups]`.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn tiles<F: Format, const R: usize, const T: usize>(
+fn meet_groups<F: Format>(panels: &[Panel], n_blocks: usize, lanes: &[Lanes<LANES>], sums: &mut [LaneSums]) {
+    // Four at a time are fastest, and one alone is never left.
+    let mut g = 0;
+    while g < lanes.len() {
+        let left = lanes.len() - g;
+        g += match left % 4 {
+            0 => groups_to::<F, 4>(panels, n_blocks, lanes, g, sums),
+            1 => groups_to::<F, 5>(panels, n_blocks, lanes, g, sums),
+            2 if left == 2 => groups_to::<F, 2>(panels, n_blocks, lanes, g, sums),
+            _ => groups_to::<F, 3>(panels, n_blocks, lanes, g, sums),
+        };
+    }
+}
+
+/// Adds the products with groups `g .. g + N`; returns `N`.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn groups_to<F: Format, const N: usize>(
     panels: &[Panel],
     n_blocks: usize,
-    lanes: &[Lanes],
+    lanes: &[Lanes<LANES>],
     g: usize,
     sums: &mut [LaneSums],
 ) -> usize {
-    let n_groups = lanes.len();
-    let x: &[Lanes; T] = lanes[g..].first_chunk().expect("as many groups");
+    let x: [&Lanes<LANES>; N] = std::array::from_fn(|t| &lanes[g + t]);
     for (h, panel) in panels.iter().enumerate() {
-        for r in (0..STRIP).step_by(R) {
-            let at = (STRIP * h + r) * n_groups + g;
-            let mut acc = [[_mm256_setzero_ps(); T]; R];
-            for k in 0..R {
-                for t in 0..T {
-                    acc[k][t] = load::floats(&sums[at + k * n_groups + t].0);
-                }
-            }
-            // SAFETY: this function itself runs only with the features that `Format` asks for.
-            unsafe { F::tile::<R, T>(panel, n_blocks, r, x, &mut acc) };
-            for k in 0..R {
-                for t in 0..T {
-                    sums[at + k * n_groups + t].0 = store8(acc[k][t]);
-                }
-            }
+        for r in 0..STRIP {
+            let at = (STRIP * h + r) * lanes.len() + g;
+            tile_to::<F, LANES, N>(Rows { panel, r }, n_blocks, &x, &mut sums[at..at + N]);
         }
     }
-    T
+    N
 }
 
-/// Writes the sums of weight rows `first .. first + n`.
+/// Adds the products of unpacked strips with super-block `s` of single tokens to `sums`, `[strips, tokens]`.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn put_sums(sums: &[LaneSums], n_groups: usize, x: Q8Tokens<'_>, out: &mut Out<'_>, first: usize, n: usize) {
+#[inline]
+fn meet_single<F: Format>(panels: &[Panel], n_blocks: usize, x: Q8Tokens<'_>, s: usize, sums: &mut [LaneSums]) {
+    let mut t = 0;
+    while t < x.len() {
+        t += match x.len() - t {
+            1 => singles_to::<F, 1>(panels, n_blocks, x, t, s, sums),
+            2 => singles_to::<F, 2>(panels, n_blocks, x, t, s, sums),
+            3 | 5 | 6 => singles_to::<F, 3>(panels, n_blocks, x, t, s, sums),
+            _ => singles_to::<F, 4>(panels, n_blocks, x, t, s, sums),
+        };
+    }
+}
+
+/// Adds the products with tokens `t .. t + N`; returns `N`.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn singles_to<F: Format, const N: usize>(
+    panels: &[Panel],
+    n_blocks: usize,
+    x: Q8Tokens<'_>,
+    t: usize,
+    s: usize,
+    sums: &mut [LaneSums],
+) -> usize {
+    let blocks: [&Lanes<1>; N] = std::array::from_fn(|i| x.row(t + i)[s].alone());
+    for (h, panel) in panels.iter().enumerate() {
+        tile_to::<F, 1, N>(Rows { panel, r: 0 }, n_blocks, &blocks, &mut sums[h * x.len() + t..][..N]);
+    }
+    N
+}
+
+/// Adds a tile to its sums.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn tile_to<F: Format, const L: usize, const N: usize>(
+    w: Rows<'_, L>,
+    n_blocks: usize,
+    x: &[&Lanes<L>; N],
+    sums: &mut [LaneSums],
+) {
+    let mut acc = [_mm256_setzero_ps(); N];
+    for t in 0..N {
+        acc[t] = load::spread_float(&sums[t].0);
+    }
+    // SAFETY: this function itself runs only with the features that `Format` asks for.
+    unsafe { F::tile::<L, N>(w, n_blocks, x, &mut acc) };
+    for t in 0..N {
+        sums[t].0 = store8(acc[t]);
+    }
+}
+
+/// Writes the groups' sums of weight rows `first .. first + n`.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn put_groups(sums: &[LaneSums], n_groups: usize, x: Q8Tokens<'_>, out: &mut Out<'_>, first: usize, n: usize) {
     for r in (0..n).step_by(STRIP) {
         let n = STRIP.min(n - r);
         for g in 0..n_groups {
             let mut y = [_mm256_setzero_ps(); STRIP];
             for i in 0..STRIP {
-                y[i] = load::floats(&sums[(r + i) * n_groups + g].0);
+                y[i] = load::spread_float(&sums[(r + i) * n_groups + g].0);
             }
             let y = transpose_floats(y);
-            for t in 0..LANES.min(x.len() - LANES * g) {
+            for t in 0..LANES {
                 let row = x.out_row(LANES * g + t);
                 match n {
                     STRIP => out.put(row, first + r, &store8(y[t])),

@@ -335,7 +335,7 @@ impl<'a> F32Tokens<'a> {
 pub struct PanelScratch {
     unpacked: Vec<scalar::Unpacked>,
     panels: Vec<Panel>,
-    lanes: Vec<Lanes>,
+    lanes: Vec<Lanes<LANES>>,
     sums: Vec<LaneSums>,
 }
 
@@ -370,7 +370,7 @@ impl PanelScratch {
         n_panels: usize,
         n_lanes: usize,
         n_sums: usize,
-    ) -> (&mut [Panel], &mut [Lanes], &mut [LaneSums]) {
+    ) -> (&mut [Panel], &mut [Lanes<LANES>], &mut [LaneSums]) {
         if self.lanes.len() < n_lanes {
             self.lanes.resize(n_lanes, Lanes::ZERO);
         }

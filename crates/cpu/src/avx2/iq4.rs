@@ -10,7 +10,7 @@ use super::direct::{self, Blocks};
 use super::load::{half_vector, load16, load16_of_each, store, store8};
 use super::reduce::transpose_halves;
 use super::small::each_block;
-use super::tile::{self, Acc};
+use super::tile::{self, Acc, Rows};
 use super::{Format, Strip};
 use crate::kernels::{Lanes, Panel, Q8Block, STRIP};
 use crate::scalar::{IQ4_VALUES, MXFP4_VALUES};
@@ -96,14 +96,13 @@ impl Format for Iq4Nl {
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn tile<const R: usize, const T: usize>(
-        panel: &Panel,
+    unsafe fn tile<const L: usize, const N: usize>(
+        w: Rows<'_, L>,
         n_blocks: usize,
-        r: usize,
-        x: &[Lanes; T],
-        acc: &mut Acc<R, T>,
+        x: &[&Lanes<L>; N],
+        acc: &mut Acc<N>,
     ) {
-        tile::blocks_signed(panel, n_blocks, r, x, acc)
+        tile::blocks_signed(w, n_blocks, x, acc)
     }
 }
 
@@ -171,14 +170,13 @@ impl Format for Mxfp4 {
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn tile<const R: usize, const T: usize>(
-        panel: &Panel,
+    unsafe fn tile<const L: usize, const N: usize>(
+        w: Rows<'_, L>,
         n_blocks: usize,
-        r: usize,
-        x: &[Lanes; T],
-        acc: &mut Acc<R, T>,
+        x: &[&Lanes<L>; N],
+        acc: &mut Acc<N>,
     ) {
-        tile::blocks_unsigned::<4, false, R, T>(panel, n_blocks, r, x, Self::OFFSET, acc)
+        tile::blocks_unsigned::<4, false, L, N>(w, n_blocks, x, Self::OFFSET, acc)
     }
 }
 
@@ -243,13 +241,12 @@ impl Format for Iq4Xs {
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn tile<const R: usize, const T: usize>(
-        panel: &Panel,
+    unsafe fn tile<const L: usize, const N: usize>(
+        w: Rows<'_, L>,
         n_blocks: usize,
-        r: usize,
-        x: &[Lanes; T],
-        acc: &mut Acc<R, T>,
+        x: &[&Lanes<L>; N],
+        acc: &mut Acc<N>,
     ) {
-        tile::blocks_signed(panel, n_blocks, r, x, acc)
+        tile::blocks_signed(w, n_blocks, x, acc)
     }
 }

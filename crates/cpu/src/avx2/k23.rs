@@ -11,7 +11,7 @@ use std::arch::x86_64::*;
 use super::direct::{self, Blocks};
 use super::load::{broadcast, load16, load32_of_each, store, store8};
 use super::reduce::{transpose, transpose_halves};
-use super::tile::{self, Acc, add_super};
+use super::tile::{self, Acc, Rows, add_super};
 use super::{Format, Strip};
 use crate::kernels::{Lanes, Panel, Q8Block, STRIP};
 
@@ -195,13 +195,7 @@ impl<const THREE: bool, const BYTES: usize> Format for K23<THREE, BYTES> {
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn tile<const R: usize, const T: usize>(
-        panel: &Panel,
-        _: usize,
-        r: usize,
-        x: &[Lanes; T],
-        acc: &mut Acc<R, T>,
-    ) {
-        tile::super_16::<THREE, R, T>(panel, r, x, acc)
+    unsafe fn tile<const L: usize, const N: usize>(w: Rows<'_, L>, _: usize, x: &[&Lanes<L>; N], acc: &mut Acc<N>) {
+        tile::super_16::<THREE, L, N>(w, x, acc)
     }
 }

@@ -9,7 +9,7 @@ use std::arch::x86_64::*;
 use super::direct::{self, Blocks};
 use super::load::{broadcast, load32_of_each, store, store8};
 use super::reduce::{transpose, transpose_quarter};
-use super::tile::{self, Acc, add_super};
+use super::tile::{self, Acc, Rows, add_super};
 use super::{Format, Strip};
 use crate::kernels::{Lanes, Panel, Q8Block};
 
@@ -156,13 +156,7 @@ impl<const FIVE: bool, const BYTES: usize> Format for K45<FIVE, BYTES> {
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn tile<const R: usize, const T: usize>(
-        panel: &Panel,
-        _: usize,
-        r: usize,
-        x: &[Lanes; T],
-        acc: &mut Acc<R, T>,
-    ) {
-        if FIVE { tile::super_32::<4, R, T>(panel, r, x, acc) } else { tile::super_32::<8, R, T>(panel, r, x, acc) }
+    unsafe fn tile<const L: usize, const N: usize>(w: Rows<'_, L>, _: usize, x: &[&Lanes<L>; N], acc: &mut Acc<N>) {
+        if FIVE { tile::super_32::<4, L, N>(w, x, acc) } else { tile::super_32::<8, L, N>(w, x, acc) }
     }
 }

@@ -9,7 +9,7 @@ use crate::kernels::{LANES, Lanes, Q8Block};
 /// Interleaves a super-block of eight tokens.
 #[target_feature(enable = "avx2")]
 #[inline]
-pub(super) fn interleave(x: &[&Q8Block; LANES], to: &mut Lanes) {
+pub(super) fn interleave(x: &[&Q8Block; LANES], to: &mut Lanes<LANES>) {
     for c in 0..8 {
         let codes = transposed(x, |x| &x.codes.as_chunks::<32>().0[c]);
         for (to, v) in to.codes[8 * c..8 * c + 8].iter_mut().zip(codes) {

@@ -69,11 +69,23 @@ pub(super) fn broadcast<T: Plain>(from: &T, i: usize) -> __m256i {
     unsafe { _mm256_set1_epi32((from as *const T).cast::<i32>().add(i).read_unaligned()) }
 }
 
-/// Float `i` of `from` in every lane.
+/// The vector that fills `from`, or the dword that is `from` in every lane.
 #[target_feature(enable = "avx2")]
 #[inline]
-pub(super) fn broadcast_float(from: &[f32; 8], i: usize) -> __m256 {
-    _mm256_set1_ps(from[i])
+pub(super) fn spread<T: Plain, const L: usize>(from: &[T; L]) -> __m256i {
+    const { assert!(size_of::<T>() == 4 && (L == 8 || L == 1)) };
+    match L {
+        // SAFETY: `from` has 32 bytes, none of them padding.
+        8 => unsafe { _mm256_loadu_si256(from.as_ptr().cast()) },
+        _ => broadcast(from, 0),
+    }
+}
+
+/// [`spread`] for floats.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn spread_float<const L: usize>(from: &[f32; L]) -> __m256 {
+    _mm256_castsi256_ps(spread(from))
 }
 
 /// Qword `i` of `from` four times.

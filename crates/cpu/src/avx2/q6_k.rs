@@ -11,7 +11,7 @@ use super::load::{
     broadcast, broadcast_half, floats, load16, load32, load32_of_each, part_of_each, store, store8, vector,
 };
 use super::reduce::{sum_lanes, transpose, transpose_floats, transpose_quarter};
-use super::tile::{self, Acc};
+use super::tile::{self, Acc, Rows};
 use super::{Format, Strip};
 use crate::kernels::{Lanes, Panel, Q8Block, STRIP};
 
@@ -237,13 +237,7 @@ impl Format for Q6K {
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn tile<const R: usize, const T: usize>(
-        panel: &Panel,
-        _: usize,
-        r: usize,
-        x: &[Lanes; T],
-        acc: &mut Acc<R, T>,
-    ) {
-        tile::blocks_16(panel, r, x, acc)
+    unsafe fn tile<const L: usize, const N: usize>(w: Rows<'_, L>, _: usize, x: &[&Lanes<L>; N], acc: &mut Acc<N>) {
+        tile::blocks_16(w, x, acc)
     }
 }

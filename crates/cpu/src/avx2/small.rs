@@ -9,7 +9,7 @@ use std::arch::x86_64::*;
 use super::direct::{self, Blocks};
 use super::load::{half_of_each, load4, load4_of_each, load16_of_each, load32_of_each, part_of_each, store, store8};
 use super::reduce::{transpose, transpose_halves};
-use super::tile::{self, Acc};
+use super::tile::{self, Acc, Rows};
 use super::{Format, Strip};
 use crate::kernels::{Lanes, Panel, Q8Block, STRIP};
 
@@ -88,14 +88,13 @@ impl Format for Q8 {
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn tile<const R: usize, const T: usize>(
-        panel: &Panel,
+    unsafe fn tile<const L: usize, const N: usize>(
+        w: Rows<'_, L>,
         n_blocks: usize,
-        r: usize,
-        x: &[Lanes; T],
-        acc: &mut Acc<R, T>,
+        x: &[&Lanes<L>; N],
+        acc: &mut Acc<N>,
     ) {
-        tile::blocks_signed(panel, n_blocks, r, x, acc)
+        tile::blocks_signed(w, n_blocks, x, acc)
     }
 }
 
@@ -207,16 +206,15 @@ impl<const MIN: bool, const FIVE: bool> Format for Nibbles<MIN, FIVE> {
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn tile<const R: usize, const T: usize>(
-        panel: &Panel,
+    unsafe fn tile<const L: usize, const N: usize>(
+        w: Rows<'_, L>,
         n_blocks: usize,
-        r: usize,
-        x: &[Lanes; T],
-        acc: &mut Acc<R, T>,
+        x: &[&Lanes<L>; N],
+        acc: &mut Acc<N>,
     ) {
         match FIVE {
-            true => tile::blocks_unsigned::<4, MIN, R, T>(panel, n_blocks, r, x, Self::OFFSET, acc),
-            false => tile::blocks_unsigned::<8, MIN, R, T>(panel, n_blocks, r, x, Self::OFFSET, acc),
+            true => tile::blocks_unsigned::<4, MIN, L, N>(w, n_blocks, x, Self::OFFSET, acc),
+            false => tile::blocks_unsigned::<8, MIN, L, N>(w, n_blocks, x, Self::OFFSET, acc),
         }
     }
 }

@@ -1,76 +1,174 @@
-//! Tiles: unpacked weight rows with groups of eight tokens.
+//! Tiles: unpacked weight rows with several tokens, in either of two arrangements.
 //!
-//! A dword of a weight row, four columns, is broadcast and meets the same columns of eight tokens, one in each lane, for
-//! one to four such groups. The tokens' vectors are operands in memory, so that a multiplication costs no load of its
-//! own: with the sides swapped, every multiplication would need a broadcast from memory first, a third more
-//! instructions. `maddubs` results are summed in 16 bits as often as their largest value allows (eight times for codes
-//! to 15, four for 31, two for 63) before `madd` widens them.
+//! Groups of eight tokens (`Lanes<8>`): a dword of one weight row, four columns, is broadcast and meets the same columns of
+//! eight tokens, one in each lane, for two to five such groups. The tokens' vectors are operands in memory, so that a
+//! multiplication costs no load of its own. Tokens that fill no group (`Lanes<1>`): that dword of eight rows, one in each
+//! lane, meets a broadcast of one token, for one to four tokens, and no lane is idle.
+//!
+//! `maddubs` results are summed in 16 bits as often as their largest value allows (eight times for codes to 15, four for
+//! 31, two for 63) before `madd` widens them.
 
+use std::arch::asm;
 use std::arch::x86_64::*;
 
-use super::load::{broadcast, broadcast_float, floats, vector};
-use crate::kernels::{Lanes, Panel};
+use super::load::{Plain, broadcast, spread, spread_float, vector};
+use crate::kernels::{LANES, Lanes, Panel, STRIP};
 
-/// Integer sums of `R` rows with `T` groups of tokens.
-type Sums<const R: usize, const T: usize> = [[__m256i; T]; R];
+/// Integer sums: of a weight row with `N` groups of tokens, or of eight rows with `N` tokens.
+type Sums<const N: usize> = [__m256i; N];
 
-/// Float sums of `R` rows with `T` groups of tokens.
-pub(super) type Acc<const R: usize, const T: usize> = [[__m256; T]; R];
+/// The same as floats.
+pub(super) type Acc<const N: usize> = [__m256; N];
+
+/// An unpacked super-block of eight rows, of which row `r` takes part where tokens come in groups, else all.
+#[derive(Clone, Copy)]
+pub(super) struct Rows<'a, const L: usize> {
+    pub(super) panel: &'a Panel,
+    pub(super) r: usize,
+}
+
+impl<const L: usize> Rows<'_, L> {
+    /// The vector of a field of the panel.
+    #[target_feature(enable = "avx2")]
+    #[inline]
+    fn of<P: Plain>(self, field: &P) -> __m256i {
+        if L == LANES { broadcast(field, self.r) } else { vector(field) }
+    }
+
+    /// [`Rows::of`] for floats.
+    #[target_feature(enable = "avx2")]
+    #[inline]
+    fn floats_of(self, field: &[f32; 8]) -> __m256 {
+        _mm256_castsi256_ps(self.of(field))
+    }
+}
 
 /// Unsigned codes with integer scales and minima per 32 columns; `SUMS` results of `maddubs` fit 16 bits.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-pub(super) fn super_32<const SUMS: usize, const R: usize, const T: usize>(
-    p: &Panel,
-    r: usize,
-    x: &[Lanes; T],
-    acc: &mut Acc<R, T>,
+pub(super) fn super_32<const SUMS: usize, const L: usize, const N: usize>(
+    w: Rows<'_, L>,
+    x: &[&Lanes<L>; N],
+    acc: &mut Acc<N>,
 ) {
-    let mut sum = [[_mm256_setzero_si256(); T]; R];
+    let mut sum = [_mm256_setzero_si256(); N];
     for j in 0..8 {
         for g in 0..8 / SUMS {
-            let y = unsigned_16::<SUMS, R, T>(p, r, x, j, g * SUMS);
-            for k in 0..R {
-                let scale = broadcast(&p.scales[j], r + k);
-                for t in 0..T {
-                    let scale = _mm256_mullo_epi16(scale, vector(&x[t].scale_pairs[j]));
-                    sum[k][t] = _mm256_add_epi32(sum[k][t], _mm256_madd_epi16(y[k][t], scale));
-                }
+            let y = unsigned_16::<SUMS, L, N>(w, x, 8 * j + g * SUMS);
+            let scale = w.of(&w.panel.scales[j]);
+            for t in 0..N {
+                let scale = _mm256_mullo_epi16(scale, spread(&x[t].scale_pairs[j]));
+                sum[t] = _mm256_add_epi32(sum[t], _mm256_madd_epi16(y[t], scale));
             }
         }
     }
-    let mut min = [[_mm256_setzero_si256(); T]; R];
+    let mut min = [_mm256_setzero_si256(); N];
     for i in 0..4 {
-        for k in 0..R {
-            let m = broadcast(&p.mins[i], r + k);
-            for t in 0..T {
-                let m = _mm256_mullo_epi16(m, vector(&x[t].scales[i]));
-                min[k][t] = _mm256_add_epi32(min[k][t], _mm256_madd_epi16(m, vector(&x[t].sums[i])));
-            }
+        let m = w.of(&w.panel.mins[i]);
+        for t in 0..N {
+            let m = _mm256_mullo_epi16(m, spread(&x[t].scales[i]));
+            min[t] = _mm256_add_epi32(min[t], _mm256_madd_epi16(m, spread(&x[t].sums[i])));
         }
     }
-    finish_super(p, r, x, &sum, &min, acc);
+    finish_super(w, x, &sum, &min, acc);
 }
 
-/// The sums of `SUMS` results of `maddubs` in 16-bit lanes: dwords `from ..` of block `j`.
-#[target_feature(enable = "avx2,fma,f16c")]
+/// The sums of `SUMS` results of `maddubs` in 16-bit lanes: dwords `from ..` of the codes.
+#[target_feature(enable = "avx2")]
 #[inline]
-fn unsigned_16<const SUMS: usize, const R: usize, const T: usize>(
-    p: &Panel,
-    r: usize,
-    x: &[Lanes; T],
-    j: usize,
+fn unsigned_16<const SUMS: usize, const L: usize, const N: usize>(
+    w: Rows<'_, L>,
+    x: &[&Lanes<L>; N],
     from: usize,
-) -> Sums<R, T> {
-    let mut y = [[_mm256_setzero_si256(); T]; R];
+) -> Sums<N> {
+    if L == LANES && N > 1 {
+        return unsigned_16_in_order::<SUMS, L, N>(w, x, from);
+    }
+    let mut y = [_mm256_setzero_si256(); N];
     for i in from..from + SUMS {
-        for k in 0..R {
-            let w = broadcast(&p.codes[j][i], r + k);
-            for t in 0..T {
-                let product = _mm256_maddubs_epi16(w, vector(&x[t].codes[8 * j + i]));
-                y[k][t] = if i == from { product } else { _mm256_add_epi16(y[k][t], product) };
-            }
+        let w = w.of(&w.panel.codes.as_flattened()[i]);
+        for t in 0..N {
+            let product = _mm256_maddubs_epi16(w, spread(&x[t].codes[i]));
+            y[t] = if i == from { product } else { _mm256_add_epi16(y[t], product) };
         }
+    }
+    y
+}
+
+/// What one dword of the weights does to every sum, as assembly: `first` starts the sums, `next` adds to them.
+macro_rules! dword {
+    (first $(($y:ident $x:ident))*) => {
+        concat!(
+            "vpbroadcastd {w}, [{p}]\n",
+            $("vpmaddubsw {", stringify!($y), "}, {w}, [{", stringify!($x), "}]\n",)*
+        )
+    };
+    (next $i:literal $(($y:ident $x:ident))*) => {
+        concat!(
+            "vpbroadcastd {w}, [{p} + 32 * ", $i, "]\n",
+            $("vpmaddubsw {z}, {w}, [{", stringify!($x), "} + 32 * ", $i, "]\n",
+              "vpaddw {", stringify!($y), "}, {", stringify!($y), "}, {z}\n",)*
+        )
+    };
+}
+
+/// All dwords of a sum.
+macro_rules! dwords {
+    ($p:ident, $codes:ident, $sums:ident, $of:tt, [$($t:literal $y:ident $x:ident),*], [$($i:literal)*]) => {
+        asm!(
+            dword!(first $(($y $x))*),
+            $(dwords!(@next $i $of),)*
+            w = out(ymm_reg) _,
+            z = out(ymm_reg) _,
+            p = in(reg) $p,
+            $($x = in(reg) $codes[$t], $y = out(ymm_reg) $sums[$t],)*
+            options(pure, readonly, nostack, preserves_flags),
+        )
+    };
+    (@next $i:literal ($($of:tt)*)) => { dword!(next $i $($of)*) };
+}
+
+/// [`unsigned_16`] for groups of tokens in the one order in which no sum waits for another: compilers take the dwords
+/// of one sum after another, an eighth slower.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn unsigned_16_in_order<const SUMS: usize, const L: usize, const N: usize>(
+    w: Rows<'_, L>,
+    x: &[&Lanes<L>; N],
+    from: usize,
+) -> Sums<N> {
+    assert!(L == LANES && from + SUMS <= 64 && w.r < STRIP);
+    let p = w.panel.codes.as_flattened()[from][4 * w.r..].as_ptr();
+    let mut codes = [p.cast::<i8>(); N];
+    for t in 0..N {
+        codes[t] = x[t].codes[from].as_flattened().as_ptr();
+    }
+    let mut y = [_mm256_setzero_si256(); N];
+    macro_rules! groups {
+        ($i:tt) => {
+            // SAFETY: `p` reads four bytes of each of `SUMS` entries of 32 bytes of the panel's codes, `codes` as many whole
+            // entries; both have them by the assertion.
+            unsafe {
+                match N {
+                    2 => dwords!(p, codes, y, ((y0 x0)(y1 x1)), [0 y0 x0, 1 y1 x1], $i),
+                    3 => dwords!(p, codes, y, ((y0 x0)(y1 x1)(y2 x2)), [0 y0 x0, 1 y1 x1, 2 y2 x2], $i),
+                    4 => dwords!(
+                        p, codes, y, ((y0 x0)(y1 x1)(y2 x2)(y3 x3)), [0 y0 x0, 1 y1 x1, 2 y2 x2, 3 y3 x3], $i
+                    ),
+                    5 => dwords!(
+                        p, codes, y, ((y0 x0)(y1 x1)(y2 x2)(y3 x3)(y4 x4)),
+                        [0 y0 x0, 1 y1 x1, 2 y2 x2, 3 y3 x3, 4 y4 x4], $i
+                    ),
+                    _ => unreachable!("tiles of {N} groups"),
+                }
+            }
+        };
+    }
+    match SUMS {
+        8 => groups!([1 2 3 4 5 6 7]),
+        4 => groups!([1 2 3]),
+        2 => groups!([1]),
+        _ => unreachable!("{SUMS} results of maddubs"),
     }
     y
 }
@@ -78,19 +176,16 @@ fn unsigned_16<const SUMS: usize, const R: usize, const T: usize>(
 /// Adds a super-block's integer sums to the float accumulators.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn finish_super<const R: usize, const T: usize>(
-    p: &Panel,
-    r: usize,
-    x: &[Lanes; T],
-    sum: &Sums<R, T>,
-    min: &Sums<R, T>,
-    acc: &mut Acc<R, T>,
+fn finish_super<const L: usize, const N: usize>(
+    w: Rows<'_, L>,
+    x: &[&Lanes<L>; N],
+    sum: &Sums<N>,
+    min: &Sums<N>,
+    acc: &mut Acc<N>,
 ) {
-    for k in 0..R {
-        let (d, m) = (broadcast_float(&p.d[0], r + k), broadcast_float(&p.m[0], r + k));
-        for t in 0..T {
-            acc[k][t] = add_super(acc[k][t], sum[k][t], min[k][t], d, m, floats(&x[t].d));
-        }
+    let (d, m) = (w.floats_of(&w.panel.d[0]), w.floats_of(&w.panel.m[0]));
+    for t in 0..N {
+        acc[t] = add_super(acc[t], sum[t], min[t], d, m, spread_float(&x[t].d));
     }
 }
 
@@ -106,78 +201,63 @@ pub(super) fn add_super(acc: __m256, sum: __m256i, min: __m256i, d: __m256, m: _
 /// the products and are taken off before the sum becomes a float.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-pub(super) fn super_16<const OFFSET: bool, const R: usize, const T: usize>(
-    p: &Panel,
-    r: usize,
-    x: &[Lanes; T],
-    acc: &mut Acc<R, T>,
+pub(super) fn super_16<const OFFSET: bool, const L: usize, const N: usize>(
+    w: Rows<'_, L>,
+    x: &[&Lanes<L>; N],
+    acc: &mut Acc<N>,
 ) {
-    let (mut sum, mut min) = ([[_mm256_setzero_si256(); T]; R], [[_mm256_setzero_si256(); T]; R]);
+    let (mut sum, mut min) = ([_mm256_setzero_si256(); N], [_mm256_setzero_si256(); N]);
     for j in 0..8 {
         for h in 0..2 {
-            let y = unsigned_16::<4, R, T>(p, r, x, j, 4 * h);
-            for k in 0..R {
-                let scale = broadcast(&p.scales[2 * j + h], r + k);
-                for t in 0..T {
-                    let scale = _mm256_mullo_epi16(scale, vector(&x[t].scale_pairs[j]));
-                    sum[k][t] = _mm256_add_epi32(sum[k][t], _mm256_madd_epi16(y[k][t], scale));
-                }
+            let y = unsigned_16::<4, L, N>(w, x, 8 * j + 4 * h);
+            let scale = w.of(&w.panel.scales[2 * j + h]);
+            for t in 0..N {
+                let scale = _mm256_mullo_epi16(scale, spread(&x[t].scale_pairs[j]));
+                sum[t] = _mm256_add_epi32(sum[t], _mm256_madd_epi16(y[t], scale));
             }
         }
-        for k in 0..R {
-            let m = broadcast(&p.mins[j], r + k);
-            for t in 0..T {
-                let m = _mm256_mullo_epi16(m, vector(&x[t].scale_pairs[j]));
-                min[k][t] = _mm256_add_epi32(min[k][t], _mm256_madd_epi16(m, vector(&x[t].half_sums[j])));
-            }
+        let m = w.of(&w.panel.mins[j]);
+        for t in 0..N {
+            let m = _mm256_mullo_epi16(m, spread(&x[t].scale_pairs[j]));
+            min[t] = _mm256_add_epi32(min[t], _mm256_madd_epi16(m, spread(&x[t].half_sums[j])));
         }
     }
     if OFFSET {
-        for k in 0..R {
-            for t in 0..T {
-                (sum[k][t], min[k][t]) = (_mm256_sub_epi32(sum[k][t], min[k][t]), _mm256_setzero_si256());
-            }
+        for t in 0..N {
+            (sum[t], min[t]) = (_mm256_sub_epi32(sum[t], min[t]), _mm256_setzero_si256());
         }
     }
-    finish_super(p, r, x, &sum, &min, acc);
+    finish_super(w, x, &sum, &min, acc);
 }
 
 /// Unsigned codes that stand for `code - offset`, with a float scale per 32 columns, and a float minimum where
 /// `MIN`; `SUMS` results of `maddubs` fit 16 bits.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-pub(super) fn blocks_unsigned<const SUMS: usize, const MIN: bool, const R: usize, const T: usize>(
-    p: &Panel,
+pub(super) fn blocks_unsigned<const SUMS: usize, const MIN: bool, const L: usize, const N: usize>(
+    w: Rows<'_, L>,
     n_blocks: usize,
-    r: usize,
-    x: &[Lanes; T],
+    x: &[&Lanes<L>; N],
     offset: i16,
-    acc: &mut Acc<R, T>,
+    acc: &mut Acc<N>,
 ) {
     let ones = _mm256_set1_epi16(1);
     for j in 0..n_blocks {
-        let mut sum = [[_mm256_setzero_si256(); T]; R];
-        for t in 0..T {
-            let offset = _mm256_madd_epi16(vector(&x[t].half_sums[j]), _mm256_set1_epi16(-offset));
-            for k in 0..R {
-                sum[k][t] = offset;
-            }
+        let mut sum = [_mm256_setzero_si256(); N];
+        for t in 0..N {
+            sum[t] = _mm256_madd_epi16(spread(&x[t].half_sums[j]), _mm256_set1_epi16(-offset));
         }
         for g in 0..8 / SUMS {
-            let y = unsigned_16::<SUMS, R, T>(p, r, x, j, g * SUMS);
-            for k in 0..R {
-                for t in 0..T {
-                    sum[k][t] = _mm256_add_epi32(sum[k][t], _mm256_madd_epi16(y[k][t], ones));
-                }
+            let y = unsigned_16::<SUMS, L, N>(w, x, 8 * j + g * SUMS);
+            for t in 0..N {
+                sum[t] = _mm256_add_epi32(sum[t], _mm256_madd_epi16(y[t], ones));
             }
         }
-        add_blocks(p, j, r, j, x, &sum, acc);
+        add_blocks(w, j, j, x, &sum, acc);
         if MIN {
-            for k in 0..R {
-                let m = broadcast_float(&p.m[j], r + k);
-                for t in 0..T {
-                    acc[k][t] = _mm256_add_ps(acc[k][t], _mm256_mul_ps(m, floats(&x[t].block_sum[j])));
-                }
+            let m = w.floats_of(&w.panel.m[j]);
+            for t in 0..N {
+                acc[t] = _mm256_add_ps(acc[t], _mm256_mul_ps(m, spread_float(&x[t].block_sum[j])));
             }
         }
     }
@@ -186,20 +266,17 @@ pub(super) fn blocks_unsigned<const SUMS: usize, const MIN: bool, const R: usize
 /// Adds the integer sums of block `j`, whose float scales are the `d_at`-th, to the float accumulators.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn add_blocks<const R: usize, const T: usize>(
-    p: &Panel,
+fn add_blocks<const L: usize, const N: usize>(
+    w: Rows<'_, L>,
     d_at: usize,
-    r: usize,
     j: usize,
-    x: &[Lanes; T],
-    sum: &Sums<R, T>,
-    acc: &mut Acc<R, T>,
+    x: &[&Lanes<L>; N],
+    sum: &Sums<N>,
+    acc: &mut Acc<N>,
 ) {
-    for k in 0..R {
-        let d = broadcast_float(&p.d[d_at], r + k);
-        for t in 0..T {
-            acc[k][t] = add_block(acc[k][t], sum[k][t], d, floats(&x[t].block_d[j]));
-        }
+    let d = w.floats_of(&w.panel.d[d_at]);
+    for t in 0..N {
+        acc[t] = add_block(acc[t], sum[t], d, spread_float(&x[t].block_d[j]));
     }
 }
 
@@ -213,26 +290,22 @@ pub(super) fn add_block(acc: __m256, sum: __m256i, d: __m256, x_d: __m256) -> __
 /// Unsigned codes to 63 that stand for `code - 32`, with an integer scale per 16 columns and a float per super-block.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-pub(super) fn blocks_16<const R: usize, const T: usize>(p: &Panel, r: usize, x: &[Lanes; T], acc: &mut Acc<R, T>) {
+pub(super) fn blocks_16<const L: usize, const N: usize>(w: Rows<'_, L>, x: &[&Lanes<L>; N], acc: &mut Acc<N>) {
     for j in 0..8 {
-        let mut sum = [[_mm256_setzero_si256(); T]; R];
-        for k in 0..R {
-            // `mins` holds -32 times the scales, so this takes the codes' offset off.
-            let offset = broadcast(&p.mins[j], r + k);
-            for t in 0..T {
-                sum[k][t] = _mm256_madd_epi16(offset, vector(&x[t].half_sums[j]));
-            }
+        // `mins` holds -32 times the scales, so this takes the codes' offset off.
+        let offset = w.of(&w.panel.mins[j]);
+        let mut sum = [_mm256_setzero_si256(); N];
+        for t in 0..N {
+            sum[t] = _mm256_madd_epi16(offset, spread(&x[t].half_sums[j]));
         }
         for g in 0..4 {
-            let y = unsigned_16::<2, R, T>(p, r, x, j, 2 * g);
-            for k in 0..R {
-                let scale = broadcast(&p.scales[2 * j + g / 2], r + k);
-                for t in 0..T {
-                    sum[k][t] = _mm256_add_epi32(sum[k][t], _mm256_madd_epi16(y[k][t], scale));
-                }
+            let y = unsigned_16::<2, L, N>(w, x, 8 * j + 2 * g);
+            let scale = w.of(&w.panel.scales[2 * j + g / 2]);
+            for t in 0..N {
+                sum[t] = _mm256_add_epi32(sum[t], _mm256_madd_epi16(y[t], scale));
             }
         }
-        add_blocks(p, 0, r, j, x, &sum, acc);
+        add_blocks(w, 0, j, x, &sum, acc);
     }
 }
 
@@ -240,27 +313,24 @@ pub(super) fn blocks_16<const R: usize, const T: usize>(p: &Panel, r: usize, x: 
 /// never are -128, and `128 · 127 · 2` still fits 16 bits.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-pub(super) fn blocks_signed<const R: usize, const T: usize>(
-    p: &Panel,
+pub(super) fn blocks_signed<const L: usize, const N: usize>(
+    w: Rows<'_, L>,
     n_blocks: usize,
-    r: usize,
-    x: &[Lanes; T],
-    acc: &mut Acc<R, T>,
+    x: &[&Lanes<L>; N],
+    acc: &mut Acc<N>,
 ) {
     let ones = _mm256_set1_epi16(1);
     for j in 0..n_blocks {
-        let mut sum = [[_mm256_setzero_si256(); T]; R];
+        let mut sum = [_mm256_setzero_si256(); N];
         for i in 0..8 {
-            for k in 0..R {
-                let w = broadcast(&p.codes[j][i], r + k);
-                let magnitude = _mm256_abs_epi8(w);
-                for t in 0..T {
-                    let signed = _mm256_sign_epi8(vector(&x[t].codes[8 * j + i]), w);
-                    let y = _mm256_madd_epi16(_mm256_maddubs_epi16(magnitude, signed), ones);
-                    sum[k][t] = _mm256_add_epi32(sum[k][t], y);
-                }
+            let codes = w.of(&w.panel.codes[j][i]);
+            let magnitude = _mm256_abs_epi8(codes);
+            for t in 0..N {
+                let signed = _mm256_sign_epi8(spread(&x[t].codes[8 * j + i]), codes);
+                let y = _mm256_madd_epi16(_mm256_maddubs_epi16(magnitude, signed), ones);
+                sum[t] = _mm256_add_epi32(sum[t], y);
             }
         }
-        add_blocks(p, j, r, j, x, &sum, acc);
+        add_blocks(w, j, j, x, &sum, acc);
     }
 }

@@ -74,37 +74,52 @@ impl Q8Block {
     }
 }
 
-/// Tokens of [`Lanes`].
+/// Tokens of a group.
 pub(crate) const LANES: usize = 8;
 
-/// A super-block of eight tokens, interleaved so that every 32-bit lane of a vector belongs to one token. The fields are
-/// those of [`Q8Block`]; 16-bit ones are in pairs of neighbours.
+/// A super-block of `L` tokens, interleaved so that every 32-bit lane of a vector belongs to one token. The fields are those
+/// of [`Q8Block`] in the same order; 16-bit ones are in pairs of neighbours.
 #[derive(Clone, Copy, Debug)]
 #[repr(C, align(32))]
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only SIMD kernels interleave tokens"))]
-pub(crate) struct Lanes {
-    /// `codes[i][4 * token + c]` is the code of column `4 i + c`.
-    pub(crate) codes: [[i8; 4 * LANES]; SUPER / 4],
-    pub(crate) scale_pairs: [[[i16; 2]; LANES]; 8],
-    pub(crate) half_sums: [[[i16; 2]; LANES]; 8],
-    pub(crate) scales: [[[i16; 2]; LANES]; 4],
-    pub(crate) sums: [[[i16; 2]; LANES]; 4],
-    pub(crate) block_d: [[f32; LANES]; 8],
-    pub(crate) block_sum: [[f32; LANES]; 8],
-    pub(crate) d: [f32; LANES],
+pub(crate) struct Lanes<const L: usize> {
+    /// `codes[i][token][c]` is the code of column `4 i + c`.
+    pub(crate) codes: [[[i8; 4]; L]; SUPER / 4],
+    pub(crate) scale_pairs: [[[i16; 2]; L]; 8],
+    pub(crate) half_sums: [[[i16; 2]; L]; 8],
+    pub(crate) scales: [[[i16; 2]; L]; 4],
+    pub(crate) sums: [[[i16; 2]; L]; 4],
+    pub(crate) block_d: [[f32; L]; 8],
+    pub(crate) block_sum: [[f32; L]; 8],
+    pub(crate) d: [f32; L],
 }
 
-impl Lanes {
-    pub(crate) const ZERO: Lanes = Lanes {
-        codes: [[0; 4 * LANES]; SUPER / 4],
-        scale_pairs: [[[0; 2]; LANES]; 8],
-        half_sums: [[[0; 2]; LANES]; 8],
-        scales: [[[0; 2]; LANES]; 4],
-        sums: [[[0; 2]; LANES]; 4],
-        block_d: [[0.0; LANES]; 8],
-        block_sum: [[0.0; LANES]; 8],
-        d: [0.0; LANES],
+impl<const L: usize> Lanes<L> {
+    pub(crate) const ZERO: Lanes<L> = Lanes {
+        codes: [[[0; 4]; L]; SUPER / 4],
+        scale_pairs: [[[0; 2]; L]; 8],
+        half_sums: [[[0; 2]; L]; 8],
+        scales: [[[0; 2]; L]; 4],
+        sums: [[[0; 2]; L]; 4],
+        block_d: [[0.0; L]; 8],
+        block_sum: [[0.0; L]; 8],
+        d: [0.0; L],
     };
+}
+
+impl Q8Block {
+    /// One token is its own interleaving.
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only SIMD kernels interleave tokens"))]
+    pub(crate) fn alone(&self) -> &Lanes<1> {
+        const {
+            assert!(size_of::<Q8Block>() == size_of::<Lanes<1>>());
+            assert!(std::mem::offset_of!(Q8Block, d) == std::mem::offset_of!(Lanes<1>, d));
+        }
+        // SAFETY: both are `repr(C)` with the same alignment, and each field is the same numbers as the field of its name
+        // and place, neighbours paired or not.
+        unsafe { &*(self as *const Q8Block).cast() }
+    }
 }
 
 /// The scale of a super-block whose largest magnitude is `amax`, or `None` where all codes are zero: the largest
