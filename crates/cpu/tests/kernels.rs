@@ -115,7 +115,7 @@ fn assert_same_bits(got: &[f32], want: &[f32], what: impl Fn() -> String) {
 
 fn widths(qtype: GgmlType) -> &'static [usize] {
     match qtype.block_len() {
-        1 => &[256, 512, 96, 576, 1, 7, 33, 259],
+        1 => &[256, 512, 96, 576, 1, 7, 33, 259, 1100],
         32 => &[256, 512, 32, 96, 576],
         _ => &[256, 512, 768],
     }
@@ -241,7 +241,7 @@ fn a_product_does_not_depend_on_the_tokens_and_rows_around_it() {
                 let m = Matrix::random(qtype, n_rows, n_cols, &mut rng);
                 let x = rng.activations(12 * n_cols);
                 let alone: Vec<Vec<f32>> = (0..12).map(|t| product(k, m.rows(), &x, &[t])).collect();
-                for n in 1..=9 {
+                for n in (1..=9).chain([24, 29]) {
                     let tokens: Vec<u32> = (0..n).map(|_| rng.below(12) as u32).collect();
                     let got = product(k, m.rows(), &x, &tokens);
                     for (got, t) in got.chunks_exact(n_rows).zip(&tokens) {
@@ -254,6 +254,34 @@ fn a_product_does_not_depend_on_the_tokens_and_rows_around_it() {
                     }
                 }
             }
+        }
+    }
+}
+
+/// Two accumulators of eight lanes take groups of eight columns in turns; what fills no group joins the first.
+#[test]
+fn avx2_sums_float_products_in_the_order_it_tells() {
+    let Some(k) = Kernels::for_isa(Isa::Avx2) else { return println!("skipped: needs a CPU with avx2") };
+    let mut rng = Rng(6);
+    for qtype in GgmlType::ALL.into_iter().filter(|q| q.is_float()) {
+        for &n_cols in widths(qtype) {
+            let m = Matrix::random(qtype, 7, n_cols, &mut rng);
+            let x = rng.activations(26 * n_cols);
+            let mut want = Vec::new();
+            for x in x.chunks_exact(n_cols) {
+                for w in m.values.chunks_exact(n_cols) {
+                    let mut acc = [[0f32; 8]; 2];
+                    for c in 0..n_cols {
+                        let whole = c < n_cols / 8 * 8;
+                        let sum = &mut acc[if whole { c / 8 % 2 } else { 0 }][c % 8];
+                        *sum = w[c].mul_add(x[c], *sum);
+                    }
+                    let v: [f32; 8] = std::array::from_fn(|i| acc[0][i] + acc[1][i]);
+                    want.push(((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])));
+                }
+            }
+            let tokens: Vec<u32> = (0..26).collect();
+            assert_same_bits(&product(k, m.rows(), &x, &tokens), &want, || format!("{qtype} {n_cols}"));
         }
     }
 }
