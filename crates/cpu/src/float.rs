@@ -7,6 +7,8 @@
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 
+use std::ops::Range;
+
 use apr_core::stats::RowStats;
 
 use crate::kernels::Isa;
@@ -25,11 +27,12 @@ pub struct FloatKernels {
     scale_all: unsafe fn(&[i8], f32, &mut [f32]),
 }
 
-/// `c = a b` for small row-major matrices: `a` `[m, k]`, `b` `[k, n]`, `c` `[m, n]`.
+/// `c = a b` for small row-major matrices: `a` `[m, k.end]`, `b` `[k.end, n]`, `c` `[m, n]`. Only the columns `k` of `a` and
+/// the rows `k` of `b` are read; where they are not the first, `c` holds what those before them give, and is added to.
 pub struct Gemm<'a> {
     pub m: usize,
     pub n: usize,
-    pub k: usize,
+    pub k: Range<usize>,
     pub a: &'a [f32],
     /// Distance of the rows of `a`.
     pub lda: usize,
@@ -37,16 +40,19 @@ pub struct Gemm<'a> {
     pub ldb: usize,
     pub c: &'a mut [f32],
     pub ldc: usize,
+    /// Bytes that are needed next and fetched into the cache meanwhile.
+    pub ahead: &'a [u8],
 }
 
 impl Gemm<'_> {
     /// Asserts that the matrices have the elements that the product reads and writes; `b_len` is the length of `b`.
     fn check(&self, b_len: usize) {
-        let (last_row, last_k) = (self.m.saturating_sub(1), self.k.saturating_sub(1));
+        let (last_row, last_k) = (self.m.saturating_sub(1), self.k.end.saturating_sub(1));
         assert!(
-            self.m == 0 || last_row * self.lda + self.k <= self.a.len() && last_row * self.ldc + self.n <= self.c.len()
+            self.m == 0
+                || last_row * self.lda + self.k.end <= self.a.len() && last_row * self.ldc + self.n <= self.c.len()
         );
-        assert!(self.k == 0 || last_k * self.ldb + self.n <= b_len);
+        assert!(self.k.end == 0 || last_k * self.ldb + self.n <= b_len);
     }
 }
 
@@ -69,8 +75,7 @@ impl FloatKernels {
         unsafe { (self.gemm)(g, b) }
     }
 
-    /// [`gemm`](Self::gemm) with the same result, where `b` has half floats, given as their bits. It widens them again for every few
-    /// rows of `a`.
+    /// [`gemm`](Self::gemm) with the same result, where `b` has half floats, given as their bits.
     pub fn gemm_halves(&self, g: Gemm<'_>, b: &[u16]) {
         g.check(b.len());
         // SAFETY: as in `gemm`.
@@ -196,8 +201,11 @@ mod body {
         }
         for i in 0..g.m {
             let c = &mut g.c[i * g.ldc + from..i * g.ldc + g.n];
-            c.fill(0.0);
-            for (p, &x) in g.a[i * g.lda..][..g.k].iter().enumerate() {
+            if g.k.start == 0 {
+                c.fill(0.0);
+            }
+            for p in g.k.clone() {
+                let x = g.a[i * g.lda + p];
                 for (c, &b) in c.iter_mut().zip(&b[p * g.ldb + from..]) {
                     *c = mul_add::<FMA>(x, float(b), *c);
                 }
@@ -245,7 +253,7 @@ mod body {
                 max[l] = if chunk[l] > max[l] { chunk[l] } else { max[l] };
             }
         }
-        let largest = largest(&max, tail);
+        let largest = largest(max.into_iter().fold(f32::NEG_INFINITY, |m, v| if v > m { v } else { m }), tail);
         let mut total = [0f32; LANES];
         for chunk in chunks.iter_mut() {
             let mut y = *chunk;
@@ -260,16 +268,20 @@ mod body {
         (largest * scale, softmax_tail::<FMA>(tail, largest, scale, total))
     }
 
-    /// The largest of some lanes and what follows them; 0 where nothing is comparable, all being NaN, which the sum then shows.
+    /// The largest of some lanes, `max`, and what follows them; 0 where nothing is comparable, all being NaN, which the sum then
+    /// shows.
     #[inline(always)]
-    pub fn largest(lanes: &Lanes, tail: &[f32]) -> f32 {
-        let largest = lanes.iter().chain(tail).fold(f32::NEG_INFINITY, |m, &v| if v > m { v } else { m });
+    pub fn largest(max: f32, tail: &[f32]) -> f32 {
+        let largest = tail.iter().fold(max, |m, &v| if v > m { v } else { m });
         if largest == f32::NEG_INFINITY { 0.0 } else { largest }
     }
 
     /// The exponentials of scores that fill no eight lanes; the sum over all is returned, `total` being that of the others.
     #[inline(always)]
     pub fn softmax_tail<const FMA: bool>(tail: &mut [f32], largest: f32, scale: f32, mut total: Lanes) -> f32 {
+        if tail.is_empty() {
+            return sum(total);
+        }
         let mut last = [-1e9; LANES];
         for (y, x) in last.iter_mut().zip(tail.iter()) {
             *y = (*x - largest) * scale;
@@ -402,13 +414,16 @@ mod tests {
     #[test]
     fn gemm_equals_plain_sums_and_does_not_depend_on_its_neighbours() {
         for t in tables() {
-            for (m, n, k) in [(1, 64, 128), (4, 16, 3), (7, 37, 64), (33, 80, 5), (2, 8, 9)] {
+            for (m, n, k) in [(1, 64, 128), (4, 16, 3), (7, 37, 64), (33, 80, 5), (2, 8, 9), (13, 48, 140)] {
                 let (a, b) = (values(m * k, 1), values(k * n, 2));
                 let mut c = vec![f32::NAN; m * n];
-                t.gemm(Gemm { m, n, k, a: &a, lda: k, ldb: n, c: &mut c, ldc: n }, &b);
+                t.gemm(Gemm { m, n, k: 0..k, a: &a, lda: k, ldb: n, c: &mut c, ldc: n, ahead: &[] }, &b);
                 for i in 0..m {
                     let mut alone = vec![f32::NAN; n];
-                    t.gemm(Gemm { m: 1, n, k, a: &a[i * k..], lda: k, ldb: n, c: &mut alone, ldc: n }, &b);
+                    t.gemm(
+                        Gemm { m: 1, n, k: 0..k, a: &a[i * k..], lda: k, ldb: n, c: &mut alone, ldc: n, ahead: &[] },
+                        &b,
+                    );
                     assert_eq!(alone, c[i * n..(i + 1) * n], "row {i} alone is bitwise the same");
                     for j in 0..n {
                         let expected: f64 = (0..k).map(|p| f64::from(a[i * k + p]) * f64::from(b[p * n + j])).sum();
@@ -420,16 +435,32 @@ mod tests {
     }
 
     #[test]
+    fn a_product_in_two_parts_is_the_whole_one() {
+        for t in tables() {
+            for (m, n, k, first) in [(1, 128, 64, 1), (8, 128, 64, 40), (24, 37, 64, 63), (9, 16, 300, 129)] {
+                let (a, b) = (values(m * k, 1), values(k * n, 2));
+                let ahead = bytemuck::cast_slice(&b);
+                let (mut whole, mut parts) = (vec![f32::NAN; m * n], vec![f32::NAN; m * n]);
+                t.gemm(Gemm { m, n, k: 0..k, a: &a, lda: k, ldb: n, c: &mut whole, ldc: n, ahead: &[] }, &b);
+                for k_part in [0..first, first..k] {
+                    t.gemm(Gemm { m, n, k: k_part, a: &a, lda: k, ldb: n, c: &mut parts, ldc: n, ahead }, &b);
+                }
+                assert_eq!(whole, parts, "{m} by {n} by {k}, parted at {first}");
+            }
+        }
+    }
+
+    #[test]
     fn half_floats_give_the_same_product_widened_before_or_on_the_way() {
         for t in tables() {
-            for (m, n, k) in [(1, 64, 128), (8, 128, 64), (5, 37, 3), (9, 16, 7)] {
+            for (m, n, k) in [(1, 64, 128), (8, 128, 64), (5, 37, 3), (9, 16, 7), (64, 40, 150)] {
                 let (a, b) = (values(m * k, 1), values(k * n, 2));
                 let halves: Vec<u16> = b.iter().map(|v| half::f16::from_f32(*v).to_bits()).collect();
                 let (mut wide, mut c, mut d) = (vec![0.0; k * n], vec![f32::NAN; m * n], vec![f32::NAN; m * n]);
                 t.widen(&halves, &mut wide);
                 assert!(wide.iter().zip(&b).all(|(w, b)| (w - b).abs() < 5e-4), "within the type's precision");
-                t.gemm(Gemm { m, n, k, a: &a, lda: k, ldb: n, c: &mut c, ldc: n }, &wide);
-                t.gemm_halves(Gemm { m, n, k, a: &a, lda: k, ldb: n, c: &mut d, ldc: n }, &halves);
+                t.gemm(Gemm { m, n, k: 0..k, a: &a, lda: k, ldb: n, c: &mut c, ldc: n, ahead: &[] }, &wide);
+                t.gemm_halves(Gemm { m, n, k: 0..k, a: &a, lda: k, ldb: n, c: &mut d, ldc: n, ahead: &[] }, &halves);
                 assert_eq!(c, d, "{m} by {n} by {k}");
             }
         }

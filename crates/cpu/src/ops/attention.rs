@@ -19,7 +19,10 @@ use crate::kv::{KvCache, Part, Tile};
 use crate::pool::Pool;
 
 /// Rows of one sequence that one task computes.
-const ROWS_PER_TASK: usize = 8;
+const ROWS_PER_TASK: usize = 16;
+
+/// Scores are computed in groups of so many positions.
+const COLUMNS: usize = 16;
 
 /// Tiles that are merged before they join the row: what one task of a split row covers.
 const SPAN_TILES: usize = 8;
@@ -230,10 +233,27 @@ impl Merged {
             return;
         }
         let merged = self.max[q].max(max);
-        let (keep, add) = ((self.max[q] - merged).exp(), (max - merged).exp());
+        // One of both is `exp(0)`.
+        let weight = |max: f32| if max == merged { 1.0 } else { (max - merged).exp() };
+        let (keep, add) = (weight(self.max[q]), weight(max));
         self.max[q] = merged;
         self.total[q] = keep * self.total[q] + add * total;
         f.axpby(&mut self.sum[q * sum.len()..(q + 1) * sum.len()], keep, sum, add);
+    }
+}
+
+/// A tile of keys or values.
+enum Operand<'a> {
+    Halves(&'a [u16]),
+    Floats(&'a [f32]),
+}
+
+impl Operand<'_> {
+    fn multiply(&self, f: &FloatKernels, g: Gemm<'_>) {
+        match self {
+            Operand::Halves(b) => f.gemm_halves(g, b),
+            Operand::Floats(b) => f.gemm(g, b),
+        }
     }
 }
 
@@ -280,48 +300,76 @@ impl<'a> Task<'a> {
         s.span.clear(self.n_q(), self.layer.heads.head_dim);
         let table = batch.table(batch.rows()[self.rows.start].sequence);
         let last = batch.rows()[self.rows.end - 1].position as usize / KV_BLOCK;
-        for t in span * SPAN_TILES..((span + 1) * SPAN_TILES).min(last + 1) {
-            self.attend_tile(s, t, table[t]);
+        let tiles = span * SPAN_TILES..((span + 1) * SPAN_TILES).min(last + 1);
+        // The next task of a thread is mostly the next head in the same span.
+        let other_head = (table[tiles.start], (self.head + 1) % self.layer.heads.n_head_kv);
+        for t in tiles.clone() {
+            let next = if t + 1 < tiles.end { (table[t + 1], self.head) } else { other_head };
+            self.attend_tile(s, t, table[t], next);
         }
     }
 
-    /// Attends to the `t`-th tile of the sequence and merges it into what came before in its span.
-    fn attend_tile(&self, s: &mut Scratch, t: usize, block: u32) {
+    /// Attends to the `t`-th tile of the sequence and merges it into what came before in its span. The keys of the `next` block and
+    /// head are fetched into the cache.
+    fn attend_tile(&self, s: &mut Scratch, t: usize, block: u32, next: (u32, usize)) {
         let Layer { heads, batch, .. } = self.layer;
         let (d, rows) = (heads.head_dim, &batch.rows()[self.rows.clone()]);
         // Rows that end before this tile have nothing in it; positions ascend.
         let first = rows.partition_point(|r| (r.position as usize) < t * KV_BLOCK);
         let (from, n_q) = (first * self.group, rows.len() * self.group);
         let seen = |row: usize| (rows[row].position as usize + 1 - t * KV_BLOCK).min(KV_BLOCK);
+        let n = seen(rows.len() - 1).next_multiple_of(COLUMNS);
         let (a, c) = (&s.q[from * d..], &mut s.scores[from * KV_BLOCK..]);
-        let by_keys = Gemm { m: n_q - from, n: KV_BLOCK, k: d, a, lda: d, ldb: KV_BLOCK, c, ldc: KV_BLOCK };
-        self.product(by_keys, block, Part::Key, &mut s.key);
+        let ahead = self.bytes(block, Part::Value, self.head);
+        let by_keys = Gemm { m: n_q - from, n, k: 0..d, a, lda: d, ldb: KV_BLOCK, c, ldc: KV_BLOCK, ahead };
+        self.operand(block, Part::Key, &mut s.key).multiply(self.f, by_keys);
         for q in from..n_q {
             let scores = &mut s.scores[q * KV_BLOCK..(q + 1) * KV_BLOCK];
             scores[seen(q / self.group)..].fill(f32::NEG_INFINITY);
             s.tile[q] = self.f.softmax_tile(scores, 1.0 / (d as f32).sqrt());
         }
-        // Rows that see equally much go together. A row never touches values it does not see: zero times infinity is no zero.
-        let mut row = first;
-        while row < rows.len() {
-            let k = seen(row);
-            let m = rows[row..].iter().enumerate().take_while(|(i, _)| seen(row + i) == k).count() * self.group;
-            let (a, c) = (&s.scores[row * self.group * KV_BLOCK..], &mut s.part[row * self.group * d..]);
-            self.product(Gemm { m, n: d, k, a, lda: KV_BLOCK, ldb: d, c, ldc: d }, block, Part::Value, &mut s.value);
-            row += m / self.group;
-        }
+        self.weigh_values(s, first..rows.len(), &seen, block, next);
         for q in from..n_q {
             let (max, total) = s.tile[q];
             s.span.add(self.f, q, max, total, &s.part[q * d..(q + 1) * d]);
         }
     }
 
-    /// A product with a tile of the head's keys or values. Half floats are widened once for many queries, on the way for few.
-    fn product(&self, g: Gemm<'_>, block: u32, part: Part, scratch: &mut Tile) {
+    /// Multiplies the weights of `rows` with a tile's values, of which row `i` sees the first `seen(i)`. No row touches values that it
+    /// does not see, as zero times infinity is no zero: what all see goes first, the rest row by row.
+    fn weigh_values(
+        &self,
+        s: &mut Scratch,
+        rows: Range<usize>,
+        seen: &impl Fn(usize) -> usize,
+        block: u32,
+        next: (u32, usize),
+    ) {
+        let d = self.layer.heads.head_dim;
+        let all = seen(rows.start);
+        let later = rows.clone().filter(|&row| seen(row) > all).map(|row| (row..row + 1, all..seen(row)));
+        let values = self.operand(block, Part::Value, &mut s.value);
+        let mut ahead = self.bytes(next.0, Part::Key, next.1);
+        for (rows, k) in std::iter::once((rows.clone(), 0..all)).chain(later) {
+            let (m, q) = (rows.len() * self.group, rows.start * self.group);
+            let (a, c) = (&s.scores[q * KV_BLOCK..], &mut s.part[q * d..]);
+            let by_values = Gemm { m, n: d, k, a, lda: KV_BLOCK, ldb: d, c, ldc: d, ahead };
+            values.multiply(self.f, by_values);
+            ahead = &[];
+        }
+    }
+
+    /// What a product with these keys or values reads, where that is worth fetching.
+    fn bytes(&self, block: u32, part: Part, head: usize) -> &'a [u8] {
+        bytemuck::cast_slice(self.layer.kv.halves(block, self.layer.il, part, head).unwrap_or_default())
+    }
+
+    /// A tile of the head's keys or values. Half floats are widened by the products.
+    fn operand<'t>(&'t self, block: u32, part: Part, scratch: &'t mut Tile) -> Operand<'t> {
         let Layer { kv, il, .. } = self.layer;
         match kv.halves(block, il, part, self.head) {
-            Some(b) if g.m <= 8 => self.f.gemm_halves(g, b),
-            _ => self.f.gemm(g, kv.tile(self.f, block, il, part, self.head, scratch)),
+            Some(b) => Operand::Halves(b),
+            None => Operand::Floats(kv.tile(self.f, block, il, part, self.head, scratch)),
         }
     }
 
