@@ -2,7 +2,8 @@
 
 use std::ops::Range;
 
-use apr_core::backend::WeightData;
+use apr_core::backend::{Bytes, WeightData};
+use apr_core::qtype::GgmlType;
 
 use crate::kernels::{Kernels, Q8Rows, SharedOut, WeightRows};
 use crate::pool::Pool;
@@ -29,7 +30,10 @@ pub struct CpuIds {
     pub n_cols: usize,
 }
 
-/// A weight tensor in the file's own layout.
+/// The largest float matrix that is looked through for values that fit fewer bytes: routers, not embeddings.
+const LOOKED_THROUGH_BYTES: usize = 16 << 20;
+
+/// A weight tensor in the file's own layout, but for small matrices whose floats all fit half the bytes.
 pub struct CpuWeight {
     data: WeightData,
     /// The values of a vector, such as a norm.
@@ -87,7 +91,7 @@ impl CpuWeight {
             vector.resize(data.n_cols, 0.0);
             apr_core::qtype::dequantize_row(data.qtype, &data.bytes, &mut vector);
         }
-        CpuWeight { data: data.clone(), vector }
+        CpuWeight { data: narrowed(data), vector }
     }
 
     pub fn n_rows(&self) -> usize {
@@ -127,6 +131,19 @@ impl CpuWeight {
     }
 }
 
+/// `data`, as BF16 where it is a small F32 matrix and every value survives: models are trained in BF16 and their routers
+/// written as F32, and half the bytes are read in half the time.
+fn narrowed(data: &WeightData) -> WeightData {
+    let mut data = data.clone();
+    let is_small_matrix = data.qtype == GgmlType::F32 && data.n_rows > 1 && data.bytes.len() <= LOOKED_THROUGH_BYTES;
+    let values = data.bytes.as_chunks::<4>().0;
+    if is_small_matrix && values.iter().all(|value| value[..2] == [0, 0]) {
+        let upper = values.iter().flat_map(|value| [value[2], value[3]]).collect();
+        (data.qtype, data.bytes) = (GgmlType::BF16, Bytes::from_vec(upper));
+    }
+    data
+}
+
 /// Calls `f(i, row)` for every row of `t`, then prepares the row's 8-bit form: every op that writes a tensor ends here.
 pub fn write_rows(pool: &Pool, kernels: &Kernels, t: &mut CpuTensor, f: &(dyn Fn(usize, &mut [f32]) + Sync)) {
     let (n_rows, n_cols) = (t.n_rows, t.n_cols);
@@ -150,4 +167,45 @@ pub fn write_rows(pool: &Pool, kernels: &Kernels, t: &mut CpuTensor, f: &(dyn Fn
             }
         }
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::{Isa, Out};
+
+    /// A matrix of `n_rows` rows of 40 values.
+    fn matrix(n_rows: usize, value: impl Fn(usize) -> f32) -> WeightData {
+        let bytes = (0..n_rows * 40).flat_map(|i| value(i).to_le_bytes()).collect();
+        let (name, bytes) = ("ffn_gate_inp".to_string(), Bytes::from_vec(bytes));
+        WeightData { name, qtype: GgmlType::F32, n_cols: 40, n_rows, n_mat: 1, bytes }
+    }
+
+    fn product(kernels: &Kernels, w: WeightRows<'_>) -> Vec<u32> {
+        let x: Vec<f32> = (0..80).map(|i| (i as f32 * 0.37).sin()).collect();
+        let mut y = vec![0.0; 2 * w.n_rows()];
+        kernels.matmul_f32(w, &x, &[0, 1], &mut Out::new(&mut y, w.n_rows()), &[0, 1]);
+        y.iter().map(|y| y.to_bits()).collect()
+    }
+
+    #[test]
+    fn a_router_of_bf16_values_is_read_in_half_the_bytes_with_the_same_bits() {
+        let data = matrix(9, |i| f32::from_bits((i as f32 * 0.11).cos().to_bits() & 0xffff_0000));
+        let w = CpuWeight::new(&data);
+        assert_eq!(w.rows(0, 0..9).qtype(), GgmlType::BF16);
+        assert_eq!(w.rows(0, 0..9).row_bytes(), 80);
+        for kernels in [Isa::Scalar, Isa::Avx2].into_iter().filter_map(Kernels::for_isa) {
+            let whole = WeightRows::new(GgmlType::F32, &data.bytes, 40);
+            assert_eq!(product(kernels, w.rows(0, 0..9)), product(kernels, whole), "{}", kernels.isa());
+        }
+    }
+
+    #[test]
+    fn a_value_that_needs_its_bytes_keeps_them() {
+        let w = CpuWeight::new(&matrix(9, |i| if i == 359 { 1.0 + f32::EPSILON } else { 0.5 }));
+        assert_eq!(w.rows(0, 0..9).qtype(), GgmlType::F32);
+        let vector = CpuWeight::new(&matrix(1, |_| 0.5));
+        assert_eq!(vector.rows(0, 0..1).qtype(), GgmlType::F32);
+        assert_eq!(vector.vector, [0.5; 40]);
+    }
 }
