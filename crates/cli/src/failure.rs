@@ -89,6 +89,7 @@ fn generate_code(e: &GenerateError) -> u8 {
         GenerateError::EmptyPrompt | GenerateError::ContextOverflow { .. } => USAGE,
         GenerateError::Memory { .. } => RESOURCE,
         GenerateError::Sampler(SamplerError::NotFinite { .. } | SamplerError::NothingLeft { .. }) => FAILED,
+        GenerateError::Busy { .. } | GenerateError::Stopped => FAILED,
         GenerateError::Sampler(_) => USAGE,
         GenerateError::Step(e) => step_code(e),
     }

@@ -25,7 +25,7 @@ mod decorator;
 pub const KV_BLOCK: usize = 64;
 
 /// What can go wrong in a backend once a model is loaded.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum BackendError {
     /// A buffer could not be had.
     #[error("out of memory: {what} needs {need_bytes} bytes")]

@@ -1,6 +1,8 @@
 //! A loaded model with everything that belongs to it: tokenizer, chat template, device, and the file's own defaults.
 
+use std::ops::Deref;
 use std::path::Path;
+use std::sync::Arc;
 
 use apr_core::backend::{BackendError, KV_BLOCK, KvType};
 use apr_core::gguf::{GgufError, Metadata};
@@ -33,14 +35,29 @@ pub struct EngineOptions {
 
 /// A loaded model.
 pub struct Engine {
+    /// What is known of it, and can be asked while it computes. [`Engine`] dereferences to it.
+    pub about: Arc<About>,
+    pub session: Box<dyn Session>,
+    /// Weights that are still on their way into memory.
+    pub loading: Loading,
+}
+
+/// What belongs to a loaded model and does not change.
+pub struct About {
     pub file: ModelFile,
     pub hparams: Hparams,
     pub tokenizer: Tokenizer,
     pub template: Option<ChatTemplate>,
     pub device: DeviceInfo,
-    pub session: Box<dyn Session>,
-    /// Weights that are still on their way into memory.
-    pub loading: Loading,
+    /// Positions that a sequence may have.
+    pub n_ctx: usize,
+}
+
+impl Deref for Engine {
+    type Target = About;
+    fn deref(&self) -> &About {
+        &self.about
+    }
 }
 
 /// Why a model cannot be loaded, or a prompt not be made.
@@ -138,9 +155,12 @@ impl Engine {
         if let Some(n_ctx) = options.n_ctx {
             check_memory(&*session, n_ctx)?;
         }
-        Ok(Engine { file, hparams, tokenizer, template, device, session, loading })
+        let about = Arc::new(About { file, hparams, tokenizer, template, device, n_ctx });
+        Ok(Engine { about, session, loading })
     }
+}
 
+impl About {
     /// Tokens of a conversation, by the file's template.
     ///
     /// # Errors

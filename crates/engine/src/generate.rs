@@ -3,15 +3,16 @@
 //! A step may compute guessed tokens along with the newest. Their logits are those that a step of each alone would give, bit for bit, and
 //! each position is sampled once, in order; a guess only decides whether the logits of the next position are there already.
 
+use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use crate::answer::{Answer, Piece};
 use crate::engine::Engine;
 use crate::memory;
-use crate::sampler::{Sampler, SamplerConfig, SamplerError};
+use crate::sampler::{SamplerConfig, SamplerError};
 use crate::session::{Logits, Part, Sequence, StepError};
 use crate::speculate::{NoSpeculation, Speculate, Speculator};
-use crate::text_stream::TextStream;
 
 /// Tokens of a prompt that go through the model together. More of them share each expert's weights, fewer keep buffers small.
 pub const PREFILL_CHUNK: usize = 512;
@@ -31,6 +32,8 @@ pub struct Request {
     pub show_control: bool,
     /// Guesses tokens from the text itself where that promises to be faster. The answer is the same.
     pub speculate: bool,
+    /// Tells of every token where it stands among the model's, and so many of the best.
+    pub n_best: Option<usize>,
 }
 
 /// Why generation ended.
@@ -65,6 +68,8 @@ pub struct Generated {
     /// The seed that was used; drawn where none was given.
     pub seed: u64,
     pub n_prompt: usize,
+    /// Tokens of the prompt whose keys and values were there already.
+    pub n_cached: usize,
     pub prefill: Duration,
     /// Time after the prefill.
     pub decode: Duration,
@@ -88,7 +93,7 @@ pub struct SpeculationCounts {
 }
 
 /// Why generation failed.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum GenerateError {
     #[error("the prompt is empty: there is nothing to continue")]
     EmptyPrompt,
@@ -103,6 +108,10 @@ pub enum GenerateError {
          ask for fewer tokens, or use --kv q8_0"
     )]
     Memory { n_tokens: usize, need_bytes: u64, available_bytes: u64 },
+    #[error("{n_waiting} requests wait already; try again later")]
+    Busy { n_waiting: usize },
+    #[error("the engine has been stopped")]
+    Stopped,
     #[error(transparent)]
     Sampler(#[from] SamplerError),
     #[error(transparent)]
@@ -120,27 +129,50 @@ pub fn generate(
     on_text: &mut dyn FnMut(&str),
 ) -> Result<Generated, GenerateError> {
     if request.speculate {
-        generate_with(engine, request, &mut Speculator::new(&request.prompt), cancel, on_text)
+        generate_with(engine, request, Box::new(Speculator::new(&request.prompt)), cancel, on_text)
     } else {
-        generate_with(engine, request, &mut NoSpeculation, cancel, on_text)
+        generate_with(engine, request, Box::new(NoSpeculation), cancel, on_text)
     }
 }
 
 fn generate_with(
     engine: &mut Engine,
     request: &Request,
-    speculator: &mut dyn Speculate,
+    speculator: Box<dyn Speculate + Send>,
     cancel: &AtomicBool,
     on_text: &mut dyn FnMut(&str),
 ) -> Result<Generated, GenerateError> {
     let max_tokens = check_fits(engine, request.prompt.len(), request.max_tokens)?;
-    let mut sequence = Sequence::default();
-    let mut result = run(engine, request, max_tokens, &mut sequence, speculator, cancel, on_text);
-    if let Ok(generated) = &mut result {
-        generated.kv_bytes = engine.session.kv_bytes();
+    let mut answer = Answer::new(request.clone(), max_tokens, speculator)?;
+    let result = run(engine, &mut answer, cancel, on_text);
+    engine.session.release(&mut answer.sequence);
+    result.map(|()| answer.into_generated())
+}
+
+/// Steps until the answer has ended.
+fn run(
+    engine: &mut Engine,
+    answer: &mut Answer,
+    cancel: &AtomicBool,
+    on_text: &mut dyn FnMut(&str),
+) -> Result<(), GenerateError> {
+    let mut on_piece = |piece: Piece| {
+        if !piece.text.is_empty() {
+            on_text(&piece.text);
+        }
+        if cancel.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    };
+    while !answer.is_done() {
+        if cancel.load(Ordering::Relaxed) {
+            answer.finish(&*engine.session, Finish::Cancelled, &mut on_piece);
+            break;
+        }
+        let start = Instant::now();
+        engine.session.step(&mut [answer.part(PREFILL_CHUNK, true)])?;
+        let time = Some(start.elapsed());
+        answer.stepped(&*engine.session, &engine.tokenizer, 0, time, &mut on_piece)?;
     }
-    engine.session.release(&mut sequence);
-    result
+    Ok(())
 }
 
 /// Refuses a request that does not fit the context or the memory; the tokens it may generate at most are returned.
@@ -188,95 +220,15 @@ pub fn prefill(
     Ok(true)
 }
 
-fn run(
-    engine: &mut Engine,
-    request: &Request,
-    max_tokens: usize,
-    sequence: &mut Sequence,
-    speculator: &mut dyn Speculate,
-    cancel: &AtomicBool,
-    on_text: &mut dyn FnMut(&str),
-) -> Result<Generated, GenerateError> {
-    let mut sampler = Sampler::new(request.sampler.clone())?;
-    request.prompt.iter().for_each(|&t| sampler.accept(t));
-    let mut out = Generated::nothing(request, sampler.seed());
-    let start = Instant::now();
-    if !prefill(engine, sequence, &request.prompt, cancel)? {
-        out.finish = Finish::Cancelled;
-        return Ok(out);
-    }
-    out.prefill = start.elapsed();
-    let (start, read_before) = (Instant::now(), engine.session.read_bytes());
-    let mut stream = TextStream::new(request.stop.clone());
-    let (mut logits, mut bytes) = (Vec::new(), Vec::new());
-    // Tokens guessed for the last step, and how many of them have been sampled since.
-    let (mut draft, mut n_right) = (Vec::new(), 0);
-    while out.tokens.len() < max_tokens {
-        engine.session.logits(n_right, &mut logits)?;
-        let token = sampler.sample(&logits)?;
-        sampler.accept(token);
-        speculator.push(token);
-        let was_guessed = draft.get(n_right) == Some(&token);
-        n_right += usize::from(was_guessed);
-        out.speculation.n_accepted += usize::from(was_guessed);
-        out.n_decode_token += 1;
-        if !request.ignore_eos && engine.tokenizer.end_of_turn().contains(&token) {
-            out.finish = Finish::Stop;
-            break;
-        }
-        out.tokens.push(token);
-        bytes.clear();
-        engine.tokenizer.decode_bytes(token, &mut bytes, request.show_control);
-        let delta = stream.push(&bytes);
-        emit(&delta.text, &mut out.text, on_text);
-        if delta.stopped.is_some() {
-            out.finish = Finish::Stop;
-            break;
-        }
-        if cancel.load(Ordering::Relaxed) {
-            out.finish = Finish::Cancelled;
-            break;
-        }
-        let n_left = max_tokens - out.tokens.len();
-        if n_left > 0 && !was_guessed {
-            sequence.truncate(out.n_prompt + out.tokens.len() - 1);
-            draft = speculator.draft(n_left - 1);
-            n_right = 0;
-            step(engine, sequence, token, &draft, speculator)?;
-            out.speculation.count(draft.len());
-        }
-    }
-    emit(&stream.finish().text, &mut out.text, on_text);
-    // The first token was the prefill's.
-    out.n_decode_token = out.n_decode_token.saturating_sub(1);
-    out.decode = start.elapsed();
-    out.decode_read_bytes = engine.session.read_bytes().zip(read_before).map(|(after, before)| after - before);
-    Ok(out)
-}
-
-/// Computes the newest token, and what is guessed to come after it.
-fn step(
-    engine: &mut Engine,
-    sequence: &mut Sequence,
-    newest: u32,
-    draft: &[u32],
-    speculator: &mut dyn Speculate,
-) -> Result<(), StepError> {
-    let tokens = [&[newest], draft].concat();
-    let start = Instant::now();
-    engine.session.step(&mut [Part { sequence, tokens: &tokens, logits: Logits::All }])?;
-    speculator.stepped(draft.len(), start.elapsed());
-    Ok(())
-}
-
 impl Generated {
-    fn nothing(request: &Request, seed: u64) -> Generated {
+    pub(crate) fn nothing(request: &Request, seed: u64) -> Generated {
         Generated {
             text: String::new(),
             tokens: Vec::new(),
             finish: Finish::Length,
             seed,
             n_prompt: request.prompt.len(),
+            n_cached: 0,
             prefill: Duration::ZERO,
             decode: Duration::ZERO,
             n_decode_token: 0,
@@ -289,16 +241,9 @@ impl Generated {
 
 impl SpeculationCounts {
     /// Counts a step with a draft of `n` tokens.
-    fn count(&mut self, n: usize) {
+    pub(crate) fn count(&mut self, n: usize) {
         self.n_step += usize::from(n > 0);
         self.n_drafted += n;
-    }
-}
-
-fn emit(text: &str, all: &mut String, on_text: &mut dyn FnMut(&str)) {
-    if !text.is_empty() {
-        all.push_str(text);
-        on_text(text);
     }
 }
 

@@ -3,6 +3,7 @@
 //! [`Engine`] is the loaded model, a [`Sequence`](session::Sequence) is one timeline on it, and
 //! [`generate`](generate::generate) is what a user asks for. Backends stay inside: nothing outside this crate names one.
 
+pub mod answer;
 pub mod bench;
 pub mod chat_template;
 pub mod device;
@@ -33,4 +34,4 @@ pub use apr_core::qtype::GgmlType;
 pub use apr_core::stage;
 pub use apr_core::stats::RowStats;
 pub use apr_cpu::kernels::Isa;
-pub use engine::{Engine, EngineError, EngineOptions, tokenizer_of};
+pub use engine::{About, Engine, EngineError, EngineOptions, tokenizer_of};

@@ -1,5 +1,7 @@
 //! Steps on a loaded model: the one entry to the forward pass, and the KV blocks of the sequences on it.
 
+use std::ops::Range;
+
 use apr_core::backend::fed::{Fed, Feed, Feeding};
 use apr_core::backend::unfused::Unfused;
 use apr_core::backend::{Backend, BackendError, KV_BLOCK, KvShape, KvType, Precision};
@@ -17,6 +19,10 @@ pub struct Sequence {
     blocks: Vec<u32>,
     n_tokens: usize,
 }
+
+/// A full block of keys and values that is held beside the sequence that computed it, or after it.
+#[derive(Debug)]
+pub struct KvBlock(u32);
 
 /// A sequence's keys and values, taken out of a session.
 #[derive(Clone, Debug, PartialEq)]
@@ -50,7 +56,7 @@ pub struct SessionSettings {
 }
 
 /// Why a step cannot be run.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum StepError {
     #[error("{need} tokens do not fit the context of {n_ctx}; shorten the prompt or raise --ctx")]
     ContextFull { need: usize, n_ctx: usize },
@@ -101,6 +107,18 @@ pub trait Session: Send {
     /// Gives a sequence's blocks back.
     fn release(&mut self, sequence: &mut Sequence);
 
+    /// Holds full blocks of a sequence, so that they stay when it is released.
+    fn hold(&mut self, sequence: &Sequence, blocks: Range<usize>) -> Vec<KvBlock>;
+
+    /// Lets go of a block.
+    fn let_go(&mut self, block: KvBlock);
+
+    /// A sequence that begins with these blocks, which it shares with whoever else has them.
+    fn sequence_of(&mut self, blocks: &[&KvBlock]) -> Sequence;
+
+    /// Whether a sequence uses a block, or somebody else holds it too.
+    fn is_used(&self, block: &KvBlock) -> bool;
+
     /// Copies a sequence's keys and values out.
     fn save(&self, sequence: &Sequence) -> Result<SavedSequence, StepError>;
 
@@ -109,6 +127,9 @@ pub trait Session: Send {
 
     /// Bytes of weights, keys and values that ops have read so far, where the backend counts them.
     fn read_bytes(&self) -> Option<u64>;
+
+    /// Blocks of KV cache in use.
+    fn n_kv_blocks(&self) -> usize;
 
     /// Bytes of KV cache in use.
     fn kv_bytes(&self) -> usize;
@@ -129,19 +150,39 @@ impl Sequence {
     }
 }
 
-/// Hands out KV blocks.
+/// Hands out KV blocks, and counts who has each.
 #[derive(Default)]
 struct BlockPool {
     free: Vec<u32>,
-    n_made: u32,
+    /// Of every block that was made: sequences and holders.
+    n_users: Vec<u32>,
 }
 
 impl BlockPool {
     fn take(&mut self) -> u32 {
-        self.free.pop().unwrap_or_else(|| {
-            self.n_made += 1;
-            self.n_made - 1
-        })
+        let block = self.free.pop().unwrap_or_else(|| {
+            self.n_users.push(0);
+            self.n_users.len() as u32 - 1
+        });
+        self.n_users[block as usize] = 1;
+        block
+    }
+
+    fn share(&mut self, block: u32) -> u32 {
+        self.n_users[block as usize] += 1;
+        block
+    }
+
+    fn give_back(&mut self, block: u32) {
+        let n_users = &mut self.n_users[block as usize];
+        *n_users -= 1;
+        if *n_users == 0 {
+            self.free.push(block);
+        }
+    }
+
+    fn n_used(&self) -> usize {
+        self.n_users.len() - self.free.len()
     }
 }
 
@@ -198,8 +239,8 @@ impl<B: Backend> Runner<B> {
     fn grow(&mut self, sequence: &mut Sequence, n_tokens: usize) -> Result<(), StepError> {
         while sequence.blocks.len() * KV_BLOCK < n_tokens {
             let block = self.blocks.take();
-            if let Err(e) = self.backend.kv_reserve(&mut self.kv, self.blocks.n_made as usize) {
-                self.blocks.free.push(block);
+            if let Err(e) = self.backend.kv_reserve(&mut self.kv, self.blocks.n_users.len()) {
+                self.blocks.give_back(block);
                 return Err(e.into());
             }
             sequence.blocks.push(block);
@@ -216,6 +257,11 @@ impl<B: Backend> Runner<B> {
             let from = part.sequence.n_tokens;
             self.grow(part.sequence, from + part.tokens.len())?;
             let n = part.tokens.len();
+            let written = &part.sequence.blocks[from / KV_BLOCK..(from + n).div_ceil(KV_BLOCK)];
+            assert!(
+                written.iter().all(|&block| self.blocks.n_users[block as usize] == 1),
+                "a block that others read is not written"
+            );
             rows.extend(part.tokens.iter().enumerate().map(|(i, &token)| Row {
                 token,
                 position: (from + i) as u32,
@@ -308,8 +354,30 @@ where
     }
 
     fn release(&mut self, sequence: &mut Sequence) {
-        self.blocks.free.append(&mut sequence.blocks);
+        sequence.blocks.drain(..).for_each(|block| self.blocks.give_back(block));
         sequence.n_tokens = 0;
+    }
+
+    fn hold(&mut self, sequence: &Sequence, blocks: Range<usize>) -> Vec<KvBlock> {
+        assert!(
+            blocks.end * KV_BLOCK <= sequence.n_tokens,
+            "blocks {blocks:?} of {} tokens are full",
+            sequence.n_tokens
+        );
+        sequence.blocks[blocks].iter().map(|&block| KvBlock(self.blocks.share(block))).collect()
+    }
+
+    fn let_go(&mut self, block: KvBlock) {
+        self.blocks.give_back(block.0);
+    }
+
+    fn sequence_of(&mut self, blocks: &[&KvBlock]) -> Sequence {
+        let blocks: Vec<u32> = blocks.iter().map(|block| self.blocks.share(block.0)).collect();
+        Sequence { n_tokens: blocks.len() * KV_BLOCK, blocks }
+    }
+
+    fn is_used(&self, block: &KvBlock) -> bool {
+        self.blocks.n_users[block.0 as usize] > 1
     }
 
     fn save(&self, sequence: &Sequence) -> Result<SavedSequence, StepError> {
@@ -353,6 +421,10 @@ where
     }
 
     fn kv_bytes(&self) -> usize {
-        (self.blocks.n_made as usize - self.blocks.free.len()) * self.kv_shape.block_bytes()
+        self.n_kv_blocks() * self.kv_shape.block_bytes()
+    }
+
+    fn n_kv_blocks(&self) -> usize {
+        self.blocks.n_used()
     }
 }

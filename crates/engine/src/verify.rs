@@ -208,14 +208,15 @@ fn run(
     let start = Instant::now();
     precision::check(engine, options)?;
     let settings = SessionSettings { kv_type: engine.session.kv_type(), n_ctx: engine.session.n_ctx() };
-    let (file, hparams) = (&engine.file, &engine.hparams);
-    let other = engine.device.n_threads.map(|n| if n > 1 { n / 2 } else { 2 });
+    let about = engine.about.clone();
+    let (file, hparams) = (&about.file, &about.hparams);
+    let other = about.device.n_threads.map(|n| if n > 1 { n / 2 } else { 2 });
     let load = |n: usize| -> Load<'_> { Box::new(move || reload(file, hparams, settings, n)) };
     let mut subject = Subject {
         session: &mut *engine.session,
         hparams,
         gguf: &file.gguf,
-        tokenizer: &engine.tokenizer,
+        tokenizer: &about.tokenizer,
         reload: other.map(|n| (n, load(n))),
     };
     let mut results = Vec::new();

@@ -31,6 +31,7 @@ fn request(n: usize) -> Request {
         ignore_eos: true,
         show_control: false,
         speculate: true,
+        n_best: None,
     }
 }
 

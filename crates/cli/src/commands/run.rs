@@ -129,6 +129,7 @@ pub fn run(args: Args) -> Result<Done> {
         ignore_eos: args.ignore_eos,
         show_control: args.special,
         speculate: !args.no_speculate,
+        n_best: None,
     };
     if args.verify {
         verify::or_refuse(&mut engine)?;

@@ -61,6 +61,7 @@ fn greedy(n: usize) -> Request {
         ignore_eos: true,
         show_control: false,
         speculate: false,
+        n_best: None,
     }
 }
 
@@ -76,7 +77,7 @@ type Answer = (Vec<u32>, String, Vec<String>, Finish, usize);
 fn answer(
     engine: &mut Engine,
     request: &Request,
-    speculator: &mut dyn Speculate,
+    speculator: Box<dyn Speculate + Send>,
     cancel_at: usize,
 ) -> (Answer, SpeculationCounts) {
     let (mut pieces, cancel) = (Vec::new(), AtomicBool::new(false));
@@ -93,23 +94,23 @@ fn answer(
 /// Tokens that would be sampled if nothing ended the answer but the context.
 fn truth(engine: &mut Engine, request: &Request) -> Vec<u32> {
     let endless = Request { max_tokens: None, stop: Vec::new(), ignore_eos: true, ..request.clone() };
-    answer(engine, &endless, &mut NoSpeculation, usize::MAX).0.0
+    answer(engine, &endless, Box::new(NoSpeculation), usize::MAX).0.0
 }
 
 /// Answers without guesses, with guesses that are right, often wrong and always wrong, and with those of [`Speculator`].
 #[track_caller]
 fn check(engine: &mut Engine, request: &Request, cancel_at: usize) -> Answer {
     let truth = truth(engine, request);
-    let (plain, counts) = answer(engine, request, &mut NoSpeculation, cancel_at);
+    let (plain, counts) = answer(engine, request, Box::new(NoSpeculation), cancel_at);
     assert_eq!(counts, SpeculationCounts::default());
     for (seed, n_wrong, n_max) in [(1, 0, 47), (2, 1, 8), (3, 1, 8), (4, 3, 4), (5, 8, 5)] {
-        let mut oracle = Oracle { truth: truth.clone(), n_pushed: 0, random: seed, n_wrong, n_max };
-        let (guessed, counts) = answer(engine, request, &mut oracle, cancel_at);
+        let oracle = Box::new(Oracle { truth: truth.clone(), n_pushed: 0, random: seed, n_wrong, n_max });
+        let (guessed, counts) = answer(engine, request, oracle, cancel_at);
         assert_eq!(guessed, plain, "{n_wrong} of 8 guesses wrong: {counts:?}");
         assert!(plain.0.len() < 20 || counts.n_step > 0, "guesses were tried");
         assert!(plain.0.len() < 20 || (n_wrong == 8) == (counts.n_accepted == 0), "{n_wrong}: {counts:?}");
     }
-    assert_eq!(answer(engine, request, &mut Speculator::new(&request.prompt), cancel_at).0, plain);
+    assert_eq!(answer(engine, request, Box::new(Speculator::new(&request.prompt)), cancel_at).0, plain);
     plain
 }
 
@@ -172,8 +173,8 @@ fn a_model_that_loops_is_guessed() {
     let mut engine = load(400);
     let encouraged = SamplerConfig { frequency_penalty: -2.0, presence_penalty: -2.0, ..SamplerConfig::default() };
     let request = Request { sampler: encouraged, ..greedy(300) };
-    let (plain, _) = answer(&mut engine, &request, &mut NoSpeculation, usize::MAX);
-    let (guessed, counts) = answer(&mut engine, &request, &mut Speculator::new(&request.prompt), usize::MAX);
+    let (plain, _) = answer(&mut engine, &request, Box::new(NoSpeculation), usize::MAX);
+    let (guessed, counts) = answer(&mut engine, &request, Box::new(Speculator::new(&request.prompt)), usize::MAX);
     assert_eq!(guessed, plain);
     // How often depends on how long steps take; that it is tried does not.
     assert!(counts.n_step > 0 && counts.n_accepted > 0, "{counts:?}");
@@ -211,9 +212,9 @@ fn a_pass_that_depends_on_its_rows_would_show() {
     engine.session = Box::new(Runner::load(backend, &engine.file, &engine.hparams, settings).unwrap());
     let differs = (0..8).any(|seed| {
         let request = random(60, seed);
-        let (plain, _) = answer(&mut engine, &request, &mut NoSpeculation, usize::MAX);
-        let mut oracle = Oracle { truth: plain.0.clone(), n_pushed: 0, random: seed, n_wrong: 0, n_max: 8 };
-        answer(&mut engine, &request, &mut oracle, usize::MAX).0 != plain
+        let (plain, _) = answer(&mut engine, &request, Box::new(NoSpeculation), usize::MAX);
+        let oracle = Box::new(Oracle { truth: plain.0.clone(), n_pushed: 0, random: seed, n_wrong: 0, n_max: 8 });
+        answer(&mut engine, &request, oracle, usize::MAX).0 != plain
     });
     assert!(differs, "a step of one token that differs from a step of many changes an answer");
 }

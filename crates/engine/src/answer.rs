@@ -1,0 +1,257 @@
+//! One answer in the making: which tokens its next step computes, and what becomes of the logits.
+//!
+//! Tokens of the prompt and of the answer so far are one list; a step computes those that the sequence does not have yet. So
+//! a sequence may be taken away at any time: what it held is computed again, with the same bits.
+
+use std::ops::ControlFlow;
+use std::time::{Duration, Instant};
+
+use crate::generate::{Finish, GenerateError, Generated, Request};
+use crate::sampler::{Ranked, Sampler, SamplerError, ranked};
+use crate::session::{Logits, Part, Sequence, Session};
+use crate::speculate::Speculate;
+use crate::text_stream::TextStream;
+use crate::tokenizer::Tokenizer;
+
+/// What a token gave, or at the end what had been held back.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Piece {
+    pub token: Option<u32>,
+    /// Text that is final. It may be empty, and of more tokens than this one.
+    pub text: String,
+    /// Where [`Request::n_best`] asks for it.
+    pub standing: Option<Standing>,
+}
+
+/// A token among the others that could have been.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Standing {
+    pub chosen: Ranked,
+    /// The best of the model's own distribution, best first.
+    pub best: Vec<Ranked>,
+}
+
+/// An answer, and the sequence it lives in.
+pub(crate) struct Answer {
+    pub(crate) sequence: Sequence,
+    request: Request,
+    /// At most so many tokens of answer.
+    max_tokens: usize,
+    sampler: Sampler,
+    speculator: Box<dyn Speculate + Send>,
+    stream: TextStream,
+    /// The prompt, then the answer.
+    tokens: Vec<u32>,
+    /// Tokens guessed to come after these.
+    draft: Vec<u32>,
+    /// What the next step computes.
+    feed: Vec<u32>,
+    /// Whether logits of its last step are to come.
+    has_logits: bool,
+    out: Generated,
+    is_done: bool,
+    began: Option<Instant>,
+    /// When the first logits came, and bytes read until then.
+    prefilled: Option<(Instant, Option<u64>)>,
+}
+
+impl Answer {
+    /// # Errors
+    /// Sampler settings out of range.
+    pub(crate) fn new(
+        request: Request,
+        max_tokens: usize,
+        speculator: Box<dyn Speculate + Send>,
+    ) -> Result<Answer, SamplerError> {
+        let mut sampler = Sampler::new(request.sampler.clone())?;
+        request.prompt.iter().for_each(|&t| sampler.accept(t));
+        let out = Generated::nothing(&request, sampler.seed());
+        Ok(Answer {
+            sequence: Sequence::default(),
+            max_tokens,
+            sampler,
+            speculator,
+            stream: TextStream::new(request.stop.clone()),
+            tokens: request.prompt.clone(),
+            draft: Vec::new(),
+            feed: Vec::new(),
+            has_logits: false,
+            out,
+            is_done: false,
+            began: None,
+            prefilled: None,
+            request,
+        })
+    }
+
+    /// Tokens known so far: the prompt, then the answer.
+    pub(crate) fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// Tokens that the sequence does not have yet.
+    pub(crate) fn n_to_feed(&self) -> usize {
+        self.tokens.len() - self.sequence.n_tokens()
+    }
+
+    /// Whether the newest token is all that is missing.
+    pub(crate) fn is_decoding(&self) -> bool {
+        self.prefilled.is_some() && self.n_to_feed() == 1
+    }
+
+    pub(crate) fn is_done(&self) -> bool {
+        self.is_done
+    }
+
+    /// Goes on from keys and values that were there already; gives back the sequence it had.
+    pub(crate) fn found(&mut self, sequence: Sequence) -> Sequence {
+        if self.prefilled.is_none() {
+            self.out.n_cached += sequence.n_tokens() - self.sequence.n_tokens();
+        }
+        std::mem::replace(&mut self.sequence, sequence)
+    }
+
+    /// What the next step computes: at most `n_max` tokens, and guesses where `may_guess`.
+    pub(crate) fn part(&mut self, n_max: usize, may_guess: bool) -> Part<'_> {
+        self.began.get_or_insert_with(Instant::now);
+        let rest = &self.tokens[self.sequence.n_tokens()..];
+        self.feed.clear();
+        self.feed.extend_from_slice(&rest[..rest.len().min(n_max)]);
+        self.has_logits = self.feed.len() == rest.len();
+        self.draft.clear();
+        if self.is_decoding() && may_guess {
+            let n_left = self.max_tokens - self.out.tokens.len();
+            self.draft = self.speculator.draft(n_left - 1);
+            self.feed.extend_from_slice(&self.draft);
+            self.out.speculation.count(self.draft.len());
+        }
+        let logits = match (self.has_logits, self.draft.is_empty()) {
+            (false, _) => Logits::None,
+            (true, true) => Logits::Last,
+            (true, false) => Logits::All,
+        };
+        Part { sequence: &mut self.sequence, tokens: &self.feed, logits }
+    }
+
+    /// Rows of logits that the last part wanted.
+    pub(crate) fn n_rows(&self) -> usize {
+        if self.has_logits { 1 + self.draft.len() } else { 0 }
+    }
+
+    /// Goes on with what a step gave; its logits begin at row `first`. `time` is that of the step where it computed nothing
+    /// else. `on_piece` may break the answer off.
+    ///
+    /// # Errors
+    /// Logits that are not numbers.
+    pub(crate) fn stepped(
+        &mut self,
+        session: &dyn Session,
+        tokenizer: &Tokenizer,
+        first: usize,
+        time: Option<Duration>,
+        on_piece: &mut dyn FnMut(Piece) -> ControlFlow<()>,
+    ) -> Result<(), GenerateError> {
+        if !self.has_logits {
+            return Ok(());
+        }
+        match (self.prefilled, time) {
+            (None, _) => self.prefilled = Some((Instant::now(), session.read_bytes())),
+            (Some(_), Some(time)) if self.feed.len() == 1 + self.draft.len() => {
+                self.speculator.stepped(self.draft.len(), time);
+            }
+            (Some(_), _) => {}
+        }
+        if self.max_tokens == 0 {
+            self.finish(session, Finish::Length, on_piece);
+        }
+        let (mut logits, mut n_right) = (Vec::new(), 0);
+        while !self.is_done {
+            session.logits(first + n_right, &mut logits)?;
+            let token = self.sampler.sample(&logits)?;
+            self.take(session, tokenizer, token, &logits, on_piece);
+            if self.draft.get(n_right) != Some(&token) {
+                break;
+            }
+            self.out.speculation.n_accepted += 1;
+            n_right += 1;
+        }
+        // Guesses that were wrong are in the sequence, the newest token is not.
+        self.sequence.truncate(self.tokens.len() - 1);
+        Ok(())
+    }
+
+    /// Takes a sampled token into the answer.
+    fn take(
+        &mut self,
+        session: &dyn Session,
+        tokenizer: &Tokenizer,
+        token: u32,
+        logits: &[f32],
+        on_piece: &mut dyn FnMut(Piece) -> ControlFlow<()>,
+    ) {
+        self.sampler.accept(token);
+        self.speculator.push(token);
+        self.out.n_decode_token += 1;
+        if !self.request.ignore_eos && tokenizer.end_of_turn().contains(&token) {
+            return self.finish(session, Finish::Stop, on_piece);
+        }
+        self.tokens.push(token);
+        self.out.tokens.push(token);
+        let mut bytes = Vec::new();
+        tokenizer.decode_bytes(token, &mut bytes, self.request.show_control);
+        let delta = self.stream.push(&bytes);
+        self.out.text.push_str(&delta.text);
+        let standing = self.request.n_best.map(|n| standing(logits, token, n));
+        let flow = on_piece(Piece { token: Some(token), text: delta.text, standing });
+        if delta.stopped.is_some() {
+            self.finish(session, Finish::Stop, on_piece);
+        } else if flow.is_break() {
+            self.finish(session, Finish::Cancelled, on_piece);
+        } else if self.out.tokens.len() == self.max_tokens {
+            self.finish(session, Finish::Length, on_piece);
+        }
+    }
+
+    /// Ends the answer, unless it has ended.
+    pub(crate) fn finish(
+        &mut self,
+        session: &dyn Session,
+        finish: Finish,
+        on_piece: &mut dyn FnMut(Piece) -> ControlFlow<()>,
+    ) {
+        if std::mem::replace(&mut self.is_done, true) {
+            return;
+        }
+        self.out.finish = finish;
+        let text = self.stream.finish().text;
+        self.out.text.push_str(&text);
+        if !text.is_empty() {
+            // The answer has ended, whatever the listener says.
+            _ = on_piece(Piece { token: None, text, standing: None });
+        }
+        // The first token was the prefill's.
+        self.out.n_decode_token = self.out.n_decode_token.saturating_sub(1);
+        if let (Some(began), Some((prefilled, read_before))) = (self.began, self.prefilled) {
+            self.out.prefill = prefilled - began;
+            self.out.decode = prefilled.elapsed();
+            self.out.decode_read_bytes = session.read_bytes().zip(read_before).map(|(after, before)| after - before);
+        }
+        self.out.kv_bytes = session.kv_bytes();
+    }
+
+    /// What was generated.
+    pub(crate) fn into_generated(self) -> Generated {
+        assert!(self.is_done, "the answer has ended");
+        self.out
+    }
+}
+
+/// Where `token` stands in the model's own distribution, with its `n` best.
+fn standing(logits: &[f32], token: u32, n: usize) -> Standing {
+    let (best, _) = ranked(logits, n.max(1));
+    let logit = logits[token as usize];
+    // `ranked` gives probabilities beside logits: any of them fixes the sum.
+    let p = best[0].p * (f64::from(logit) - f64::from(best[0].logit)).exp();
+    let chosen = Ranked { token, logit, p };
+    Standing { chosen, best: best.into_iter().take(n).collect() }
+}
