@@ -1,0 +1,446 @@
+//! Many answers at once: who computes what in the next step, and who waits.
+//!
+//! [`Batcher`] puts the newest token of every answer and pieces of the prompts that wait into one step, and is driven step by
+//! step. What an answer is does not depend on who else is in its steps: the forward pass gives the same bits whatever the
+//! batch, and tokens are sampled from a stream of their own. [`Scheduler`] drives one on a thread of its own.
+
+use std::collections::VecDeque;
+use std::ops::ControlFlow;
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use apr_core::backend::{BackendError, KV_BLOCK};
+
+use crate::answer::{Answer, Piece};
+use crate::engine::Engine;
+use crate::generate::{Finish, GenerateError, Generated, PREFILL_CHUNK, Request, check_fits};
+use crate::prefix_cache::PrefixCache;
+use crate::session::{KvBlock, Part, StepError};
+use crate::speculate::{NoSpeculation, Speculate, Speculator};
+
+/// What is told of a request, on the thread that steps. It must not wait for anything.
+pub trait Listener: Send {
+    /// A token. Nothing more is computed after a break.
+    fn piece(&mut self, piece: Piece) -> ControlFlow<()>;
+
+    /// Whether nobody waits for the answer any more. Looked at before every step.
+    fn is_gone(&self) -> bool;
+
+    /// The end; nothing comes after it.
+    fn end(&mut self, result: Result<Generated, GenerateError>);
+}
+
+/// How much is done at a time.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Answers in the making.
+    pub n_parallel: usize,
+    /// Requests that wait for one of them to end.
+    pub n_queue: usize,
+    /// Blocks of keys and values, those kept for later prompts among them. At least those of one whole context.
+    pub n_kv_block: usize,
+    /// Keeps keys and values for prompts that begin alike.
+    pub keep_prefixes: bool,
+    /// How long a step with pieces of prompts may take while others wait for their next token.
+    pub step_time: Duration,
+}
+
+/// What goes on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Load {
+    pub n_running: usize,
+    pub n_waiting: usize,
+    pub n_kv_block_used: usize,
+    /// Answers that were set back because others needed their blocks, so far.
+    pub n_set_back: u64,
+}
+
+/// Answers in the making, and requests that wait.
+pub struct Batcher {
+    limits: Limits,
+    /// In the order in which they came.
+    running: Vec<Running>,
+    /// Those that were set back first, then in the order in which they came.
+    waiting: VecDeque<Running>,
+    kept: PrefixCache<KvBlock>,
+    prefill_tok_per_s: Option<f64>,
+    n_set_back: u64,
+}
+
+struct Running {
+    answer: Answer,
+    listener: Box<dyn Listener>,
+    failed: Option<GenerateError>,
+}
+
+impl Running {
+    fn is_done(&self) -> bool {
+        self.failed.is_some() || self.answer.is_done()
+    }
+
+    fn end(&mut self, engine: &Engine, finish: Finish) {
+        self.answer.finish(&*engine.session, finish, &mut |piece| self.listener.piece(piece));
+    }
+
+    /// Blocks that the tokens known so far and the next need beyond those it has.
+    fn n_blocks_to_come(&self) -> usize {
+        n_blocks(self.answer.tokens().len() + 1) - n_blocks(self.answer.sequence.n_tokens())
+    }
+}
+
+/// Blocks of `n_tokens` positions.
+fn n_blocks(n_tokens: usize) -> usize {
+    n_tokens.div_ceil(KV_BLOCK)
+}
+
+/// What the next step computes of one answer.
+#[derive(Clone, Copy)]
+struct Share {
+    i: usize,
+    n_tokens: usize,
+}
+
+impl Batcher {
+    pub fn new(limits: Limits) -> Batcher {
+        assert!(limits.n_parallel > 0, "somebody can be answered");
+        Batcher {
+            limits,
+            running: Vec::new(),
+            waiting: VecDeque::new(),
+            kept: PrefixCache::default(),
+            prefill_tok_per_s: None,
+            n_set_back: 0,
+        }
+    }
+
+    /// Takes a request. One that cannot be answered ends at once.
+    pub fn submit(&mut self, engine: &Engine, request: Request, mut listener: Box<dyn Listener>) {
+        let n_waiting = self.waiting.len();
+        if self.running.len() + n_waiting >= self.limits.n_parallel + self.limits.n_queue {
+            return listener.end(Err(GenerateError::Busy { n_waiting }));
+        }
+        match begin(engine, request) {
+            Ok(answer) => self.waiting.push_back(Running { answer, listener, failed: None }),
+            Err(e) => listener.end(Err(e)),
+        }
+    }
+
+    /// Whether there is nothing to do.
+    pub fn is_idle(&self) -> bool {
+        self.running.is_empty() && self.waiting.is_empty()
+    }
+
+    pub fn load(&self, engine: &Engine) -> Load {
+        Load {
+            n_running: self.running.len(),
+            n_waiting: self.waiting.len(),
+            n_kv_block_used: engine.session.n_kv_blocks(),
+            n_set_back: self.n_set_back,
+        }
+    }
+
+    /// Runs one step.
+    pub fn step(&mut self, engine: &mut Engine) {
+        self.drop_gone(engine);
+        self.admit(engine);
+        self.use_kept(engine);
+        let shares = self.shares_that_fit(engine);
+        if shares.is_empty() {
+            return;
+        }
+        match self.run(engine, &shares) {
+            Ok(()) => self.keep(engine, &shares),
+            // Memory that the limits promised is not there: fewer at a time may do.
+            Err(StepError::Backend(BackendError::OutOfMemory { .. })) if self.running.len() > 1 => {
+                self.set_back_last(engine);
+            }
+            Err(e) => shares.iter().for_each(|s| self.running[s.i].failed = Some(e.clone().into())),
+        }
+        self.remove_done(engine);
+    }
+
+    /// Ends everything that has begun or waits.
+    pub fn cancel_all(&mut self, engine: &mut Engine) {
+        for r in &mut self.running {
+            r.end(engine, Finish::Cancelled);
+        }
+        self.waiting.drain(..).for_each(|mut w| w.listener.end(Err(GenerateError::Stopped)));
+        self.remove_done(engine);
+    }
+
+    /// Lets go of keys and values that are kept for later.
+    pub fn forget_prefixes(&mut self, engine: &mut Engine) {
+        while let Some(block) = self.kept.forget_one(|_| true) {
+            engine.session.let_go(block);
+        }
+    }
+
+    fn drop_gone(&mut self, engine: &mut Engine) {
+        self.waiting.retain(|w| !w.listener.is_gone());
+        for r in self.running.iter_mut().filter(|r| r.listener.is_gone()) {
+            r.end(engine, Finish::Cancelled);
+        }
+        self.remove_done(engine);
+    }
+
+    /// Begins answers while there is room for what is known of them.
+    fn admit(&mut self, engine: &Engine) {
+        while self.running.len() < self.limits.n_parallel && !self.waiting.is_empty() {
+            let idle = self.kept.count(|block| !engine.session.is_used(block));
+            let promised: usize = self.running.iter().map(Running::n_blocks_to_come).sum();
+            let next = &self.waiting[0];
+            let need = next.n_blocks_to_come() - self.kept.n_found(next.answer.tokens());
+            if !self.running.is_empty()
+                && engine.session.n_kv_blocks() - idle + promised + need > self.limits.n_kv_block
+            {
+                break;
+            }
+            self.running.extend(self.waiting.pop_front());
+        }
+    }
+
+    /// Gives answers the blocks that are kept for their prompts, those that came of another's steps just now among them.
+    fn use_kept(&mut self, engine: &mut Engine) {
+        for r in self.running.iter_mut().filter(|r| !r.answer.is_decoding()) {
+            // The logits after the last token are wanted, so that it is computed in any case.
+            let tokens = &r.answer.tokens()[..r.answer.tokens().len() - 1];
+            if self.kept.n_found(tokens) * KV_BLOCK > r.answer.sequence.n_tokens() {
+                let found = engine.session.sequence_of(&self.kept.find(tokens));
+                engine.session.release(&mut r.answer.found(found));
+            }
+        }
+    }
+
+    /// The next step, with room for what it writes: what is kept for later goes first, then who came last is set back.
+    fn shares_that_fit(&mut self, engine: &mut Engine) -> Vec<Share> {
+        loop {
+            let shares = self.shares();
+            let grown = |s: &Share| {
+                let n = self.running[s.i].answer.sequence.n_tokens();
+                // Guesses take no more than one answer's room, as only who is alone guesses.
+                n_blocks(n + s.n_tokens) - n_blocks(n)
+            };
+            let need: usize = shares.iter().map(grown).sum();
+            if engine.session.n_kv_blocks() + need <= self.limits.n_kv_block {
+                return shares;
+            }
+            if let Some(block) = self.kept.forget_one(|block| !engine.session.is_used(block)) {
+                engine.session.let_go(block);
+            } else if self.running.len() > 1 {
+                self.set_back_last(engine);
+            } else {
+                return shares;
+            }
+        }
+    }
+
+    /// Who computes how many tokens. Everybody who has an answer gets its next token. What is left of the step goes to prompts: a
+    /// quarter of it to the one that came first, the rest to those that are nearest their end.
+    fn shares(&self) -> Vec<Share> {
+        let (decoding, mut prefilling): (Vec<usize>, Vec<usize>) =
+            (0..self.running.len()).partition(|&i| self.running[i].answer.is_decoding());
+        let mut shares: Vec<Share> = decoding.iter().map(|&i| Share { i, n_tokens: 1 }).collect();
+        if self.limits.keep_prefixes {
+            let all = prefilling.clone();
+            prefilling.retain(|&i| !all.iter().any(|&before| before < i && self.comes_of(i, before)));
+        }
+        let mut left = if self.running.len() > 1 { self.n_shared_prefill() } else { PREFILL_CHUNK };
+        let n_first = left.div_ceil(4);
+        let first = prefilling.first().copied();
+        prefilling.sort_by_key(|&i| self.running[i].answer.n_to_feed());
+        let mut reserved = first.map_or(0, |i| n_first.min(self.running[i].answer.n_to_feed()));
+        for i in prefilling {
+            if Some(i) == first {
+                reserved = 0;
+            }
+            let n_tokens = self.running[i].answer.n_to_feed().min(left.saturating_sub(reserved));
+            if n_tokens > 0 {
+                shares.push(Share { i, n_tokens });
+                left -= n_tokens;
+            }
+        }
+        shares
+    }
+
+    /// Whether the next block of answer `i` is one that answer `before` is about to compute.
+    fn comes_of(&self, i: usize, before: usize) -> bool {
+        let (a, b) = (&self.running[i].answer, &self.running[before].answer);
+        let end = (a.sequence.n_tokens() / KV_BLOCK + 1) * KV_BLOCK;
+        // Whole blocks before the last token are what will be found.
+        a.tokens().len() > end && b.tokens().len() >= end && a.tokens()[..end] == b.tokens()[..end]
+    }
+
+    /// Tokens of prompts in a step that others wait for.
+    fn n_shared_prefill(&self) -> usize {
+        const LEAST: usize = 32;
+        let n = self.prefill_tok_per_s.map_or(LEAST, |rate| (rate * self.limits.step_time.as_secs_f64()) as usize);
+        n.clamp(LEAST, PREFILL_CHUNK)
+    }
+
+    fn run(&mut self, engine: &mut Engine, shares: &[Share]) -> Result<(), StepError> {
+        let is_alone = self.running.len() == 1;
+        let mut n_of = vec![0; self.running.len()];
+        shares.iter().for_each(|s| n_of[s.i] = s.n_tokens);
+        let in_step = self.running.iter_mut().zip(&n_of).filter(|(_, n)| **n > 0);
+        let mut parts: Vec<Part<'_>> = in_step.map(|(r, &n)| r.answer.part(n, is_alone)).collect();
+        let n_tokens: usize = parts.iter().map(|p| p.tokens.len()).sum();
+        let start = Instant::now();
+        engine.session.step(&mut parts)?;
+        let time = start.elapsed();
+        if n_tokens >= 2 * shares.len().max(16) {
+            let rate = n_tokens as f64 / time.as_secs_f64();
+            self.prefill_tok_per_s = Some(self.prefill_tok_per_s.map_or(rate, |before| 0.7 * before + 0.3 * rate));
+        }
+        let mut row = 0;
+        for (r, _) in self.running.iter_mut().zip(&n_of).filter(|(_, n)| **n > 0) {
+            let Running { answer, listener, failed } = r;
+            let n_rows = answer.n_rows();
+            let mut on_piece = |piece| listener.piece(piece);
+            let stepped =
+                answer.stepped(&*engine.session, &engine.tokenizer, row, is_alone.then_some(time), &mut on_piece);
+            row += n_rows;
+            *failed = stepped.err();
+        }
+        Ok(())
+    }
+
+    /// Keeps the blocks that a step has filled.
+    fn keep(&mut self, engine: &mut Engine, shares: &[Share]) {
+        if !self.limits.keep_prefixes {
+            return;
+        }
+        for r in shares.iter().map(|s| &self.running[s.i]).filter(|r| r.failed.is_none()) {
+            let sequence = &r.answer.sequence;
+            let tokens = &r.answer.tokens()[..sequence.n_tokens()];
+            if self.kept.n_found(tokens) < tokens.len() / KV_BLOCK {
+                self.kept.add(tokens, |i| engine.session.hold(sequence, i..i + 1).pop().expect("one block"));
+            }
+        }
+    }
+
+    /// Takes the keys and values of who came last away; they are computed again when there is room.
+    fn set_back_last(&mut self, engine: &mut Engine) {
+        let Some(mut last) = self.running.pop() else { return };
+        engine.session.release(&mut last.answer.sequence);
+        self.waiting.push_front(last);
+        self.n_set_back += 1;
+    }
+
+    fn remove_done(&mut self, engine: &mut Engine) {
+        for mut r in self.running.extract_if(.., |r| r.is_done()) {
+            engine.session.release(&mut r.answer.sequence);
+            let result = r.failed.map_or_else(|| Ok(r.answer.into_generated()), Err);
+            r.listener.end(result);
+        }
+    }
+}
+
+/// An answer to a request that fits.
+fn begin(engine: &Engine, request: Request) -> Result<Answer, GenerateError> {
+    let max_tokens = check_fits(engine, request.prompt.len(), request.max_tokens)?;
+    let speculator: Box<dyn Speculate + Send> = match request.speculate {
+        true => Box::new(Speculator::new(&request.prompt)),
+        false => Box::new(NoSpeculation),
+    };
+    Ok(Answer::new(request, max_tokens, speculator)?)
+}
+
+/// A batcher on a thread of its own, with the engine.
+pub struct Scheduler {
+    commands: Sender<Command>,
+    load: Arc<Mutex<Load>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+enum Command {
+    Submit(Box<Request>, Box<dyn Listener>),
+    With(Box<dyn FnOnce(&mut Engine) + Send>),
+    CancelAll,
+}
+
+impl Scheduler {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// A system that does not start one.
+    pub fn start(mut engine: Engine, limits: Limits) -> std::io::Result<Scheduler> {
+        let n_whole = n_blocks(engine.session.n_ctx());
+        assert!(limits.n_kv_block >= n_whole, "{} blocks hold a context of {n_whole}", limits.n_kv_block);
+        let (commands, received) = channel();
+        let load = Arc::new(Mutex::new(Load::default()));
+        let told = load.clone();
+        let thread = std::thread::Builder::new().name("scheduler".into()).spawn(move || {
+            let mut batcher = Batcher::new(limits);
+            while follow(&received, &mut batcher, &mut engine) {
+                *told.lock().unwrap_or_else(|e| e.into_inner()) = batcher.load(&engine);
+                batcher.step(&mut engine);
+            }
+            batcher.cancel_all(&mut engine);
+        })?;
+        Ok(Scheduler { commands, load, thread: Some(thread) })
+    }
+
+    /// Takes a request; its listener is told of everything, refusal too.
+    pub fn submit(&self, request: Request, listener: Box<dyn Listener>) {
+        if let Err(e) = self.commands.send(Command::Submit(Box::new(request), listener))
+            && let Command::Submit(_, mut listener) = e.0
+        {
+            listener.end(Err(GenerateError::Stopped));
+        }
+    }
+
+    /// Does something with the engine between two steps, and waits for it. `None` where the thread has ended.
+    pub fn with_engine<T: Send + 'static>(&self, f: impl FnOnce(&mut Engine) -> T + Send + 'static) -> Option<T> {
+        let (answer, answered) = channel();
+        let send = move |engine: &mut Engine| _ = answer.send(f(engine));
+        self.commands.send(Command::With(Box::new(send))).ok()?;
+        answered.recv().ok()
+    }
+
+    /// Ends all answers where they are.
+    pub fn cancel_all(&self) {
+        _ = self.commands.send(Command::CancelAll);
+    }
+
+    /// What went on before the last step.
+    pub fn load(&self) -> Load {
+        *self.load.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Whether the thread runs.
+    pub fn is_alive(&self) -> bool {
+        self.thread.as_ref().is_some_and(|t| !t.is_finished())
+    }
+}
+
+impl Drop for Scheduler {
+    fn drop(&mut self) {
+        // The thread ends when nobody can send any more.
+        self.commands = channel().0;
+        if let Some(thread) = self.thread.take() {
+            _ = thread.join();
+        }
+    }
+}
+
+/// Does what was asked for since the last step, and waits where there is nothing else to do; false when nobody is left to ask.
+fn follow(received: &Receiver<Command>, batcher: &mut Batcher, engine: &mut Engine) -> bool {
+    loop {
+        let command = match batcher.is_idle() {
+            true => received.recv().map_err(|_| TryRecvError::Disconnected),
+            false => received.try_recv(),
+        };
+        match command {
+            Ok(Command::Submit(request, listener)) => batcher.submit(engine, *request, listener),
+            Ok(Command::With(f)) => f(engine),
+            Ok(Command::CancelAll) => batcher.cancel_all(engine),
+            Err(TryRecvError::Empty) => return true,
+            Err(TryRecvError::Disconnected) => return false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,345 @@
+//! Whoever else is answered, and whatever is kept, set back or cancelled: an answer is the one that comes of it alone.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use apr_core::backend::KvType;
+use apr_core::backend::faulty::{Fault, Faulty};
+use apr_cpu::CpuBackend;
+use proptest::prelude::*;
+
+use super::*;
+use crate::device::Device;
+use crate::engine::EngineOptions;
+use crate::generate::generate;
+use crate::sampler::SamplerConfig;
+use crate::session::{Runner, SessionSettings};
+
+fn load(n_ctx: usize) -> Engine {
+    let device = Device::Cpu { n_threads: Some(2), isa: None };
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/tiny-qwen3moe.gguf");
+    Engine::load(&path, EngineOptions { device, kv_type: KvType::F16, n_ctx: Some(n_ctx) }).unwrap()
+}
+
+fn request(prompt: Vec<u32>, n: usize, seed: u64) -> Request {
+    let sampler = SamplerConfig { temperature: 1.0, top_p: 0.95, seed: Some(seed), ..SamplerConfig::default() };
+    let (stop, n_best) = (Vec::new(), None);
+    Request {
+        prompt,
+        max_tokens: Some(n),
+        sampler,
+        stop,
+        ignore_eos: true,
+        show_control: false,
+        speculate: true,
+        n_best,
+    }
+}
+
+fn limits(n_parallel: usize, n_kv_block: usize) -> Limits {
+    Limits { n_parallel, n_queue: 100, n_kv_block, keep_prefixes: true, step_time: Duration::from_millis(5) }
+}
+
+/// What a listener was told.
+#[derive(Default)]
+struct Told {
+    pieces: Mutex<Vec<Piece>>,
+    result: Mutex<Option<Result<Generated, GenerateError>>>,
+    is_gone: AtomicBool,
+    /// Pieces after which it breaks off.
+    n_wanted: AtomicUsize,
+}
+
+impl Told {
+    fn new() -> Arc<Told> {
+        Arc::new(Told { n_wanted: AtomicUsize::new(usize::MAX), ..Told::default() })
+    }
+
+    fn n_pieces(&self) -> usize {
+        self.pieces.lock().unwrap().len()
+    }
+
+    fn generated(&self) -> Generated {
+        self.result.lock().unwrap().clone().expect("the answer has ended").unwrap()
+    }
+
+    fn has_ended(&self) -> bool {
+        self.result.lock().unwrap().is_some()
+    }
+}
+
+struct Ear(Arc<Told>);
+
+impl Listener for Ear {
+    fn piece(&mut self, piece: Piece) -> ControlFlow<()> {
+        assert!(!self.0.has_ended(), "nothing comes after the end");
+        let mut pieces = self.0.pieces.lock().unwrap();
+        pieces.push(piece);
+        match pieces.len() >= self.0.n_wanted.load(Ordering::Relaxed) {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
+        }
+    }
+
+    fn is_gone(&self) -> bool {
+        self.0.is_gone.load(Ordering::Relaxed)
+    }
+
+    fn end(&mut self, result: Result<Generated, GenerateError>) {
+        let before = self.0.result.lock().unwrap().replace(result);
+        assert!(before.is_none(), "there is one end");
+    }
+}
+
+fn submit(batcher: &mut Batcher, engine: &Engine, request: &Request) -> Arc<Told> {
+    let told = Told::new();
+    batcher.submit(engine, request.clone(), Box::new(Ear(told.clone())));
+    told
+}
+
+fn alone(engine: &mut Engine, request: &Request) -> Generated {
+    generate(engine, request, &AtomicBool::new(false), &mut |_| {}).unwrap()
+}
+
+fn run(batcher: &mut Batcher, engine: &mut Engine) {
+    for _ in 0..10_000 {
+        if batcher.is_idle() {
+            return;
+        }
+        batcher.step(engine);
+    }
+    panic!("the batcher does not come to an end");
+}
+
+#[track_caller]
+fn check_same(told: &Told, want: &Generated) {
+    let got = told.generated();
+    assert_eq!((&got.tokens, &got.text, got.finish), (&want.tokens, &want.text, want.finish));
+    let pieces = told.pieces.lock().unwrap();
+    assert_eq!(pieces.iter().map(|p| p.text.as_str()).collect::<String>(), want.text);
+    assert_eq!(pieces.iter().filter_map(|p| p.token).collect::<Vec<_>>(), want.tokens);
+}
+
+fn check_empty(batcher: &mut Batcher, engine: &mut Engine) {
+    batcher.forget_prefixes(engine);
+    assert_eq!(engine.session.n_kv_blocks(), 0, "every block is given back");
+}
+
+#[test]
+fn answers_do_not_depend_on_who_else_is_answered() {
+    let mut engine = load(400);
+    let requests: Vec<Request> = (0..9)
+        .map(|i| {
+            let prompt = (0..20 + 37 * i).map(|t| 100 + (t * 7 + i / 3) % 900).collect();
+            request(prompt, 5 + 7 * (i as usize % 4), u64::from(i))
+        })
+        .collect();
+    let want: Vec<Generated> = requests.iter().map(|r| alone(&mut engine, r)).collect();
+    // With room for all, and with so little that answers are set back again and again.
+    for n_kv_block in [1000, 8] {
+        let mut batcher = Batcher::new(limits(4, n_kv_block));
+        let mut told = Vec::new();
+        for r in &requests {
+            told.push(submit(&mut batcher, &engine, r));
+            (0..3).for_each(|_| batcher.step(&mut engine));
+            assert!(engine.session.n_kv_blocks() <= n_kv_block, "the limit of blocks holds");
+        }
+        run(&mut batcher, &mut engine);
+        told.iter().zip(&want).for_each(|(told, want)| check_same(told, want));
+        check_empty(&mut batcher, &mut engine);
+    }
+}
+
+#[test]
+fn a_neighbour_that_leaks_would_show() {
+    let mut engine = load(400);
+    let settings = SessionSettings { kv_type: KvType::F16, n_ctx: 400 };
+    let backend = Faulty(CpuBackend::new(2, None).unwrap(), Fault::NeighbourLeaks);
+    engine.session = Box::new(Runner::load(backend, &engine.file, &engine.hparams, settings).unwrap());
+    let requests: Vec<Request> = (0..4).map(|i| request((100 + i..150 + i).collect(), 30, u64::from(i))).collect();
+    let mut batcher = Batcher::new(limits(4, 100));
+    let told: Vec<_> = requests.iter().map(|r| submit(&mut batcher, &engine, r)).collect();
+    run(&mut batcher, &mut engine);
+    let differs = |(r, told): (&Request, &Arc<Told>)| alone(&mut engine, r).tokens != told.generated().tokens;
+    assert!(requests.iter().zip(&told).any(differs), "a token that sees its neighbours changes an answer");
+}
+
+#[test]
+fn answers_that_grow_into_each_other_s_room_are_set_back_and_end_the_same() {
+    let mut engine = load(400);
+    let requests: Vec<Request> = (0..4).map(|i| request((100 + i..150 + i).collect(), 200, u64::from(i))).collect();
+    let want: Vec<Generated> = requests.iter().map(|r| alone(&mut engine, r)).collect();
+    let mut batcher = Batcher::new(limits(4, 8));
+    let told: Vec<_> = requests.iter().map(|r| submit(&mut batcher, &engine, r)).collect();
+    run(&mut batcher, &mut engine);
+    told.iter().zip(&want).for_each(|(told, want)| check_same(told, want));
+    assert!(batcher.load(&engine).n_set_back > 0);
+    check_empty(&mut batcher, &mut engine);
+}
+
+#[test]
+fn a_prompt_that_begins_like_an_earlier_one_is_not_computed_again() {
+    let mut engine = load(600);
+    let system: Vec<u32> = (0..300).map(|t| 100 + t * 3 % 1500).collect();
+    let ask = |end: u32| request(system.iter().copied().chain([end, end + 1]).collect(), 4, 7);
+    let want: Vec<Generated> = (0..4).map(|i| alone(&mut engine, &ask(i))).collect();
+    let mut batcher = Batcher::new(limits(8, 100));
+    // The first alone; then all at once, who find what the first left and wait for nobody.
+    let told = submit(&mut batcher, &engine, &ask(0));
+    run(&mut batcher, &mut engine);
+    check_same(&told, &want[0]);
+    assert_eq!(told.generated().n_cached, 0);
+    let told: Vec<_> = (0..4).map(|i| submit(&mut batcher, &engine, &ask(i))).collect();
+    run(&mut batcher, &mut engine);
+    for (told, want) in told.iter().zip(&want) {
+        check_same(told, want);
+        assert_eq!(told.generated().n_cached, 256, "four whole blocks of 302 tokens");
+    }
+    check_empty(&mut batcher, &mut engine);
+    // All at once with nothing kept: one computes the beginning, the others take it over.
+    let told: Vec<_> = (0..4).map(|i| submit(&mut batcher, &engine, &ask(i))).collect();
+    run(&mut batcher, &mut engine);
+    told.iter().zip(&want).for_each(|(told, want)| check_same(told, want));
+    let mut cached: Vec<usize> = told.iter().map(|t| t.generated().n_cached).collect();
+    cached.sort_unstable();
+    assert_eq!(cached, [0, 256, 256, 256]);
+    check_empty(&mut batcher, &mut engine);
+}
+
+#[test]
+fn a_follow_up_finds_the_answer_before_it() {
+    let mut engine = load(600);
+    let mut batcher = Batcher::new(limits(2, 100));
+    let first = request((100..200).collect(), 100, 1);
+    let told = submit(&mut batcher, &engine, &first);
+    run(&mut batcher, &mut engine);
+    let turn: Vec<u32> = first.prompt.iter().copied().chain(told.generated().tokens).chain(300..330).collect();
+    let follow_up = request(turn, 10, 2);
+    let told = submit(&mut batcher, &engine, &follow_up);
+    run(&mut batcher, &mut engine);
+    assert_eq!(told.generated().n_cached, 192);
+    check_same(&told, &alone(&mut engine, &follow_up));
+}
+
+#[test]
+fn a_short_prompt_does_not_wait_for_a_long_one() {
+    let mut engine = load(2000);
+    let mut batcher = Batcher::new(limits(2, 100));
+    let long = submit(&mut batcher, &engine, &request((0..1800).map(|t| 100 + t % 1000).collect(), 4, 1));
+    batcher.step(&mut engine);
+    let short = submit(&mut batcher, &engine, &request((100..120).collect(), 4, 2));
+    batcher.step(&mut engine);
+    assert_eq!((short.n_pieces(), long.n_pieces()), (1, 0), "its prompt is in the next step");
+    run(&mut batcher, &mut engine);
+}
+
+#[test]
+fn who_is_gone_costs_nothing_more() {
+    let mut engine = load(400);
+    let mut batcher = Batcher::new(limits(2, 100));
+    let stays = request((100..180).collect(), 30, 1);
+    let want = alone(&mut engine, &stays);
+    let told: Vec<_> = (0..6)
+        .map(|i| submit(&mut batcher, &engine, &Request { prompt: (100 + i..300).collect(), ..stays.clone() }))
+        .collect();
+    let stays = submit(&mut batcher, &engine, &stays);
+    batcher.step(&mut engine);
+    // In its prefill, while waiting, and in its answer.
+    told[0].is_gone.store(true, Ordering::Relaxed);
+    told[4].is_gone.store(true, Ordering::Relaxed);
+    told[1].n_wanted.store(3, Ordering::Relaxed);
+    run(&mut batcher, &mut engine);
+    assert_eq!(told[0].generated().finish, Finish::Cancelled);
+    assert_eq!((told[1].n_pieces(), told[1].generated().finish), (3, Finish::Cancelled));
+    assert!(!told[4].has_ended(), "nobody was there to be told");
+    check_same(&stays, &want);
+    check_empty(&mut batcher, &mut engine);
+}
+
+#[test]
+fn more_than_may_wait_are_refused_and_what_cannot_be_answered_says_why() {
+    let mut engine = load(100);
+    let mut batcher = Batcher::new(Limits { n_queue: 2, ..limits(1, 100) });
+    let one = request((100..120).collect(), 3, 1);
+    let too_long = submit(&mut batcher, &engine, &request((0..98).collect(), 3, 1));
+    assert!(matches!(*too_long.result.lock().unwrap(), Some(Err(GenerateError::ContextOverflow { .. }))));
+    let told: Vec<_> = (0..4).map(|_| submit(&mut batcher, &engine, &one)).collect();
+    assert!(matches!(*told[3].result.lock().unwrap(), Some(Err(GenerateError::Busy { n_waiting: 3 }))));
+    run(&mut batcher, &mut engine);
+    told[..3].iter().for_each(|t| assert_eq!(t.generated().tokens.len(), 3));
+}
+
+#[test]
+fn where_a_token_stands_is_told() {
+    let mut engine = load(100);
+    let mut batcher = Batcher::new(limits(1, 100));
+    let asked = Request { n_best: Some(3), ..request((100..120).collect(), 8, 3) };
+    let told = submit(&mut batcher, &engine, &asked);
+    run(&mut batcher, &mut engine);
+    for piece in told.pieces.lock().unwrap().iter() {
+        let standing = piece.standing.as_ref().unwrap();
+        assert_eq!((Some(standing.chosen.token), standing.best.len()), (piece.token, 3));
+        assert!(standing.best.is_sorted_by(|a, b| a.p >= b.p) && standing.best[0].p >= standing.chosen.p);
+        if let Some(same) = standing.best.iter().find(|b| Some(b.token) == piece.token) {
+            assert!((same.p - standing.chosen.p).abs() < 1e-12);
+        }
+    }
+}
+
+#[test]
+fn a_thread_answers_several_and_ends_when_nobody_asks() {
+    let mut engine = load(400);
+    let requests: Vec<Request> = (0..5).map(|i| request((100 + i..160).collect(), 20, u64::from(i))).collect();
+    let want: Vec<Generated> = requests.iter().map(|r| alone(&mut engine, r)).collect();
+    let scheduler = Scheduler::start(engine, limits(3, 100)).unwrap();
+    let told: Vec<Arc<Told>> = requests.iter().map(|_| Told::new()).collect();
+    for (r, told) in requests.iter().zip(&told) {
+        scheduler.submit(r.clone(), Box::new(Ear(told.clone())));
+    }
+    while !told.iter().all(|t| t.has_ended()) {
+        std::thread::yield_now();
+    }
+    assert_eq!(scheduler.with_engine(|engine| engine.session.n_ctx()), Some(400));
+    told.iter().zip(&want).for_each(|(told, want)| check_same(told, want));
+    let endless = Told::new();
+    scheduler.submit(request((100..110).collect(), 300, 1), Box::new(Ear(endless.clone())));
+    scheduler.cancel_all();
+    drop(scheduler);
+    assert!(endless.has_ended());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 12, failure_persistence: None, ..ProptestConfig::default() })]
+    #[test]
+    fn whatever_comes_and_goes_no_block_is_lost(
+        coming in prop::collection::vec((1..150usize, 1..40usize, 0..3u32, 0..6usize, prop::option::of(0..30usize)), 1..14),
+        n_kv_block in 4..20usize,
+        n_parallel in 1..5usize,
+    ) {
+        let mut engine = load(200);
+        let mut batcher = Batcher::new(limits(n_parallel, n_kv_block));
+        let mut all = Vec::new();
+        for (i, &(n_prompt, n, kind, n_step, leaves)) in coming.iter().enumerate() {
+            let prompt = (0..n_prompt as u32).map(|t| 100 + 300 * kind + t).collect();
+            let asked = request(prompt, n, i as u64);
+            let told = submit(&mut batcher, &engine, &asked);
+            all.push((asked, told, leaves));
+            for _ in 0..n_step {
+                batcher.step(&mut engine);
+                for (_, told, leaves) in &all {
+                    if leaves.is_some_and(|at| told.n_pieces() >= at) {
+                        told.is_gone.store(true, Ordering::Relaxed);
+                    }
+                }
+            }
+        }
+        run(&mut batcher, &mut engine);
+        check_empty(&mut batcher, &mut engine);
+        for (asked, told, leaves) in all.iter().filter(|(_, told, _)| told.has_ended()) {
+            let want = alone(&mut engine, asked);
+            let got = told.generated();
+            prop_assert!(want.tokens.starts_with(&got.tokens));
+            prop_assert!(leaves.is_some() || got.tokens == want.tokens);
+        }
+    }
+}
