@@ -1,0 +1,1 @@
+//! HTTP over the engine: the only crate that knows wire types.
