@@ -1,1 +1,25 @@
 //! HTTP over the engine: the only crate that knows wire types.
+//!
+//! [`Server`] listens and stops; [`Model`] is what it answers with. A request goes one way: `guard` looks where it comes from,
+//! `extract` reads its body, an API (`openai`) makes requests of the engine of it, `job` submits them, and what comes back is
+//! collected into one body or streamed by `sse`. An API is its wire types and two conversions; nothing else knows them.
+
+mod accept;
+mod errors;
+mod extract;
+mod guard;
+mod health;
+mod job;
+mod json_text;
+mod model;
+mod names;
+mod openai;
+mod prompt;
+mod routes;
+mod server;
+mod sse;
+mod state;
+
+pub use model::{Model, ModelError, limits};
+pub use server::{BindError, Server};
+pub use state::Settings;

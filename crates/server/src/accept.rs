@@ -1,0 +1,104 @@
+//! Connections: how many at a time, how long a head may take, and what happens to a client that does not read.
+//!
+//! hyper is driven directly because its timeouts need a timer, and because a connection is to be had back when it ends: a head that
+//! took too long gets its 408, and a client that still sends a body nobody wants gets to read why before the connection is reset.
+
+use std::future::poll_fn;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use hyper::server::conn::http1;
+use hyper::service::{Service, service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio_io_timeout::TimeoutStream;
+
+use crate::state::{Phase, Settings, State};
+
+/// How long the rest of what a client sends is read and dropped.
+const LINGER: Duration = Duration::from_secs(1);
+/// A pause after the system has run out of something that connections need.
+const PAUSE: Duration = Duration::from_millis(100);
+
+const LATE_HEAD: &[u8] = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
+
+/// Accepts connections until the server closes, and waits for them to end.
+pub(crate) async fn run(listener: TcpListener, router: Router, state: Arc<State>) {
+    let n = state.settings.n_connections;
+    let places = Arc::new(Semaphore::new(n));
+    let mut phase = state.phase.subscribe();
+    loop {
+        let accepted = async {
+            let place = places.clone().acquire_owned().await.expect("the semaphore stays open");
+            (listener.accept().await, place)
+        };
+        let (accepted, place) = tokio::select! {
+            accepted = accepted => accepted,
+            _ = phase.wait_for(|p| *p == Phase::Closing) => break,
+        };
+        let Ok((stream, _)) = accepted else {
+            // A client that has left already, or too many open files: the next may go better.
+            tokio::time::sleep(PAUSE).await;
+            continue;
+        };
+        let (router, state) = (router.clone(), state.clone());
+        tokio::spawn(async move {
+            serve(stream, router, &state).await;
+            drop(place);
+        });
+    }
+    _ = places.acquire_many(n as u32).await;
+}
+
+type Io = TokioIo<Pin<Box<TimeoutStream<TcpStream>>>>;
+
+async fn serve(stream: TcpStream, router: Router, state: &State) {
+    // Tokens are small and are to leave at once.
+    _ = stream.set_nodelay(true);
+    let mut stream = TimeoutStream::new(stream);
+    stream.set_write_timeout(Some(state.settings.write_time));
+    let routes = TowerToHyperService::new(router);
+    // Boxed, because a connection can be had back only where futures may be moved.
+    let service = service_fn(move |request| Box::pin(routes.call(request)));
+    let mut connection = http(&state.settings).serve_connection(TokioIo::new(Box::pin(stream)), service);
+    let mut phase = state.phase.subscribe();
+    let closing = async move { _ = phase.wait_for(|p| *p == Phase::Closing).await };
+    tokio::pin!(closing);
+    let mut is_closing = false;
+    let result = poll_fn(|cx| {
+        if !is_closing && closing.as_mut().poll(cx).is_ready() {
+            is_closing = true;
+            Pin::new(&mut connection).graceful_shutdown();
+        }
+        connection.poll_without_shutdown(cx)
+    })
+    .await;
+    let parts = connection.into_parts();
+    let is_late = result.is_err_and(|e| e.is_timeout()) && !parts.read_buf.is_empty();
+    end(parts.io, is_late).await;
+}
+
+fn http(settings: &Settings) -> http1::Builder {
+    let mut http = http1::Builder::new();
+    http.timer(TokioTimer::new()).header_read_timeout(settings.head_time).max_header_size(settings.head_bytes);
+    http
+}
+
+/// Ends a connection so that the client can read all that was sent to it.
+async fn end(io: Io, is_late: bool) {
+    let mut stream = io.into_inner();
+    if is_late && stream.write_all(LATE_HEAD).await.is_err() {
+        return;
+    }
+    if stream.shutdown().await.is_err() {
+        return;
+    }
+    let mut rest = [0; 4096];
+    let drop_rest = async { while stream.read(&mut rest).await.is_ok_and(|n| n > 0) {} };
+    _ = tokio::time::timeout(LINGER, drop_rest).await;
+}

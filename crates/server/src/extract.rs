@@ -1,0 +1,110 @@
+//! Bodies of requests: which types are read, how large, how long; and fields out of them, with the path of what is wrong.
+
+use std::sync::Arc;
+
+use axum::body::{Body, to_bytes};
+use axum::extract::{FromRequest, Request};
+use axum::http::{HeaderMap, StatusCode, header};
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use crate::errors::ApiError;
+use crate::json_text::readable;
+use crate::state::State;
+
+/// A body that is a JSON object. What it holds is read with [`fields`], which leaves alone what it does not know.
+pub(crate) struct JsonBody(pub(crate) Value);
+
+impl FromRequest<Arc<State>> for JsonBody {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, state: &Arc<State>) -> Result<JsonBody, ApiError> {
+        let (head, body) = request.into_parts();
+        check_type(&head.headers)?;
+        let settings = &state.settings;
+        let read = read(&head.headers, body, settings.body_bytes);
+        let late = || {
+            let message = format!("the body did not arrive within {} s", settings.body_time.as_secs_f32());
+            ApiError::refused(StatusCode::REQUEST_TIMEOUT, "body_timeout", message)
+        };
+        let bytes = tokio::time::timeout(settings.body_time, read).await.map_err(|_| late())??;
+        object(&bytes).map(JsonBody)
+    }
+}
+
+/// Refuses other types than JSON. What `curl -d` sends without being told a type passes as well.
+fn check_type(headers: &HeaderMap) -> Result<(), ApiError> {
+    let Some(value) = headers.get(header::CONTENT_TYPE) else { return Ok(()) };
+    let text = String::from_utf8_lossy(value.as_bytes());
+    let essence = text.split(';').next().unwrap_or_default().trim();
+    match ["", "application/json", "application/x-www-form-urlencoded"].iter().any(|t| essence.eq_ignore_ascii_case(t))
+    {
+        true => Ok(()),
+        false => Err(ApiError::refused(
+            StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            "unsupported_media_type",
+            format!("the body has type {essence:?}; expected application/json"),
+        )),
+    }
+}
+
+async fn read(headers: &HeaderMap, body: Body, n_max: usize) -> Result<axum::body::Bytes, ApiError> {
+    let too_large = || {
+        let message = format!("the body has more than {n_max} bytes");
+        ApiError::refused(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message)
+    };
+    let declared = headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse::<u64>().ok());
+    if declared.is_some_and(|n| n > n_max as u64) {
+        return Err(too_large());
+    }
+    to_bytes(body, n_max).await.map_err(|e| match is_length_limit(&e) {
+        true => too_large(),
+        false => ApiError::invalid("unreadable_body", format!("the body cannot be read: {e}")),
+    })
+}
+
+fn is_length_limit(e: &axum::Error) -> bool {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(e);
+    while let Some(e) = cause {
+        if e.is::<http_body_util::LengthLimitError>() {
+            return true;
+        }
+        cause = e.source();
+    }
+    false
+}
+
+fn object(bytes: &[u8]) -> Result<Value, ApiError> {
+    let value = serde_json::from_str::<Value>(&readable(bytes))
+        .map_err(|e| ApiError::invalid("invalid_json", format!("the body is not JSON: {e}")))?;
+    match &value {
+        Value::Object(_) => Ok(value),
+        other => {
+            let message = format!("the body is {}; expected a JSON object", kind_of(other));
+            Err(ApiError::invalid("invalid_type", message))
+        }
+    }
+}
+
+/// What a JSON value is, in words.
+pub(crate) fn kind_of(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a string",
+        Value::Array(_) => "an array",
+        Value::Object(_) => "an object",
+    }
+}
+
+/// The fields that `T` has.
+///
+/// # Errors
+/// A field of another type, named by its path.
+pub(crate) fn fields<T: DeserializeOwned>(body: &Value) -> Result<T, ApiError> {
+    serde_path_to_error::deserialize(body).map_err(|e| match e.path().to_string() {
+        path if path == "." => ApiError::invalid("invalid_type", e.inner().to_string()),
+        path => ApiError { code: Some("invalid_type"), ..ApiError::field(&path, e.inner()) },
+    })
+}

@@ -1,0 +1,140 @@
+//! Answers to one HTTP request on their way: submitted to the scheduler together, and told of here until the last has ended.
+//!
+//! [`Answers`] lives as long as somebody waits. Dropping it, which is what happens to the future or body of a client that has
+//! left, is all there is to cancelling: the scheduler finds its listeners deserted at the next step.
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use apr_engine::answer::{Piece, Standing};
+use apr_engine::generate::{GenerateError, Generated, Request};
+use apr_engine::scheduler::Listener;
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+
+use crate::errors::ApiError;
+use crate::model::Model;
+use crate::state::{Active, State};
+
+/// What became of an answer.
+#[derive(Debug)]
+pub(crate) enum Event {
+    Piece(Piece),
+    End(Result<Generated, GenerateError>),
+}
+
+/// The answers to one HTTP request.
+pub(crate) struct Answers {
+    events: UnboundedReceiver<(usize, Event)>,
+    /// Pieces that were sent and not yet taken.
+    n_pending: Arc<AtomicUsize>,
+    n_open: usize,
+    _active: Active,
+}
+
+/// A whole answer.
+pub(crate) struct Whole {
+    pub(crate) generated: Generated,
+    /// Of each token, where the request asked for it.
+    pub(crate) standings: Vec<Standing>,
+}
+
+/// Submits requests that are answered together; their index is that of their answer.
+///
+/// # Errors
+/// More answers than there are places, or than are free now.
+pub(crate) fn submit(state: &Arc<State>, model: &Model, requests: Vec<Request>) -> Result<Answers, ApiError> {
+    let n_open = requests.len();
+    if n_open > model.n_places {
+        let message = format!("{n_open} answers are asked for at once; this server makes or queues {}", model.n_places);
+        return Err(ApiError::invalid("too_many_answers", message));
+    }
+    let permits = model.places.clone().try_acquire_many_owned(n_open as u32).map_err(|_| ApiError::busy())?;
+    let (sender, events) = unbounded_channel();
+    let n_pending = Arc::new(AtomicUsize::new(0));
+    let mut permits = Some(permits);
+    for (index, request) in requests.into_iter().enumerate() {
+        let one = permits.as_mut().and_then(|p| p.split(1)).expect("a permit for each request");
+        let reporter = Reporter {
+            index,
+            events: sender.clone(),
+            n_pending: n_pending.clone(),
+            n_backlog: state.settings.n_backlog * n_open,
+            _place: one,
+        };
+        model.scheduler.submit(request, Box::new(reporter));
+    }
+    Ok(Answers { events, n_pending, n_open, _active: state.begin() })
+}
+
+impl Answers {
+    /// What happens next to which answer; `None` after the last end.
+    ///
+    /// # Errors
+    /// A scheduler that has failed.
+    pub(crate) async fn next(&mut self) -> Result<Option<(usize, Event)>, ApiError> {
+        if self.n_open == 0 {
+            return Ok(None);
+        }
+        match self.events.recv().await {
+            Some((index, event)) => {
+                match event {
+                    Event::Piece(_) => _ = self.n_pending.fetch_sub(1, Ordering::Relaxed),
+                    Event::End(_) => self.n_open -= 1,
+                }
+                Ok(Some((index, event)))
+            }
+            None => Err(ApiError::engine("engine_error", "the engine ended before the answer did")),
+        }
+    }
+
+    /// Waits for all answers.
+    ///
+    /// # Errors
+    /// Of the first answer that fails; the others are cancelled.
+    pub(crate) async fn whole(mut self) -> Result<Vec<Whole>, ApiError> {
+        let mut standings: Vec<Vec<Standing>> = vec![Vec::new(); self.n_open];
+        let mut ended: Vec<Option<Generated>> = vec![None; self.n_open];
+        while let Some((index, event)) = self.next().await? {
+            match event {
+                Event::Piece(piece) => standings[index].extend(piece.standing),
+                Event::End(result) => ended[index] = Some(result?),
+            }
+        }
+        let whole = |(generated, standings): (Option<Generated>, _)| Whole {
+            generated: generated.expect("every answer has ended"),
+            standings,
+        };
+        Ok(ended.into_iter().zip(standings).map(whole).collect())
+    }
+}
+
+/// Tells [`Answers`] of one answer, and holds its place until the scheduler lets go of it.
+struct Reporter {
+    index: usize,
+    events: UnboundedSender<(usize, Event)>,
+    n_pending: Arc<AtomicUsize>,
+    /// With more pieces pending nobody is taken to read them.
+    n_backlog: usize,
+    _place: OwnedSemaphorePermit,
+}
+
+impl Listener for Reporter {
+    fn piece(&mut self, piece: Piece) -> ControlFlow<()> {
+        let n_pending = self.n_pending.fetch_add(1, Ordering::Relaxed);
+        match self.events.send((self.index, Event::Piece(piece))) {
+            Ok(()) if n_pending < self.n_backlog => ControlFlow::Continue(()),
+            _ => ControlFlow::Break(()),
+        }
+    }
+
+    fn is_gone(&self) -> bool {
+        self.events.is_closed()
+    }
+
+    fn end(&mut self, result: Result<Generated, GenerateError>) {
+        // Nobody may be left to hear it.
+        _ = self.events.send((self.index, Event::End(result)));
+    }
+}

@@ -1,0 +1,96 @@
+//! OpenAI's API: its wire types, what they mean to the engine, and what the engine's answers mean to it.
+
+pub(crate) mod chat;
+pub(crate) mod completions;
+mod logprobs;
+mod messages;
+pub(crate) mod models;
+mod sampling;
+mod unsupported;
+mod usage;
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use apr_engine::generate::Finish;
+use axum::response::sse::Event;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::errors::ApiError;
+use crate::model::Model;
+use crate::state::State;
+
+/// What streaming answers may be asked to add.
+#[derive(Default, Deserialize)]
+struct StreamOptions {
+    include_usage: Option<bool>,
+}
+
+/// What all parts of one answer begin with.
+#[derive(Clone, Serialize)]
+struct Head {
+    id: String,
+    object: &'static str,
+    created: u64,
+    model: String,
+    system_fingerprint: &'static str,
+}
+
+impl Head {
+    fn new(state: &State, model: &Model, prefix: &str, object: &'static str) -> Head {
+        Head {
+            id: format!("{prefix}-{}", state.unique()),
+            object,
+            created: now(),
+            model: model.names.id.clone(),
+            system_fingerprint: concat!("apr-", env!("CARGO_PKG_VERSION")),
+        }
+    }
+}
+
+/// Seconds since 1970.
+pub(crate) fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |t| t.as_secs())
+}
+
+/// Refuses a request for another model.
+fn check_model(model: &Model, asked: Option<&str>) -> Result<(), ApiError> {
+    match asked {
+        Some(asked) if !model.names.include(asked) => {
+            let message = format!("there is no model {asked:?}; this server has {:?}", model.names.id);
+            let e = ApiError::refused(axum::http::StatusCode::NOT_FOUND, "model_not_found", message);
+            Err(ApiError { param: Some("model".to_string()), ..e })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Why an answer ended, in OpenAI's words.
+fn finish_reason(finish: Finish) -> &'static str {
+    match finish {
+        Finish::Stop => "stop",
+        Finish::Length => "length",
+        Finish::Cancelled => "abort",
+    }
+}
+
+/// An event with a JSON value.
+fn event(value: &impl Serialize) -> Event {
+    let text = serde_json::to_string(value).expect("wire types are JSON");
+    Event::default().data(text)
+}
+
+/// The event that ends a stream.
+fn done() -> Event {
+    Event::default().data("[DONE]")
+}
+
+/// An error in the middle of a stream.
+fn error_event(e: &ApiError) -> Event {
+    event(&e.body())
+}
+
+/// A field that is neither missing nor null: both mean the same.
+fn given<'a>(body: &'a Value, name: &str) -> Option<&'a Value> {
+    body.get(name).filter(|v| !v.is_null())
+}

@@ -1,0 +1,250 @@
+//! `POST /v1/completions`: text as it is, or tokens, and how it goes on.
+
+use std::sync::Arc;
+
+use apr_engine::About;
+use apr_engine::answer::Piece;
+use apr_engine::generate::{Generated, Request};
+use axum::Json;
+use axum::extract::State as Shared;
+use axum::response::sse::Event;
+use axum::response::{IntoResponse, Response};
+use serde::{Deserialize, Serialize};
+
+use super::logprobs::Columns;
+use super::sampling::{Sampling, n_best};
+use super::usage::{Timings, Usage};
+use super::{Head, StreamOptions, check_model, done, error_event, event, finish_reason, given, unsupported};
+use crate::errors::ApiError;
+use crate::extract::{JsonBody, fields};
+use crate::job::{self, Whole};
+use crate::prompt;
+use crate::sse::{self, Chunks};
+use crate::state::State;
+
+/// Tokens where a request names no limit. It is what OpenAI's API says.
+const MAX_TOKENS_DEFAULT: usize = 16;
+
+/// The fields that completions have of their own.
+#[derive(Deserialize)]
+struct Fields {
+    model: Option<String>,
+    prompt: Option<Prompts>,
+    stream: Option<bool>,
+    stream_options: Option<StreamOptions>,
+    logprobs: Option<i64>,
+    echo: Option<bool>,
+    best_of: Option<i64>,
+    suffix: Option<String>,
+}
+
+#[derive(Clone, Deserialize)]
+#[serde(untagged, expecting = "a string, a list of strings, a list of token ids, or a list of those")]
+enum Prompts {
+    Text(String),
+    Tokens(Vec<u32>),
+    Texts(Vec<String>),
+    TokenLists(Vec<Vec<u32>>),
+}
+
+#[derive(Serialize)]
+struct Completion {
+    #[serde(flatten)]
+    head: Head,
+    choices: Vec<Choice>,
+    usage: Usage,
+    timings: Timings,
+}
+
+#[derive(Serialize)]
+struct Choice {
+    index: usize,
+    text: String,
+    logprobs: Option<Columns>,
+    finish_reason: Option<&'static str>,
+}
+
+#[derive(Serialize)]
+struct Chunk<'a> {
+    #[serde(flatten)]
+    head: &'a Head,
+    choices: Vec<Choice>,
+    /// As in chats.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    usage: Option<Option<Usage>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    timings: Option<Timings>,
+}
+
+/// A prompt, and its text where it is to be repeated.
+struct Prompt {
+    tokens: Vec<u32>,
+    echo: String,
+}
+
+/// Goes on with texts.
+pub(crate) async fn create(Shared(state): Shared<Arc<State>>, JsonBody(body): JsonBody) -> Result<Response, ApiError> {
+    let model = state.model()?;
+    let own: Fields = fields(&body)?;
+    check_model(&model, own.model.as_deref())?;
+    unsupported::refuse(&body)?;
+    let mut sampling = Sampling::read(&body, &model)?;
+    if given(&body, "max_tokens").or(given(&body, "max_completion_tokens")).is_none() {
+        sampling.max_tokens = Some(MAX_TOKENS_DEFAULT);
+    }
+    let n_best = own.logprobs.map(|n| n_best("logprobs", n)).transpose()?;
+    let echo = own.echo.unwrap_or(false);
+    refuse(&own, &sampling, echo && n_best.is_some())?;
+    let prompts = own.prompt.ok_or_else(|| ApiError::field("prompt", "is missing"))?;
+    let (about, max_tokens) = (model.about.clone(), sampling.max_tokens);
+    let prompts = prompt::elsewhere(move || read_prompts(&about, prompts, echo, max_tokens)).await?;
+    let requests: Vec<Request> = prompts.iter().flat_map(|p| sampling.requests(&p.tokens, n_best)).collect();
+    let answers = job::submit(&state, &model, requests)?;
+    let head = Head::new(&state, &model, "cmpl", "text_completion");
+    let echoes: Vec<String> = prompts.into_iter().map(|p| p.echo).collect();
+    if own.stream.unwrap_or(false) {
+        let with_usage = own.stream_options.and_then(|o| o.include_usage).unwrap_or(false);
+        let chunks = TextChunks {
+            head,
+            about: model.about.clone(),
+            n_char: vec![0; echoes.len() * sampling.n],
+            echoes,
+            n: sampling.n,
+            usage: Usage::default(),
+            with_usage,
+        };
+        return sse::respond(answers, chunks, state.settings.keep_alive).await;
+    }
+    let whole = answers.whole().await?;
+    Ok(Json(completion(head, &model.about, whole, &echoes, sampling.n, n_best.is_some())).into_response())
+}
+
+/// Refuses what completions cannot do.
+fn refuse(own: &Fields, sampling: &Sampling, echoes_logprobs: bool) -> Result<(), ApiError> {
+    if own.suffix.as_ref().is_some_and(|s| !s.is_empty()) {
+        return Err(ApiError::unsupported("suffix", "text between two texts is not supported yet"));
+    }
+    if own.best_of.is_some_and(|best| best != sampling.n as i64) {
+        return Err(ApiError::unsupported("best_of", "is not supported, unless it is n"));
+    }
+    if echoes_logprobs {
+        return Err(ApiError::unsupported("echo", "logprobs of a prompt are not supported yet"));
+    }
+    Ok(())
+}
+
+/// Tokens of all prompts; nobody is answered where one cannot be.
+fn read_prompts(
+    about: &About,
+    prompts: Prompts,
+    echo: bool,
+    max_tokens: Option<usize>,
+) -> Result<Vec<Prompt>, ApiError> {
+    let of_text = |text: String| {
+        let tokens = about.text_tokens(text.as_bytes(), false);
+        Prompt { tokens, echo: if echo { text } else { String::new() } }
+    };
+    let of_tokens = |tokens: Vec<u32>| {
+        let mut bytes = Vec::new();
+        tokens.iter().filter(|_| echo).for_each(|t| about.tokenizer.decode_bytes(*t, &mut bytes, true));
+        Prompt { tokens, echo: String::from_utf8_lossy(&bytes).into_owned() }
+    };
+    let prompts: Vec<Prompt> = match prompts {
+        Prompts::Text(text) => vec![of_text(text)],
+        Prompts::Tokens(tokens) => vec![of_tokens(tokens)],
+        Prompts::Texts(texts) => texts.into_iter().map(of_text).collect(),
+        Prompts::TokenLists(lists) => lists.into_iter().map(of_tokens).collect(),
+    };
+    let n_vocab = about.tokenizer.n_vocab();
+    for prompt in &prompts {
+        if let Some(id) = prompt.tokens.iter().find(|id| **id as usize >= n_vocab) {
+            return Err(ApiError::field(
+                "prompt",
+                format_args!("there is no token {id}; the vocabulary has {n_vocab}"),
+            ));
+        }
+        prompt::check_fits(about, &prompt.tokens, max_tokens)?;
+    }
+    Ok(prompts)
+}
+
+fn completion(
+    head: Head,
+    about: &About,
+    whole: Vec<Whole>,
+    echoes: &[String],
+    n: usize,
+    with_logprobs: bool,
+) -> Completion {
+    let mut usage = Usage::default();
+    whole.iter().enumerate().for_each(|(i, w)| usage.add(&w.generated, i.is_multiple_of(n)));
+    let timings = Timings::of(&whole[0].generated);
+    let choice = |(index, w): (usize, Whole)| {
+        let logprobs = with_logprobs.then(|| {
+            let (mut columns, mut offset) = (Columns::default(), 0);
+            w.standings.iter().for_each(|s| offset = columns.push(about, s, offset));
+            columns
+        });
+        let text = format!("{}{}", echoes[index / n], w.generated.text);
+        Choice { index, text, logprobs, finish_reason: Some(finish_reason(w.generated.finish)) }
+    };
+    Completion { head, choices: whole.into_iter().enumerate().map(choice).collect(), usage, timings }
+}
+
+/// Completions as they come.
+struct TextChunks {
+    head: Head,
+    about: Arc<About>,
+    echoes: Vec<String>,
+    /// Answers to each prompt.
+    n: usize,
+    /// Characters of each answer's tokens so far.
+    n_char: Vec<usize>,
+    usage: Usage,
+    with_usage: bool,
+}
+
+impl TextChunks {
+    fn chunk(&self, choices: Vec<Choice>, usage: Option<Usage>, timings: Option<Timings>) -> Event {
+        event(&Chunk { head: &self.head, choices, usage: self.with_usage.then_some(usage), timings })
+    }
+
+    fn text(&self, index: usize, text: String, logprobs: Option<Columns>) -> Event {
+        self.chunk(vec![Choice { index, text, logprobs, finish_reason: None }], None, None)
+    }
+}
+
+impl Chunks for TextChunks {
+    fn begin(&mut self) -> Vec<Event> {
+        let echoed = (0..self.n_char.len()).map(|index| (index, self.echoes[index / self.n].clone()));
+        echoed.filter(|(_, text)| !text.is_empty()).map(|(index, text)| self.text(index, text, None)).collect()
+    }
+
+    fn piece(&mut self, index: usize, piece: Piece) -> Vec<Event> {
+        if piece.text.is_empty() && piece.standing.is_none() {
+            return Vec::new();
+        }
+        let logprobs = piece.standing.map(|s| {
+            let mut columns = Columns::default();
+            self.n_char[index] = columns.push(&self.about, &s, self.n_char[index]);
+            columns
+        });
+        vec![self.text(index, piece.text, logprobs)]
+    }
+
+    fn end(&mut self, index: usize, generated: Generated) -> Vec<Event> {
+        self.usage.add(&generated, index.is_multiple_of(self.n));
+        let finish_reason = Some(finish_reason(generated.finish));
+        let choice = Choice { index, text: String::new(), logprobs: None, finish_reason };
+        vec![self.chunk(vec![choice], None, Some(Timings::of(&generated)))]
+    }
+
+    fn finish(&mut self) -> Vec<Event> {
+        let usage = self.with_usage.then(|| self.chunk(Vec::new(), Some(self.usage), None));
+        usage.into_iter().chain([done()]).collect()
+    }
+
+    fn error(&mut self, e: &ApiError) -> Vec<Event> {
+        vec![error_event(e)]
+    }
+}

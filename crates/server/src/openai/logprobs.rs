@@ -1,0 +1,69 @@
+//! How likely tokens were, in the two forms that OpenAI's API has for it.
+
+use apr_engine::About;
+use apr_engine::answer::Standing;
+use apr_engine::sampler::Ranked;
+use serde::Serialize;
+use serde_json::{Map, Value};
+
+/// What stands for the logarithm of nothing, as in OpenAI's own answers.
+const NEVER: f64 = -9999.0;
+
+/// A token as chats tell of it.
+#[derive(Serialize)]
+pub(super) struct ChatToken {
+    #[serde(flatten)]
+    chosen: Token,
+    top_logprobs: Vec<Token>,
+}
+
+#[derive(Serialize)]
+struct Token {
+    token: String,
+    logprob: f64,
+    bytes: Vec<u8>,
+}
+
+impl ChatToken {
+    pub(super) fn new(about: &About, standing: &Standing) -> ChatToken {
+        let token = |r: &Ranked| {
+            let bytes = bytes_of(about, r.token);
+            Token { token: String::from_utf8_lossy(&bytes).into_owned(), logprob: logprob(r), bytes }
+        };
+        ChatToken { chosen: token(&standing.chosen), top_logprobs: standing.best.iter().map(token).collect() }
+    }
+}
+
+/// Tokens as completions tell of them: one list each.
+#[derive(Default, Serialize)]
+pub(super) struct Columns {
+    tokens: Vec<String>,
+    token_logprobs: Vec<f64>,
+    top_logprobs: Vec<Map<String, Value>>,
+    /// Characters before each token in the text that the tokens make.
+    text_offset: Vec<usize>,
+}
+
+impl Columns {
+    /// Adds a token that begins after `offset` characters, and gives the offset after it.
+    pub(super) fn push(&mut self, about: &About, standing: &Standing, offset: usize) -> usize {
+        let text = about.tokenizer.piece(standing.chosen.token);
+        let n_char = text.chars().count();
+        self.tokens.push(text);
+        self.token_logprobs.push(logprob(&standing.chosen));
+        let best = standing.best.iter().map(|r| (about.tokenizer.piece(r.token), logprob(r).into()));
+        self.top_logprobs.push(best.collect());
+        self.text_offset.push(offset);
+        offset + n_char
+    }
+}
+
+fn bytes_of(about: &About, token: u32) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    about.tokenizer.decode_bytes(token, &mut bytes, true);
+    bytes
+}
+
+fn logprob(r: &Ranked) -> f64 {
+    r.p.ln().max(NEVER)
+}

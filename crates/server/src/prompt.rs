@@ -1,0 +1,56 @@
+//! Prompts: tokens of conversations and texts, and whether they fit. Rendering and tokenizing take a while for long texts, so this
+//! runs on threads that may be kept busy.
+
+use apr_engine::About;
+use apr_engine::chat_template::{ChatInput, RenderedPiece};
+use apr_engine::generate::GenerateError;
+use apr_engine::tokenizer::Piece;
+
+use crate::errors::ApiError;
+
+/// Does what takes a while on a thread where nobody waits for it.
+///
+/// # Errors
+/// What it gives, or a panic in it.
+pub(crate) async fn elsewhere<T: Send + 'static>(
+    f: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+) -> Result<T, ApiError> {
+    let panicked = |_| ApiError::engine("internal_error", "the prompt could not be made");
+    tokio::task::spawn_blocking(f).await.map_err(panicked)?
+}
+
+/// Tokens of a conversation. With `begun` the assistant's answer begins with that text, and goes on from there.
+///
+/// # Errors
+/// What the template refuses.
+pub(crate) fn chat(about: &About, input: &ChatInput, begun: Option<&str>) -> Result<Vec<u32>, ApiError> {
+    let Some(begun) = begun else { return Ok(about.chat_tokens(input)?) };
+    let template = about.template.as_ref().ok_or(apr_engine::EngineError::NoTemplate)?;
+    let rendered = template.render(input)?;
+    let mut pieces: Vec<Piece<'_>> = rendered
+        .iter()
+        .map(|piece| match piece {
+            RenderedPiece::Control(text) => Piece::Template(text),
+            RenderedPiece::Text(text) => Piece::Content(text),
+        })
+        .collect();
+    pieces.push(Piece::Content(begun));
+    Ok(about.tokenizer.encode(&pieces))
+}
+
+/// Refuses what can never be answered, before it waits for anything.
+///
+/// # Errors
+/// No token at all, or more than the context holds together with those asked for.
+pub(crate) fn check_fits(about: &About, prompt: &[u32], max_tokens: Option<usize>) -> Result<(), ApiError> {
+    let (n_prompt, n_ctx) = (prompt.len(), about.n_ctx);
+    // An answer without a limit needs room for one token at least.
+    let max_tokens = max_tokens.unwrap_or(1);
+    if n_prompt == 0 {
+        return Err(GenerateError::EmptyPrompt.into());
+    }
+    if n_prompt.saturating_add(max_tokens) > n_ctx {
+        return Err(GenerateError::ContextOverflow { n_prompt, max_tokens, n_ctx }.into());
+    }
+    Ok(())
+}

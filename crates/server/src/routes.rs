@@ -1,0 +1,38 @@
+//! Which path leads where, and what every request passes on its way.
+
+use std::any::Any;
+use std::sync::Arc;
+
+use axum::Router;
+use axum::http::StatusCode;
+use axum::middleware::from_fn_with_state;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use tower_http::catch_panic::CatchPanicLayer;
+
+use crate::errors::ApiError;
+use crate::state::State;
+use crate::{guard, health, openai};
+
+/// Everything that is answered.
+pub(crate) fn router(state: Arc<State>) -> Router {
+    Router::new()
+        .route("/health", get(health::health))
+        .route("/v1/models", get(openai::models::list))
+        .route("/v1/models/{*id}", get(openai::models::one))
+        .route("/v1/chat/completions", post(openai::chat::create))
+        .route("/v1/completions", post(openai::completions::create))
+        .fallback(async || ApiError::refused(StatusCode::NOT_FOUND, "unknown_path", "there is nothing at this path"))
+        .method_not_allowed_fallback(async || {
+            let message = "this path does not take this method; the Allow header names those it takes";
+            ApiError::refused(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message)
+        })
+        .layer(CatchPanicLayer::custom(panicked))
+        .layer(from_fn_with_state(state.clone(), guard::guard))
+        .with_state(state)
+}
+
+/// A programmer's mistake ends one request, not the server.
+fn panicked(_: Box<dyn Any + Send>) -> Response {
+    ApiError::engine("internal_error", "the server made a mistake while answering this request").into_response()
+}

@@ -1,0 +1,96 @@
+//! Answers as a stream of server-sent events, in whatever form an API writes them.
+
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::time::Duration;
+
+use apr_engine::answer::Piece;
+use apr_engine::generate::Generated;
+use axum::http::{HeaderName, HeaderValue};
+use axum::response::sse::{Event as SseEvent, KeepAlive, Sse};
+use axum::response::{IntoResponse, Response};
+use futures_util::stream;
+
+use crate::errors::ApiError;
+use crate::job::{Answers, Event};
+
+/// How long an answer may fail and still be refused with a status of its own, before the stream is begun.
+const EARLY: Duration = Duration::from_millis(50);
+
+/// How an API writes answers as they come.
+pub(crate) trait Chunks: Send + 'static {
+    /// Before anything is known of any answer.
+    fn begin(&mut self) -> Vec<SseEvent>;
+    /// A token of an answer, or text that had been held back.
+    fn piece(&mut self, index: usize, piece: Piece) -> Vec<SseEvent>;
+    /// An answer has ended.
+    fn end(&mut self, index: usize, generated: Generated) -> Vec<SseEvent>;
+    /// All have.
+    fn finish(&mut self) -> Vec<SseEvent>;
+    /// Something failed, and nothing follows.
+    fn error(&mut self, e: &ApiError) -> Vec<SseEvent>;
+}
+
+/// A stream of events; comments keep it alive while nothing is there to be sent.
+///
+/// # Errors
+/// What fails at once.
+pub(crate) async fn respond(
+    mut answers: Answers,
+    mut chunks: impl Chunks,
+    keep_alive: Duration,
+) -> Result<Response, ApiError> {
+    let mut ready: VecDeque<SseEvent> = chunks.begin().into();
+    if let Ok(first) = tokio::time::timeout(EARLY, answers.next()).await {
+        match first? {
+            Some((_, Event::End(Err(e)))) => return Err(e.into()),
+            Some(event) => ready.extend(written(&mut chunks, event).0),
+            None => ready.extend(chunks.finish()),
+        }
+    }
+    let start = Streaming { answers: Some(answers), chunks, ready };
+    let events = stream::unfold(start, |mut s| async {
+        let event = s.next().await?;
+        Some((Ok::<_, Infallible>(event), s))
+    });
+    let comments = KeepAlive::new().interval(keep_alive).text("keep-alive");
+    let mut response = Sse::new(events).keep_alive(comments).into_response();
+    // nginx would collect the events otherwise.
+    let header = (HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no"));
+    response.headers_mut().insert(header.0, header.1);
+    Ok(response)
+}
+
+struct Streaming<C> {
+    /// `None` once the last event is ready.
+    answers: Option<Answers>,
+    chunks: C,
+    ready: VecDeque<SseEvent>,
+}
+
+impl<C: Chunks> Streaming<C> {
+    async fn next(&mut self) -> Option<SseEvent> {
+        while self.ready.is_empty() {
+            let answers = self.answers.as_mut()?;
+            let (events, is_last) = match answers.next().await {
+                Ok(Some(event)) => written(&mut self.chunks, event),
+                Ok(None) => (self.chunks.finish(), true),
+                Err(e) => (self.chunks.error(&e), true),
+            };
+            self.ready.extend(events);
+            if is_last {
+                self.answers = None;
+            }
+        }
+        self.ready.pop_front()
+    }
+}
+
+/// What an event is written as, and whether nothing follows it.
+fn written(chunks: &mut impl Chunks, (index, event): (usize, Event)) -> (Vec<SseEvent>, bool) {
+    match event {
+        Event::Piece(piece) => (chunks.piece(index, piece), false),
+        Event::End(Ok(generated)) => (chunks.end(index, generated), false),
+        Event::End(Err(e)) => (chunks.error(&e.into()), true),
+    }
+}

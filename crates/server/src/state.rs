@@ -1,0 +1,156 @@
+//! What all requests share: settings, the model once it is loaded, and whether the server is going down.
+
+use std::hash::{BuildHasher, RandomState};
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use crate::errors::ApiError;
+use crate::model::Model;
+
+/// Limits of what a client may take, and how long things may last.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Connections at a time; more wait in the system's backlog.
+    pub n_connections: usize,
+    /// Bytes of a request's head, and how long it may take; an idle connection is closed after as long.
+    pub head_bytes: usize,
+    pub head_time: Duration,
+    /// Bytes of a request's body, and how long it may take.
+    pub body_bytes: usize,
+    pub body_time: Duration,
+    /// How long a client may leave what is sent to it unread.
+    pub write_time: Duration,
+    /// Pieces of an answer that wait for a client that reads slowly; with more the answer is cancelled.
+    pub n_backlog: usize,
+    /// How often a comment keeps a silent stream alive.
+    pub keep_alive: Duration,
+    /// How long answers may go on after the server was asked to stop.
+    pub drain_time: Duration,
+}
+
+impl Default for Settings {
+    fn default() -> Settings {
+        Settings {
+            n_connections: 1024,
+            head_bytes: 64 << 10,
+            head_time: Duration::from_secs(10),
+            body_bytes: 16 << 20,
+            body_time: Duration::from_secs(30),
+            write_time: Duration::from_secs(30),
+            n_backlog: 4096,
+            keep_alive: Duration::from_secs(15),
+            drain_time: Duration::from_secs(30),
+        }
+    }
+}
+
+/// Where the server is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd)]
+pub(crate) enum Phase {
+    /// It answers, or will once the model is loaded.
+    Open,
+    /// What has begun ends; nothing begins.
+    Draining,
+    /// Connections are closed.
+    Closing,
+}
+
+/// What all requests share.
+pub(crate) struct State {
+    pub(crate) settings: Settings,
+    /// The address that is listened on.
+    pub(crate) ip: IpAddr,
+    /// Names under which clients of this machine may know it, beside the usual ones.
+    pub(crate) host: String,
+    pub(crate) phase: watch::Sender<Phase>,
+    model: OnceLock<Arc<Model>>,
+    /// Requests that are being answered.
+    n_active: watch::Sender<usize>,
+    id_salt: RandomState,
+    n_id: AtomicU64,
+}
+
+/// A request that is being answered, for as long as this lives.
+pub(crate) struct Active(Arc<State>);
+
+impl Drop for Active {
+    fn drop(&mut self) {
+        self.0.n_active.send_modify(|n| *n -= 1);
+    }
+}
+
+impl State {
+    pub(crate) fn new(settings: Settings, ip: IpAddr, host: String) -> State {
+        State {
+            settings,
+            ip,
+            host,
+            phase: watch::channel(Phase::Open).0,
+            model: OnceLock::new(),
+            n_active: watch::channel(0).0,
+            id_salt: RandomState::new(),
+            n_id: AtomicU64::new(0),
+        }
+    }
+
+    pub(crate) fn phase(&self) -> Phase {
+        *self.phase.borrow()
+    }
+
+    /// Goes on to a later phase; never back.
+    pub(crate) fn enter(&self, phase: Phase) {
+        self.phase.send_if_modified(|now| {
+            let is_later = *now < phase;
+            if is_later {
+                *now = phase;
+            }
+            is_later
+        });
+    }
+
+    /// From now on there is something to answer with.
+    pub(crate) fn set_model(&self, model: Model) {
+        assert!(self.model.set(Arc::new(model)).is_ok(), "a server has one model");
+    }
+
+    pub(crate) fn loaded(&self) -> Option<&Arc<Model>> {
+        self.model.get()
+    }
+
+    /// The model, for a request that begins now.
+    ///
+    /// # Errors
+    /// A server that still loads, or stops.
+    pub(crate) fn model(&self) -> Result<Arc<Model>, ApiError> {
+        if self.phase() != Phase::Open {
+            return Err(ApiError::unavailable("the server is stopping and takes no more requests"));
+        }
+        self.loaded().cloned().ok_or_else(|| ApiError::unavailable("the model is still being loaded"))
+    }
+
+    /// Counts a request until the result is dropped.
+    pub(crate) fn begin(self: &Arc<State>) -> Active {
+        self.n_active.send_modify(|n| *n += 1);
+        Active(self.clone())
+    }
+
+    pub(crate) fn n_active(&self) -> usize {
+        *self.n_active.borrow()
+    }
+
+    /// Waits until nothing is being answered.
+    pub(crate) async fn idle(&self) {
+        // The sender is in `self`, so that the wait ends with what it waits for.
+        _ = self.n_active.subscribe().wait_for(|n| *n == 0).await;
+    }
+
+    /// 32 hexadecimal digits that were never given before and cannot be guessed from others.
+    pub(crate) fn unique(&self) -> String {
+        let n = self.n_id.fetch_add(1, Ordering::Relaxed);
+        format!("{:016x}{:016x}", self.id_salt.hash_one((n, 0)), self.id_salt.hash_one((n, 1)))
+    }
+}

@@ -1,0 +1,152 @@
+//! Many clients at once, clients that leave, and a server that is told to stop.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use crate::support::*;
+use apr_server::{Server, Settings};
+use serde_json::{Value, json};
+
+const CHAT: &str = "/v1/chat/completions";
+
+fn question(i: usize) -> Value {
+    let content = format!("{} question number {i}", "some words before ".repeat(i * 3));
+    let temperature = [0.0, 1.0, 1.5][i % 3];
+    let messages = json!([{"role": "system", "content": "Be brief."}, {"role": "user", "content": content}]);
+    json!({"messages": messages, "max_tokens": 20 + i, "temperature": temperature, "seed": i, "ignore_eos": true})
+}
+
+/// A request whose answer takes as long as the context allows.
+fn long(stream: bool) -> Value {
+    json!({"messages": [{"role": "user", "content": "go on"}], "ignore_eos": true, "stream": stream, "temperature": 1})
+}
+
+/// Waits until nothing of any request is left.
+#[track_caller]
+fn is_free(server: &Server, n_places: usize) {
+    let model = server.model().unwrap();
+    soon("no request is being answered", || server.n_active() == 0);
+    soon("all places are free", || model.n_free_places() == n_places);
+    soon("no block of keys and values is in use", || {
+        model.scheduler().with_engine(|engine| engine.session.n_kv_blocks()) == Some(0)
+    });
+}
+
+#[test]
+fn together_each_gets_what_it_gets_alone() {
+    let server = start_with(Settings::default(), |limits| limits.n_parallel = 3);
+    let alone: Vec<Value> = (0..9).map(|i| ok(&server, CHAT, &question(i))["choices"].take()).collect();
+    let server = start_with(Settings::default(), |limits| limits.n_parallel = 3);
+    std::thread::scope(|scope| {
+        let send = |i| ok(&server, CHAT, &question(i))["choices"].take();
+        let sent: Vec<_> = (0..9).map(|i| scope.spawn(move || send(i))).collect();
+        for (i, answer) in sent.into_iter().enumerate() {
+            assert_eq!(answer.join().unwrap(), alone[i], "question {i}");
+        }
+    });
+}
+
+#[test]
+fn who_comes_too_many_is_told_to_come_back_at_once() {
+    let server = start_with(Settings::default(), |limits| (limits.n_parallel, limits.n_queue) = (1, 1));
+    let mut clients: Vec<Client> = (0..2).map(|_| Client::connect(server.addr())).collect();
+    for client in &mut clients {
+        client.request("POST", CHAT, &[], long(true).to_string().as_bytes());
+        assert_eq!(client.head().0, 200);
+    }
+    let refused = post(&server, CHAT, &question(0));
+    assert_eq!((refused.status, refused.header("retry-after")), (429, Some("1")));
+    assert_eq!(refused.json()["error"]["code"], "queue_full");
+    let never = post(&server, CHAT, &json!({"messages": [{"role": "user", "content": "x"}], "n": 3}));
+    assert_eq!((never.status, &never.json()["error"]["code"]), (400, &json!("too_many_answers")));
+    drop(clients);
+    soon("room again", || post(&server, CHAT, &question(0)).status == 200);
+}
+
+#[test]
+fn who_leaves_takes_everything_along() {
+    let server = start_with(Settings::default(), |limits| {
+        (limits.n_parallel, limits.n_queue, limits.keep_prefixes) = (4, 32, false);
+    });
+    let n_begun = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for thread in 0..8_u64 {
+            let (server, n_begun) = (&server, &n_begun);
+            scope.spawn(move || {
+                for i in 0..25 {
+                    // Spread over sending, waiting, prefill and decode.
+                    let pause = Duration::from_micros((thread * 7919 + i * 104_729) % 60_000);
+                    let body = match i % 3 {
+                        0 => long(true),
+                        1 => long(false),
+                        _ => json!({"prompt": vec![9; 900], "n": 2, "max_tokens": 100, "ignore_eos": true}),
+                    };
+                    let path = if i % 3 == 2 { "/v1/completions" } else { CHAT };
+                    let mut client = Client::connect(server.addr());
+                    client.request("POST", path, &[], body.to_string().as_bytes());
+                    std::thread::sleep(pause);
+                    n_begun.fetch_add(usize::from(server.n_active() > 0), Ordering::Relaxed);
+                }
+            });
+        }
+    });
+    assert!(n_begun.into_inner() > 50, "requests were being answered when their clients left");
+    is_free(&server, 36);
+    ok(&server, CHAT, &question(1));
+    is_free(&server, 36);
+}
+
+#[test]
+fn who_does_not_read_is_cut_off_and_others_go_on() {
+    let settings = Settings { n_backlog: 8, write_time: Duration::from_millis(300), ..Settings::default() };
+    let server = start_with(settings, |limits| limits.keep_prefixes = false);
+    // Its answers are more than sockets hold: much is told of every token.
+    let mut body = long(true);
+    (body["n"], body["logprobs"], body["top_logprobs"]) = (json!(4), json!(true), json!(20));
+    let mut deaf = Client::connect(server.addr());
+    deaf.request("POST", CHAT, &[], body.to_string().as_bytes());
+    soon("it is being answered", || server.n_active() == 1);
+    ok(&server, CHAT, &question(2));
+    is_free(&server, 20);
+}
+
+#[test]
+fn a_server_that_stops_lets_answers_end() {
+    let server = start();
+    let addr = server.addr();
+    let mut client = Client::connect(addr);
+    let mut body = long(true);
+    body["max_tokens"] = json!(300);
+    client.request("POST", CHAT, &[], body.to_string().as_bytes());
+    assert_eq!(client.head().0, 200);
+    std::thread::scope(|scope| {
+        let stopped = scope.spawn(move || server.stop());
+        soon("it says that it stops", || {
+            let mut health = Client::connect(addr);
+            health.request("GET", "/health", &[], b"");
+            let health = health.reply();
+            (health.status, health.json()) == (503, json!({"status": "draining"}))
+        });
+        let refused = post_bytes(addr, CHAT, question(0).to_string().as_bytes());
+        assert_eq!((refused.status, refused.header("retry-after")), (503, Some("1")));
+        let mut text = Vec::new();
+        while let Some(chunk) = client.chunk() {
+            text.extend(chunk);
+        }
+        let text = String::from_utf8(text).unwrap();
+        assert!(text.ends_with("data: [DONE]\n\n") && text.contains(r#""finish_reason":"length""#), "{text}");
+        stopped.join().unwrap();
+    });
+    assert!(std::net::TcpStream::connect(addr).is_err(), "nobody listens any more");
+}
+
+#[test]
+fn answers_that_take_too_long_to_drain_are_ended_where_they_are() {
+    let server = start_with(Settings { drain_time: Duration::from_millis(100), ..Settings::default() }, |_| ());
+    let addr = server.addr();
+    let sent = std::thread::spawn(move || post_bytes(addr, CHAT, long(false).to_string().as_bytes()));
+    soon("it is being answered", || server.n_active() == 1);
+    server.stop();
+    let reply = sent.join().unwrap();
+    assert_eq!((reply.status, &reply.json()["choices"][0]["finish_reason"]), (200, &json!("abort")));
+}

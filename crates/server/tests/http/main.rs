@@ -1,0 +1,6 @@
+//! The server over a socket, on the tiny model: formats, faults, and many clients at once.
+
+mod faults;
+mod load;
+mod openai;
+mod support;
