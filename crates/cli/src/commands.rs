@@ -5,6 +5,7 @@ pub mod diff;
 pub mod inspect;
 pub mod replay;
 pub mod run;
+pub mod serve;
 pub mod tokenize;
 pub mod trace;
 pub mod verify;

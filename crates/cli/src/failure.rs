@@ -13,6 +13,7 @@ use apr_engine::trace::TraceError;
 use apr_engine::trace::file::TraceFileError;
 use apr_engine::verify::VerifyError;
 use apr_engine::{BackendError, EngineError};
+use apr_server::{BindError, ModelError};
 
 /// The command could not do what was asked.
 pub const FAILED: u8 = 1;
@@ -20,7 +21,7 @@ pub const FAILED: u8 = 1;
 pub const USAGE: u8 = 2;
 /// Bad or unsupported model file.
 pub const MODEL: u8 = 3;
-/// Not enough memory, or no such device.
+/// Not enough memory, no such device, or a port in use.
 pub const RESOURCE: u8 = 4;
 /// Stopped by Ctrl-C.
 pub const INTERRUPTED: u8 = 130;
@@ -92,6 +93,26 @@ fn generate_code(e: &GenerateError) -> u8 {
         GenerateError::Busy { .. } | GenerateError::Stopped => FAILED,
         GenerateError::Sampler(_) => USAGE,
         GenerateError::Step(e) => step_code(e),
+    }
+}
+
+impl From<BindError> for Failure {
+    fn from(e: BindError) -> Failure {
+        let code = match &e {
+            BindError::InUse { .. } => RESOURCE,
+            BindError::Address { .. } => USAGE,
+            BindError::Threads(_) => FAILED,
+        };
+        Failure { code, error: e.into() }
+    }
+}
+
+impl From<ModelError> for Failure {
+    fn from(e: ModelError) -> Failure {
+        match e {
+            ModelError::Engine(e) => e.into(),
+            e => Failure { code: FAILED, error: e.into() },
+        }
     }
 }
 

@@ -19,13 +19,15 @@ struct Cli {
 }
 
 const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 bad or unsupported model file, \
-4 not enough memory or no such device, 130 interrupted.";
+4 not enough memory, no such device or a port in use, 130 interrupted.";
 
 #[derive(Subcommand)]
 enum Command {
     /// Answer a prompt.
     #[command(after_help = EXIT_CODES)]
     Run(commands::run::Args),
+    /// Answer requests over HTTP.
+    Serve(commands::serve::Args),
     /// Show what a model file holds: metadata, tensors, quant types, bytes per token, chat template.
     #[command(after_help = EXIT_CODES)]
     Inspect(commands::inspect::Args),
@@ -52,6 +54,7 @@ enum Command {
 fn main() -> std::process::ExitCode {
     let result = match Cli::parse().command {
         Command::Run(args) => commands::run::run(args),
+        Command::Serve(args) => commands::serve::run(args),
         Command::Inspect(args) => commands::inspect::run(args),
         Command::Tokenize(args) => commands::tokenize::run(args),
         Command::Bench(args) => commands::bench::run(args),

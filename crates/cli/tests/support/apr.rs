@@ -51,7 +51,7 @@ impl Done {
 /// The command, without options from the environment.
 pub fn command(args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_apr"));
-    ["APR_CTX", "APR_KV", "APR_THREADS", "APR_ISA", "APR_DEVICE"].iter().for_each(|name| {
+    ["APR_CTX", "APR_KV", "APR_THREADS", "APR_ISA", "APR_DEVICE", "APR_HOST", "APR_PORT"].iter().for_each(|name| {
         command.env_remove(name);
     });
     command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
