@@ -2,18 +2,23 @@
 
 use std::sync::Arc;
 
-use axum::body::{Body, to_bytes};
+use axum::body::{Body, Bytes, to_bytes};
 use axum::extract::{FromRequest, Request};
 use axum::http::{HeaderMap, StatusCode, header};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
+use tokio::sync::OwnedSemaphorePermit;
 
 use crate::errors::ApiError;
 use crate::json_text::readable;
 use crate::state::State;
 
 /// A body that is a JSON object. What it holds is read with [`fields`], which leaves alone what it does not know.
-pub(crate) struct JsonBody(pub(crate) Value);
+pub(crate) struct JsonBody {
+    pub(crate) body: Value,
+    /// To be held as long as `body` and what was read out of it.
+    pub(crate) room: OwnedSemaphorePermit,
+}
 
 impl FromRequest<Arc<State>> for JsonBody {
     type Rejection = ApiError;
@@ -22,13 +27,18 @@ impl FromRequest<Arc<State>> for JsonBody {
         let (head, body) = request.into_parts();
         check_type(&head.headers)?;
         let settings = &state.settings;
-        let read = read(&head.headers, body, settings.body_bytes);
+        let n_max = settings.body_bytes;
+        let n_declared = declared(&head.headers);
+        if n_declared.is_some_and(|n| n > n_max as u64) {
+            return Err(too_large(n_max));
+        }
+        let room = state.room_for(n_declared.map_or(n_max, |n| n as usize))?;
         let late = || {
             let message = format!("the body did not arrive within {} s", settings.body_time.as_secs_f32());
             ApiError::refused(StatusCode::REQUEST_TIMEOUT, "body_timeout", message)
         };
-        let bytes = tokio::time::timeout(settings.body_time, read).await.map_err(|_| late())??;
-        object(&bytes).map(JsonBody)
+        let bytes = tokio::time::timeout(settings.body_time, read(body, n_max)).await.map_err(|_| late())??;
+        Ok(JsonBody { body: object(&bytes)?, room })
     }
 }
 
@@ -48,17 +58,19 @@ fn check_type(headers: &HeaderMap) -> Result<(), ApiError> {
     }
 }
 
-async fn read(headers: &HeaderMap, body: Body, n_max: usize) -> Result<axum::body::Bytes, ApiError> {
-    let too_large = || {
-        let message = format!("the body has more than {n_max} bytes");
-        ApiError::refused(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message)
-    };
-    let declared = headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse::<u64>().ok());
-    if declared.is_some_and(|n| n > n_max as u64) {
-        return Err(too_large());
-    }
+/// The size that a head tells of its body.
+fn declared(headers: &HeaderMap) -> Option<u64> {
+    headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
+}
+
+fn too_large(n_max: usize) -> ApiError {
+    let message = format!("the body has more than {n_max} bytes");
+    ApiError::refused(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message)
+}
+
+async fn read(body: Body, n_max: usize) -> Result<Bytes, ApiError> {
     to_bytes(body, n_max).await.map_err(|e| match is_length_limit(&e) {
-        true => too_large(),
+        true => too_large(n_max),
         false => ApiError::invalid("unreadable_body", format!("the body cannot be read: {e}")),
     })
 }

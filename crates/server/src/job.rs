@@ -15,7 +15,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use crate::errors::ApiError;
 use crate::model::Model;
-use crate::state::{Active, State};
+use crate::state::{Active, Settings};
 
 /// What became of an answer.
 #[derive(Debug)]
@@ -44,7 +44,11 @@ pub(crate) struct Whole {
 ///
 /// # Errors
 /// More answers than there are places, or than are free now.
-pub(crate) fn submit(state: &Arc<State>, model: &Model, requests: Vec<Request>) -> Result<Answers, ApiError> {
+pub(crate) fn submit(
+    settings: &Settings,
+    (model, active): (&Model, Active),
+    requests: Vec<Request>,
+) -> Result<Answers, ApiError> {
     let n_open = requests.len();
     if n_open > model.n_places {
         let message = format!("{n_open} answers are asked for at once; this server makes or queues {}", model.n_places);
@@ -60,12 +64,12 @@ pub(crate) fn submit(state: &Arc<State>, model: &Model, requests: Vec<Request>) 
             index,
             events: sender.clone(),
             n_pending: n_pending.clone(),
-            n_backlog: state.settings.n_backlog * n_open,
+            n_backlog: settings.n_backlog * n_open,
             _place: one,
         };
         model.scheduler.submit(request, Box::new(reporter));
     }
-    Ok(Answers { events, n_pending, n_open, _active: state.begin() })
+    Ok(Answers { events, n_pending, n_open, _active: active })
 }
 
 impl Answers {
@@ -136,5 +140,20 @@ impl Listener for Reporter {
     fn end(&mut self, result: Result<Generated, GenerateError>) {
         // Nobody may be left to hear it.
         _ = self.events.send((self.index, Event::End(result)));
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::state::State;
+
+    /// Answers of which this is told before the engine goes away.
+    pub(crate) fn answers(n: usize, told: Vec<(usize, Event)>) -> Answers {
+        let (sender, events) = unbounded_channel();
+        let n_pending = Arc::new(AtomicUsize::new(told.len()));
+        told.into_iter().for_each(|event| sender.send(event).unwrap());
+        let state = State::new(Settings::default(), std::net::Ipv4Addr::LOCALHOST.into(), String::new());
+        Answers { events, n_pending, n_open: n, _active: Arc::new(state).count() }
     }
 }

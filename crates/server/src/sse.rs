@@ -94,3 +94,62 @@ fn written(chunks: &mut impl Chunks, (index, event): (usize, Event)) -> (Vec<Sse
         Event::End(Err(e)) => (chunks.error(&e.into()), true),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use apr_engine::generate::GenerateError;
+    use axum::body::to_bytes;
+
+    use super::*;
+    use crate::job::tests::answers;
+
+    /// Writes words for what it is told.
+    struct Words;
+
+    impl Chunks for Words {
+        fn begin(&mut self) -> Vec<SseEvent> {
+            vec![SseEvent::default().data("begin")]
+        }
+
+        fn piece(&mut self, index: usize, piece: Piece) -> Vec<SseEvent> {
+            vec![SseEvent::default().data(format!("{index} {}", piece.text))]
+        }
+
+        fn end(&mut self, _: usize, _: Generated) -> Vec<SseEvent> {
+            Vec::new()
+        }
+
+        fn finish(&mut self) -> Vec<SseEvent> {
+            vec![SseEvent::default().data("finish")]
+        }
+
+        fn error(&mut self, e: &ApiError) -> Vec<SseEvent> {
+            vec![SseEvent::default().data(format!("error {}", e.status))]
+        }
+    }
+
+    fn piece(text: &str) -> Event {
+        Event::Piece(Piece { token: None, text: text.to_string(), standing: None })
+    }
+
+    async fn streamed(events: Vec<(usize, Event)>) -> Result<String, ApiError> {
+        let response = respond(answers(2, events), Words, Duration::from_secs(60)).await?;
+        Ok(String::from_utf8(to_bytes(response.into_body(), 1000).await.unwrap().to_vec()).unwrap())
+    }
+
+    #[tokio::test]
+    async fn a_failure_in_the_middle_is_told_and_ends_the_stream() {
+        let stopped = || Event::End(Err(GenerateError::Stopped));
+        let text = streamed(vec![(0, piece("a")), (1, piece("b")), (0, stopped()), (1, piece("c"))]).await;
+        let expected = "data: begin\n\ndata: 0 a\n\ndata: 1 b\n\ndata: error 503 Service Unavailable\n\n";
+        assert_eq!(text.unwrap(), expected);
+        let refused = streamed(vec![(0, stopped())]).await.unwrap_err();
+        assert_eq!(refused.status, 503, "before anything was sent it has a status of its own");
+    }
+
+    #[tokio::test]
+    async fn an_engine_that_is_gone_is_an_error() {
+        let text = streamed(vec![(1, piece("a"))]).await.unwrap();
+        assert_eq!(text, "data: begin\n\ndata: 1 a\n\ndata: error 500 Internal Server Error\n\n");
+    }
+}

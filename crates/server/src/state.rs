@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use crate::errors::ApiError;
 use crate::model::Model;
@@ -22,6 +22,8 @@ pub struct Settings {
     /// Bytes of a request's body, and how long it may take.
     pub body_bytes: usize,
     pub body_time: Duration,
+    /// Bytes of bodies that are being read at a time, until they are prompts.
+    pub bodies_bytes: usize,
     /// How long a client may leave what is sent to it unread.
     pub write_time: Duration,
     /// Pieces of an answer that wait for a client that reads slowly; with more the answer is cancelled.
@@ -40,6 +42,7 @@ impl Default for Settings {
             head_time: Duration::from_secs(10),
             body_bytes: 16 << 20,
             body_time: Duration::from_secs(30),
+            bodies_bytes: 64 << 20,
             write_time: Duration::from_secs(30),
             n_backlog: 4096,
             keep_alive: Duration::from_secs(15),
@@ -70,9 +73,14 @@ pub(crate) struct State {
     model: OnceLock<Arc<Model>>,
     /// Requests that are being answered.
     n_active: watch::Sender<usize>,
+    /// What is left of [`Settings::bodies_bytes`], a permit for each [`ROOM_UNIT`].
+    room: Arc<Semaphore>,
     id_salt: RandomState,
     n_id: AtomicU64,
 }
+
+/// Bytes of bodies that are counted as one.
+const ROOM_UNIT: usize = 1024;
 
 /// A request that is being answered, for as long as this lives.
 pub(crate) struct Active(Arc<State>);
@@ -86,6 +94,7 @@ impl Drop for Active {
 impl State {
     pub(crate) fn new(settings: Settings, ip: IpAddr, host: String) -> State {
         State {
+            room: Arc::new(Semaphore::new(settings.bodies_bytes / ROOM_UNIT)),
             settings,
             ip,
             host,
@@ -121,7 +130,7 @@ impl State {
         self.model.get()
     }
 
-    /// The model, for a request that begins now.
+    /// The model.
     ///
     /// # Errors
     /// A server that still loads, or stops.
@@ -132,10 +141,29 @@ impl State {
         self.loaded().cloned().ok_or_else(|| ApiError::unavailable("the model is still being loaded"))
     }
 
+    /// The model, for a request that begins now, and counts until the second is dropped.
+    ///
+    /// # Errors
+    /// As [`model`](Self::model).
+    pub(crate) fn begin(self: &Arc<State>) -> Result<(Arc<Model>, Active), ApiError> {
+        // Counted first: a server that begins to drain meanwhile either refuses it here or waits for it.
+        let active = self.count();
+        Ok((self.model()?, active))
+    }
+
     /// Counts a request until the result is dropped.
-    pub(crate) fn begin(self: &Arc<State>) -> Active {
+    pub(crate) fn count(self: &Arc<State>) -> Active {
         self.n_active.send_modify(|n| *n += 1);
         Active(self.clone())
+    }
+
+    /// Room for a body, until the result is dropped.
+    ///
+    /// # Errors
+    /// As many bodies as are read at a time.
+    pub(crate) fn room_for(&self, n_bytes: usize) -> Result<OwnedSemaphorePermit, ApiError> {
+        let n = u32::try_from(n_bytes.div_ceil(ROOM_UNIT)).unwrap_or(u32::MAX);
+        self.room.clone().try_acquire_many_owned(n).map_err(|_| ApiError::busy())
     }
 
     pub(crate) fn n_active(&self) -> usize {

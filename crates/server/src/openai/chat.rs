@@ -105,9 +105,9 @@ struct Delta {
 /// Answers a conversation.
 pub(crate) async fn create(
     Shared(state): Shared<Arc<State>>,
-    JsonBody(mut body): JsonBody,
+    JsonBody { mut body, room }: JsonBody,
 ) -> Result<Response, ApiError> {
-    let model = state.model()?;
+    let (model, active) = state.begin()?;
     let own: Fields = fields(&body)?;
     check_model(&model, own.model.as_deref())?;
     unsupported::refuse(&body)?;
@@ -123,7 +123,8 @@ pub(crate) async fn create(
         Ok(tokens)
     });
     let tokens = tokens.await?;
-    let answers = job::submit(&state, &model, sampling.requests(&tokens, n_best).collect())?;
+    drop(room);
+    let answers = job::submit(&state.settings, (&model, active), sampling.requests(&tokens, n_best).collect())?;
     if own.stream.unwrap_or(false) {
         let head = Head::new(&state, &model, "chatcmpl", "chat.completion.chunk");
         let with_usage = own.stream_options.and_then(|o| o.include_usage).unwrap_or(false);

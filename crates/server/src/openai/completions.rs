@@ -83,8 +83,11 @@ struct Prompt {
 }
 
 /// Goes on with texts.
-pub(crate) async fn create(Shared(state): Shared<Arc<State>>, JsonBody(body): JsonBody) -> Result<Response, ApiError> {
-    let model = state.model()?;
+pub(crate) async fn create(
+    Shared(state): Shared<Arc<State>>,
+    JsonBody { body, room }: JsonBody,
+) -> Result<Response, ApiError> {
+    let (model, active) = state.begin()?;
     let own: Fields = fields(&body)?;
     check_model(&model, own.model.as_deref())?;
     unsupported::refuse(&body)?;
@@ -98,8 +101,9 @@ pub(crate) async fn create(Shared(state): Shared<Arc<State>>, JsonBody(body): Js
     let prompts = own.prompt.ok_or_else(|| ApiError::field("prompt", "is missing"))?;
     let (about, max_tokens) = (model.about.clone(), sampling.max_tokens);
     let prompts = prompt::elsewhere(move || read_prompts(&about, prompts, echo, max_tokens)).await?;
+    drop(room);
     let requests: Vec<Request> = prompts.iter().flat_map(|p| sampling.requests(&p.tokens, n_best)).collect();
-    let answers = job::submit(&state, &model, requests)?;
+    let answers = job::submit(&state.settings, (&model, active), requests)?;
     let head = Head::new(&state, &model, "cmpl", "text_completion");
     let echoes: Vec<String> = prompts.into_iter().map(|p| p.echo).collect();
     if own.stream.unwrap_or(false) {

@@ -209,6 +209,20 @@ fn bodies_have_a_size() {
 }
 
 #[test]
+fn bodies_are_not_hoarded() {
+    let server = start_with(Settings { body_bytes: 4096, bodies_bytes: 5 << 10, ..Settings::default() }, |_| ());
+    let mut slow = Client::connect(server.addr());
+    slow.send(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n");
+    let padded = |n: usize| format!(r#"{{"prompt":"x","max_tokens":1,"pad":"{}"}}"#, "a".repeat(n));
+    soon("there is room for another small body, and no more", || {
+        let status = |n| post_bytes(server.addr(), TEXT, padded(n).as_bytes()).status;
+        (status(3000), status(10)) == (429, 200)
+    });
+    drop(slow);
+    soon("room again", || post_bytes(server.addr(), TEXT, padded(3000).as_bytes()).status == 200);
+}
+
+#[test]
 fn slow_senders_are_cut_off_and_nobody_waits_for_them() {
     let time = Duration::from_millis(300);
     let settings = Settings { head_time: time, body_time: time, head_bytes: 64 << 10, ..Settings::default() };

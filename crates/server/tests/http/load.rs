@@ -116,7 +116,7 @@ fn a_server_that_stops_lets_answers_end() {
     let addr = server.addr();
     let mut client = Client::connect(addr);
     let mut body = long(true);
-    body["max_tokens"] = json!(300);
+    body["max_tokens"] = json!(900);
     client.request("POST", CHAT, &[], body.to_string().as_bytes());
     assert_eq!(client.head().0, 200);
     std::thread::scope(|scope| {
