@@ -6,6 +6,7 @@ mod logprobs;
 mod messages;
 pub(crate) mod models;
 mod sampling;
+mod tools;
 mod unsupported;
 mod usage;
 

@@ -4,6 +4,7 @@
 use apr_engine::About;
 use apr_engine::chat_template::{ChatInput, RenderedPiece};
 use apr_engine::generate::GenerateError;
+use apr_engine::output_parser::Thinking;
 use apr_engine::tokenizer::Piece;
 
 use crate::errors::ApiError;
@@ -19,23 +20,30 @@ pub(crate) async fn elsewhere<T: Send + 'static>(
     tokio::task::spawn_blocking(f).await.map_err(panicked)?
 }
 
-/// Tokens of a conversation. With `begun` the assistant's answer begins with that text, and goes on from there.
+/// A conversation as tokens.
+pub(crate) struct Prompt {
+    pub(crate) tokens: Vec<u32>,
+    /// Whether the answer begins in the middle of a thought.
+    pub(crate) thinking: Thinking,
+}
+
+/// The prompt of a conversation. With `begun` the assistant's answer begins with that text, and goes on from there.
 ///
 /// # Errors
 /// What the template refuses.
-pub(crate) fn chat(about: &About, input: &ChatInput, begun: Option<&str>) -> Result<Vec<u32>, ApiError> {
-    let Some(begun) = begun else { return Ok(about.chat_tokens(input)?) };
+pub(crate) fn chat(about: &About, input: &ChatInput, begun: Option<&str>) -> Result<Prompt, ApiError> {
     let template = about.template.as_ref().ok_or(apr_engine::EngineError::NoTemplate)?;
     let rendered = template.render(input)?;
-    let mut pieces: Vec<Piece<'_>> = rendered
-        .iter()
-        .map(|piece| match piece {
-            RenderedPiece::Control(text) => Piece::Template(text),
-            RenderedPiece::Text(text) => Piece::Content(text),
-        })
-        .collect();
-    pieces.push(Piece::Content(begun));
-    Ok(about.tokenizer.encode(&pieces))
+    let texts = rendered.iter().map(|piece| match piece {
+        RenderedPiece::Control(text) | RenderedPiece::Text(text) => text.as_str(),
+    });
+    let thinking = Thinking::of_prompt(&texts.collect::<String>());
+    let pieces = rendered.iter().map(|piece| match piece {
+        RenderedPiece::Control(text) => Piece::Template(text),
+        RenderedPiece::Text(text) => Piece::Content(text),
+    });
+    let pieces: Vec<Piece<'_>> = pieces.chain(begun.map(Piece::Content)).collect();
+    Ok(Prompt { tokens: about.tokenizer.encode(&pieces), thinking })
 }
 
 /// Refuses what can never be answered, before it waits for anything.

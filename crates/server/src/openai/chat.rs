@@ -5,7 +5,7 @@ use std::sync::Arc;
 use apr_engine::About;
 use apr_engine::answer::Piece;
 use apr_engine::chat_template::ChatInput;
-use apr_engine::generate::Generated;
+use apr_engine::generate::{Finish, Generated};
 use axum::Json;
 use axum::extract::State as Shared;
 use axum::response::sse::Event;
@@ -15,6 +15,7 @@ use serde_json::{Map, Value};
 
 use super::logprobs::ChatToken;
 use super::sampling::{Sampling, n_best};
+use super::tools::{self, Call, Outlet, Tools};
 use super::usage::{Timings, Usage};
 use super::{Head, StreamOptions, check_model, done, error_event, event, finish_reason, messages, unsupported};
 use crate::errors::ApiError;
@@ -65,7 +66,12 @@ struct Choice {
 #[derive(Serialize)]
 struct Message {
     role: &'static str,
-    content: String,
+    /// Null where tools are called and nothing else is said.
+    content: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reasoning_content: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    tool_calls: Vec<Call>,
     refusal: Option<String>,
 }
 
@@ -98,8 +104,8 @@ struct ChunkChoice {
 struct Delta {
     #[serde(skip_serializing_if = "Option::is_none")]
     role: Option<&'static str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    content: Option<String>,
+    #[serde(flatten)]
+    fields: tools::Fields,
 }
 
 /// Answers a conversation.
@@ -111,52 +117,70 @@ pub(crate) async fn create(
     let own: Fields = fields(&body)?;
     check_model(&model, own.model.as_deref())?;
     unsupported::refuse(&body)?;
+    let tools = Tools::read(&body)?;
     let sampling = Sampling::read(&body, &model)?;
     let n_best = own.n_best()?;
     let conversation = messages::read(body.get_mut("messages").map(Value::take))?;
     let about = model.about.clone();
     let (kwargs, max_tokens) = (own.chat_template_kwargs.unwrap_or_default(), sampling.max_tokens);
-    let tokens = prompt::elsewhere(move || {
-        let input = ChatInput { kwargs, ..about.chat_input(conversation.messages) };
-        let tokens = prompt::chat(&about, &input, conversation.begun.as_deref())?;
-        prompt::check_fits(&about, &tokens, max_tokens)?;
-        Ok(tokens)
+    let (begun, declared) = (conversation.begun.clone(), tools.clone());
+    let prompt = prompt::elsewhere(move || {
+        let mut input = ChatInput { kwargs, ..about.chat_input(conversation.messages) };
+        declared.tell(about.template.as_ref().map_or("", |t| t.source()), &mut input);
+        let prompt = prompt::chat(&about, &input, conversation.begun.as_deref())?;
+        prompt::check_fits(&about, &prompt.tokens, max_tokens)?;
+        Ok(prompt)
     });
-    let tokens = tokens.await?;
+    let prompt = prompt.await?;
     drop(room);
-    let answers = job::submit(&state.settings, (&model, active), sampling.requests(&tokens, n_best).collect())?;
+    let requests = sampling.requests(&prompt.tokens, n_best).collect();
+    let answers = job::submit(&state.settings, (&model, active), requests)?;
+    let begun = begun.unwrap_or_default();
+    let outlet = |_| tools.outlet(prompt.thinking, &begun, state.unique());
+    let outlets: Vec<Outlet> = (0..sampling.n).map(outlet).collect();
     if own.stream.unwrap_or(false) {
         let head = Head::new(&state, &model, "chatcmpl", "chat.completion.chunk");
         let with_usage = own.stream_options.and_then(|o| o.include_usage).unwrap_or(false);
-        let chunks =
-            ChatChunks { head, about: model.about.clone(), n: sampling.n, usage: Usage::default(), with_usage };
+        let chunks = ChatChunks { head, about: model.about.clone(), outlets, usage: Usage::default(), with_usage };
         return sse::respond(answers, chunks, state.settings.keep_alive).await;
     }
     let whole = answers.whole().await?;
     let head = Head::new(&state, &model, "chatcmpl", "chat.completion");
-    Ok(Json(completion(head, &model.about, whole, n_best.is_some())).into_response())
+    Ok(Json(completion(head, &model.about, whole, outlets, n_best.is_some())).into_response())
 }
 
-fn completion(head: Head, about: &About, whole: Vec<Whole>, with_logprobs: bool) -> Completion {
+fn completion(head: Head, about: &About, whole: Vec<Whole>, outlets: Vec<Outlet>, with_logprobs: bool) -> Completion {
     let mut usage = Usage::default();
     whole.iter().enumerate().for_each(|(i, w)| usage.add(&w.generated, i == 0));
     let timings = Timings::of(&whole[0].generated);
     let logprobs = |w: &Whole| Logprobs { content: w.standings.iter().map(|s| ChatToken::new(about, s)).collect() };
-    let choice = |(index, w): (usize, Whole)| Choice {
-        index,
-        logprobs: with_logprobs.then(|| logprobs(&w)),
-        finish_reason: finish_reason(w.generated.finish),
-        message: Message { role: "assistant", content: w.generated.text, refusal: None },
+    let choice = |(index, (w, mut outlet)): (usize, (Whole, Outlet))| {
+        let tools::Fields { content, reasoning_content, tool_calls } = outlet.message(&w.generated.text);
+        let content = content.or_else(|| tool_calls.is_empty().then(String::new));
+        Choice {
+            index,
+            logprobs: with_logprobs.then(|| logprobs(&w)),
+            finish_reason: why_ended(&w.generated, &outlet),
+            message: Message { role: "assistant", content, reasoning_content, tool_calls, refusal: None },
+        }
     };
-    Completion { head, choices: whole.into_iter().enumerate().map(choice).collect(), usage, timings }
+    let choices = whole.into_iter().zip(outlets).enumerate().map(choice).collect();
+    Completion { head, choices, usage, timings }
+}
+
+fn why_ended(generated: &Generated, outlet: &Outlet) -> &'static str {
+    match generated.finish {
+        Finish::Stop if outlet.has_called() => "tool_calls",
+        other => finish_reason(other),
+    }
 }
 
 /// A chat's answers as they come.
 struct ChatChunks {
     head: Head,
     about: Arc<About>,
-    /// Answers.
-    n: usize,
+    /// One per answer.
+    outlets: Vec<Outlet>,
     usage: Usage,
     with_usage: bool,
 }
@@ -167,27 +191,38 @@ impl ChatChunks {
     }
 }
 
+impl ChatChunks {
+    fn delta(&self, index: usize, delta: Delta, logprobs: Option<Logprobs>) -> Event {
+        self.chunk(vec![ChunkChoice { index, delta, logprobs, finish_reason: None }], None, None)
+    }
+}
+
 impl Chunks for ChatChunks {
     fn begin(&mut self) -> Vec<Event> {
-        let delta = || Delta { role: Some("assistant"), content: Some(String::new()) };
-        let choice = |index| ChunkChoice { index, delta: delta(), logprobs: None, finish_reason: None };
-        (0..self.n).map(|i| self.chunk(vec![choice(i)], None, None)).collect()
+        let fields = || tools::Fields { content: Some(String::new()), ..tools::Fields::default() };
+        let begin = |index| self.delta(index, Delta { role: Some("assistant"), fields: fields() }, None);
+        (0..self.outlets.len()).map(begin).collect()
     }
 
     fn piece(&mut self, index: usize, piece: Piece) -> Vec<Event> {
-        if piece.text.is_empty() && piece.standing.is_none() {
-            return Vec::new();
+        let mut logprobs = piece.standing.map(|s| Logprobs { content: vec![ChatToken::new(&self.about, &s)] });
+        let mut news = self.outlets[index].push(&piece.text);
+        if news.is_empty() && logprobs.is_some() {
+            news.push(tools::Fields { content: Some(String::new()), ..tools::Fields::default() });
         }
-        let logprobs = piece.standing.map(|s| Logprobs { content: vec![ChatToken::new(&self.about, &s)] });
-        let delta = Delta { role: None, content: Some(piece.text) };
-        vec![self.chunk(vec![ChunkChoice { index, delta, logprobs, finish_reason: None }], None, None)]
+        let delta = |fields| self.delta(index, Delta { role: None, fields }, logprobs.take());
+        news.into_iter().map(delta).collect()
     }
 
     fn end(&mut self, index: usize, generated: Generated) -> Vec<Event> {
         self.usage.add(&generated, index == 0);
-        let finish_reason = Some(finish_reason(generated.finish));
+        let news = self.outlets[index].finish();
+        let rest = news.into_iter().map(|fields| self.delta(index, Delta { role: None, fields }, None));
+        let mut events: Vec<Event> = rest.collect();
+        let finish_reason = Some(why_ended(&generated, &self.outlets[index]));
         let choice = ChunkChoice { index, delta: Delta::default(), logprobs: None, finish_reason };
-        vec![self.chunk(vec![choice], None, Some(Timings::of(&generated)))]
+        events.push(self.chunk(vec![choice], None, Some(Timings::of(&generated))));
+        events
     }
 
     fn finish(&mut self) -> Vec<Event> {
@@ -197,5 +232,95 @@ impl Chunks for ChatChunks {
 
     fn error(&mut self, e: &ApiError) -> Vec<Event> {
         vec![error_event(e)]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::time::Duration;
+
+    use apr_engine::generate::SpeculationCounts;
+    use apr_engine::output_parser::Thinking;
+    use apr_engine::{Engine, EngineOptions, KvType, device::Device};
+    use axum::body::to_bytes;
+    use serde_json::json;
+
+    use super::*;
+    use crate::job::Event as Told;
+    use crate::job::tests::answers;
+
+    fn about() -> Arc<About> {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/tiny-qwen3moe.gguf");
+        let device = Device::Cpu { n_threads: Some(1), isa: None };
+        Engine::load(&path, EngineOptions { device, kv_type: KvType::F16, n_ctx: Some(64) }).unwrap().about
+    }
+
+    fn generated(text: &str) -> Generated {
+        Generated {
+            text: text.to_string(),
+            tokens: vec![1],
+            finish: Finish::Stop,
+            seed: 0,
+            n_prompt: 3,
+            n_cached: 0,
+            prefill: Duration::ZERO,
+            decode: Duration::ZERO,
+            n_decode_token: 0,
+            speculation: SpeculationCounts::default(),
+            decode_read_bytes: None,
+            kv_bytes: 0,
+        }
+    }
+
+    const ANSWER: &str = "<think>which?</think>Looking.\n<tool_call>\n<function=find>\n<parameter=what>\na b\n</parameter>\n\
+                          </function>\n</tool_call>";
+
+    fn outlet() -> Outlet {
+        let tool = json!({"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}});
+        Tools::read(&json!({"tools": [tool]})).unwrap().outlet(Thinking::Split, "", "x".into())
+    }
+
+    fn head() -> Head {
+        Head { id: "1".into(), object: "o", created: 1, model: "m".into(), system_fingerprint: "f" }
+    }
+
+    #[test]
+    fn a_call_is_a_field_of_the_message() {
+        let whole = Whole { generated: generated(ANSWER), standings: Vec::new() };
+        let completion = completion(head(), &about(), vec![whole], vec![outlet()], false);
+        let choice = &serde_json::to_value(completion).unwrap()["choices"][0];
+        let function = json!({"name": "find", "arguments": "{\"what\":\"a b\"}"});
+        let expected = json!({"role": "assistant", "content": "Looking.", "reasoning_content": "which?", "refusal": null,
+            "tool_calls": [{"id": "call_x_0", "type": "function", "function": function}]});
+        assert_eq!(choice["message"], expected);
+        assert_eq!(choice["finish_reason"], "tool_calls");
+    }
+
+    #[tokio::test]
+    async fn a_call_comes_in_pieces() {
+        let piece = |c: char| Told::Piece(Piece { token: None, text: c.to_string(), standing: None });
+        let mut events: Vec<(usize, Told)> = ANSWER.chars().map(|c| (0, piece(c))).collect();
+        events.push((0, Told::End(Ok(generated(ANSWER)))));
+        let (usage, outlets) = (Usage::default(), vec![outlet()]);
+        let chunks = ChatChunks { head: head(), about: about(), outlets, usage, with_usage: false };
+        let response = sse::respond(answers(1, events), chunks, Duration::from_secs(60)).await.unwrap();
+        let body = String::from_utf8(to_bytes(response.into_body(), 1 << 20).await.unwrap().to_vec()).unwrap();
+        let data = body.lines().filter_map(|line| line.strip_prefix("data: {"));
+        let choices: Vec<Value> = data
+            .map(|rest| serde_json::from_str::<Value>(&format!("{{{rest}")).unwrap()["choices"][0].take())
+            .collect();
+        assert_eq!(choices[0]["delta"], json!({"role": "assistant", "content": ""}));
+        let joined = |path: &str| -> String {
+            choices.iter().filter_map(|c| c["delta"].pointer(path)?.as_str().map(str::to_string)).collect()
+        };
+        assert_eq!((joined("/reasoning_content"), joined("/content")), ("which?".into(), "Looking.".into()));
+        assert_eq!(
+            (joined("/tool_calls/0/id"), joined("/tool_calls/0/function/name")),
+            ("call_x_0".into(), "find".into())
+        );
+        assert_eq!(joined("/tool_calls/0/function/arguments"), "{\"what\":\"a b\"}");
+        assert_eq!(choices.last().unwrap()["finish_reason"], "tool_calls");
+        assert!(body.ends_with("data: [DONE]\n\n"));
     }
 }

@@ -8,17 +8,6 @@ use crate::errors::ApiError;
 /// Refuses a request that needs what is not there.
 pub(super) fn refuse(body: &Value) -> Result<(), ApiError> {
     let not_yet = |param: &str, what: &str| Err(ApiError::unsupported(param, format_args!("{what} not supported yet")));
-    let is_empty = |v: &Value| v.as_array().is_some_and(Vec::is_empty);
-    for name in ["tools", "functions"] {
-        if given(body, name).is_some_and(|v| !is_empty(v)) {
-            return not_yet(name, "tool calls are");
-        }
-    }
-    for name in ["tool_choice", "function_call"] {
-        if given(body, name).is_some_and(|v| v != "none" && v != "auto") {
-            return not_yet(name, "tool calls are");
-        }
-    }
     match given(body, "response_format") {
         Some(format) if format.get("type").is_none_or(|kind| kind != "text") => {
             not_yet("response_format", "formats other than {\"type\": \"text\"} are")
