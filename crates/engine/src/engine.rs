@@ -168,12 +168,17 @@ impl About {
     pub fn chat_tokens(&self, input: &ChatInput) -> Result<Vec<u32>, EngineError> {
         let template = self.template.as_ref().ok_or(EngineError::NoTemplate)?;
         let rendered = template.render(input)?;
+        Ok(self.rendered_tokens(&rendered, None))
+    }
+
+    /// Tokens of what a template rendered, and of the text with which its answer begins.
+    pub fn rendered_tokens(&self, rendered: &[RenderedPiece], begun: Option<&str>) -> Vec<u32> {
         let pieces = rendered.iter().map(|p| match p {
             RenderedPiece::Control(text) => Piece::Template(text),
             RenderedPiece::Text(text) => Piece::Content(text),
         });
-        let pieces: Vec<Piece<'_>> = pieces.collect();
-        Ok(self.tokenizer.encode(&pieces))
+        let pieces: Vec<Piece<'_>> = pieces.chain(begun.map(Piece::Content)).collect();
+        self.tokenizer.encode(&pieces)
     }
 
     /// What the template is given for a conversation: the messages and the file's BOS and EOS; an answer is asked for.

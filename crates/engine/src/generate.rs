@@ -128,10 +128,14 @@ pub fn generate(
     cancel: &AtomicBool,
     on_text: &mut dyn FnMut(&str),
 ) -> Result<Generated, GenerateError> {
-    if request.speculate {
-        generate_with(engine, request, Box::new(Speculator::new(&request.prompt)), cancel, on_text)
-    } else {
-        generate_with(engine, request, Box::new(NoSpeculation), cancel, on_text)
+    generate_with(engine, request, speculator(request), cancel, on_text)
+}
+
+/// Who guesses tokens of an answer.
+pub(crate) fn speculator(request: &Request) -> Box<dyn Speculate + Send> {
+    match request.speculate {
+        true => Box::new(Speculator::new(&request.prompt)),
+        false => Box::new(NoSpeculation),
     }
 }
 

@@ -15,10 +15,9 @@ use apr_core::backend::{BackendError, KV_BLOCK};
 
 use crate::answer::{Answer, Piece};
 use crate::engine::Engine;
-use crate::generate::{Finish, GenerateError, Generated, PREFILL_CHUNK, Request, check_fits};
+use crate::generate::{Finish, GenerateError, Generated, PREFILL_CHUNK, Request, check_fits, speculator};
 use crate::prefix_cache::PrefixCache;
 use crate::session::{KvBlock, Part, StepError};
-use crate::speculate::{NoSpeculation, Speculate, Speculator};
 
 /// What is told of a request, on the thread that steps. It must not wait for anything.
 pub trait Listener: Send {
@@ -60,7 +59,7 @@ pub struct Load {
 /// Answers in the making, and requests that wait.
 pub struct Batcher {
     limits: Limits,
-    /// In the order in which they came.
+    /// In the order in which they began, or began again.
     running: Vec<Running>,
     /// Those that were set back first, then in the order in which they came.
     waiting: VecDeque<Running>,
@@ -340,10 +339,7 @@ impl Batcher {
 /// An answer to a request that fits.
 fn begin(engine: &Engine, request: Request) -> Result<Answer, GenerateError> {
     let max_tokens = check_fits(engine, request.prompt.len(), request.max_tokens)?;
-    let speculator: Box<dyn Speculate + Send> = match request.speculate {
-        true => Box::new(Speculator::new(&request.prompt)),
-        false => Box::new(NoSpeculation),
-    };
+    let speculator = speculator(&request);
     Ok(Answer::new(request, max_tokens, speculator)?)
 }
 

@@ -5,7 +5,6 @@ use apr_engine::About;
 use apr_engine::chat_template::{ChatInput, RenderedPiece};
 use apr_engine::generate::GenerateError;
 use apr_engine::output_parser::Thinking;
-use apr_engine::tokenizer::Piece;
 
 use crate::errors::ApiError;
 
@@ -38,12 +37,7 @@ pub(crate) fn chat(about: &About, input: &ChatInput, begun: Option<&str>) -> Res
         RenderedPiece::Control(text) | RenderedPiece::Text(text) => text.as_str(),
     });
     let thinking = Thinking::of_prompt(&texts.collect::<String>());
-    let pieces = rendered.iter().map(|piece| match piece {
-        RenderedPiece::Control(text) => Piece::Template(text),
-        RenderedPiece::Text(text) => Piece::Content(text),
-    });
-    let pieces: Vec<Piece<'_>> = pieces.chain(begun.map(Piece::Content)).collect();
-    Ok(Prompt { tokens: about.tokenizer.encode(&pieces), thinking })
+    Ok(Prompt { tokens: about.rendered_tokens(&rendered, begun), thinking })
 }
 
 /// Refuses what can never be answered, before it waits for anything.
