@@ -10,8 +10,10 @@ mod tools;
 mod unsupported;
 mod usage;
 
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use apr_engine::About;
 use apr_engine::generate::Finish;
 use axum::response::sse::Event;
 use serde::{Deserialize, Serialize};
@@ -20,6 +22,7 @@ use serde_json::Value;
 use crate::errors::ApiError;
 use crate::model::Model;
 use crate::state::State;
+use usage::{Timings, Usage};
 
 /// What streaming answers may be asked to add.
 #[derive(Default, Deserialize)]
@@ -46,6 +49,54 @@ impl Head {
             model: model.names.id.clone(),
             system_fingerprint: concat!("apr-", env!("CARGO_PKG_VERSION")),
         }
+    }
+}
+
+/// A whole answer, of choices as the API writes them.
+#[derive(Serialize)]
+struct Completion<C> {
+    #[serde(flatten)]
+    head: Head,
+    choices: Vec<C>,
+    usage: Usage,
+    timings: Timings,
+}
+
+/// What a streamed answer has beside its choices.
+struct Frame {
+    head: Head,
+    about: Arc<About>,
+    usage: Usage,
+    with_usage: bool,
+}
+
+#[derive(Serialize)]
+struct Chunk<'a, C> {
+    #[serde(flatten)]
+    head: &'a Head,
+    choices: Vec<C>,
+    /// Null in every chunk but the last where it was asked for, else not there at all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    usage: Option<Option<Usage>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    timings: Option<Timings>,
+}
+
+impl Frame {
+    fn new(head: Head, model: &Model, options: Option<StreamOptions>) -> Frame {
+        let with_usage = options.and_then(|o| o.include_usage).unwrap_or(false);
+        Frame { head, about: model.about.clone(), usage: Usage::default(), with_usage }
+    }
+
+    fn chunk(&self, choice: impl Serialize, timings: Option<Timings>) -> Event {
+        event(&Chunk { head: &self.head, choices: vec![choice], usage: self.with_usage.then_some(None), timings })
+    }
+
+    /// What ends a stream.
+    fn finish(&self) -> Vec<Event> {
+        let usage = Chunk::<()> { head: &self.head, choices: Vec::new(), usage: Some(Some(self.usage)), timings: None };
+        let usage = self.with_usage.then(|| event(&usage));
+        usage.into_iter().chain([Event::default().data("[DONE]")]).collect()
     }
 }
 
@@ -79,11 +130,6 @@ fn finish_reason(finish: Finish) -> &'static str {
 fn event(value: &impl Serialize) -> Event {
     let text = serde_json::to_string(value).expect("wire types are JSON");
     Event::default().data(text)
-}
-
-/// The event that ends a stream.
-fn done() -> Event {
-    Event::default().data("[DONE]")
 }
 
 /// An error in the middle of a stream.

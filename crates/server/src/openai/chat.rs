@@ -17,7 +17,7 @@ use super::logprobs::ChatToken;
 use super::sampling::{Sampling, n_best};
 use super::tools::{self, Call, Outlet, Tools};
 use super::usage::{Timings, Usage};
-use super::{Head, StreamOptions, check_model, done, error_event, event, finish_reason, messages, unsupported};
+use super::{Completion, Frame, Head, StreamOptions, check_model, error_event, finish_reason, messages, unsupported};
 use crate::errors::ApiError;
 use crate::extract::{JsonBody, fields};
 use crate::job::{self, Whole};
@@ -47,15 +47,6 @@ impl Fields {
 }
 
 #[derive(Serialize)]
-struct Completion {
-    #[serde(flatten)]
-    head: Head,
-    choices: Vec<Choice>,
-    usage: Usage,
-    timings: Timings,
-}
-
-#[derive(Serialize)]
 struct Choice {
     index: usize,
     message: Message,
@@ -78,18 +69,6 @@ struct Message {
 #[derive(Serialize)]
 struct Logprobs {
     content: Vec<ChatToken>,
-}
-
-#[derive(Serialize)]
-struct Chunk<'a> {
-    #[serde(flatten)]
-    head: &'a Head,
-    choices: Vec<ChunkChoice>,
-    /// Null in every chunk but the last where it was asked for, else not there at all.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    usage: Option<Option<Usage>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    timings: Option<Timings>,
 }
 
 #[derive(Serialize)]
@@ -140,8 +119,7 @@ pub(crate) async fn create(
     let outlets: Vec<Outlet> = (0..sampling.n).map(outlet).collect();
     if own.stream.unwrap_or(false) {
         let head = Head::new(&state, &model, "chatcmpl", "chat.completion.chunk");
-        let with_usage = own.stream_options.and_then(|o| o.include_usage).unwrap_or(false);
-        let chunks = ChatChunks { head, about: model.about.clone(), outlets, usage: Usage::default(), with_usage };
+        let chunks = ChatChunks { frame: Frame::new(head, &model, own.stream_options), outlets };
         return sse::respond(answers, chunks, state.settings.keep_alive).await;
     }
     let whole = answers.whole().await?;
@@ -149,7 +127,13 @@ pub(crate) async fn create(
     Ok(Json(completion(head, &model.about, whole, outlets, n_best.is_some())).into_response())
 }
 
-fn completion(head: Head, about: &About, whole: Vec<Whole>, outlets: Vec<Outlet>, with_logprobs: bool) -> Completion {
+fn completion(
+    head: Head,
+    about: &About,
+    whole: Vec<Whole>,
+    outlets: Vec<Outlet>,
+    with_logprobs: bool,
+) -> Completion<Choice> {
     let mut usage = Usage::default();
     whole.iter().enumerate().for_each(|(i, w)| usage.add(&w.generated, i == 0));
     let timings = Timings::of(&whole[0].generated);
@@ -177,57 +161,47 @@ fn why_ended(generated: &Generated, outlet: &Outlet) -> &'static str {
 
 /// A chat's answers as they come.
 struct ChatChunks {
-    head: Head,
-    about: Arc<About>,
+    frame: Frame,
     /// One per answer.
     outlets: Vec<Outlet>,
-    usage: Usage,
-    with_usage: bool,
-}
-
-impl ChatChunks {
-    fn chunk(&self, choices: Vec<ChunkChoice>, usage: Option<Usage>, timings: Option<Timings>) -> Event {
-        event(&Chunk { head: &self.head, choices, usage: self.with_usage.then_some(usage), timings })
-    }
 }
 
 impl ChatChunks {
     fn delta(&self, index: usize, delta: Delta, logprobs: Option<Logprobs>) -> Event {
-        self.chunk(vec![ChunkChoice { index, delta, logprobs, finish_reason: None }], None, None)
+        self.frame.chunk(ChunkChoice { index, delta, logprobs, finish_reason: None }, None)
     }
 }
 
 impl Chunks for ChatChunks {
     fn begin(&mut self) -> Vec<Event> {
-        let fields = || tools::Fields { content: Some(String::new()), ..tools::Fields::default() };
-        let begin = |index| self.delta(index, Delta { role: Some("assistant"), fields: fields() }, None);
+        let delta = || Delta { role: Some("assistant"), fields: tools::Fields::silent() };
+        let begin = |index| self.delta(index, delta(), None);
         (0..self.outlets.len()).map(begin).collect()
     }
 
     fn piece(&mut self, index: usize, piece: Piece) -> Vec<Event> {
-        let mut logprobs = piece.standing.map(|s| Logprobs { content: vec![ChatToken::new(&self.about, &s)] });
+        let mut logprobs = piece.standing.map(|s| Logprobs { content: vec![ChatToken::new(&self.frame.about, &s)] });
         let mut news = self.outlets[index].push(&piece.text);
         if news.is_empty() && logprobs.is_some() {
-            news.push(tools::Fields { content: Some(String::new()), ..tools::Fields::default() });
+            news.push(tools::Fields::silent());
         }
         let delta = |fields| self.delta(index, Delta { role: None, fields }, logprobs.take());
         news.into_iter().map(delta).collect()
     }
 
     fn end(&mut self, index: usize, generated: Generated) -> Vec<Event> {
-        self.usage.add(&generated, index == 0);
+        self.frame.usage.add(&generated, index == 0);
         let news = self.outlets[index].finish();
         let rest = news.into_iter().map(|fields| self.delta(index, Delta { role: None, fields }, None));
         let mut events: Vec<Event> = rest.collect();
         let finish_reason = Some(why_ended(&generated, &self.outlets[index]));
         let choice = ChunkChoice { index, delta: Delta::default(), logprobs: None, finish_reason };
-        events.push(self.chunk(vec![choice], None, Some(Timings::of(&generated))));
+        events.push(self.frame.chunk(choice, Some(Timings::of(&generated))));
         events
     }
 
     fn finish(&mut self) -> Vec<Event> {
-        let usage = self.with_usage.then(|| self.chunk(Vec::new(), Some(self.usage), None));
-        usage.into_iter().chain([done()]).collect()
+        self.frame.finish()
     }
 
     fn error(&mut self, e: &ApiError) -> Vec<Event> {
@@ -302,8 +276,8 @@ mod tests {
         let piece = |c: char| Told::Piece(Piece { token: None, text: c.to_string(), standing: None });
         let mut events: Vec<(usize, Told)> = ANSWER.chars().map(|c| (0, piece(c))).collect();
         events.push((0, Told::End(Ok(generated(ANSWER)))));
-        let (usage, outlets) = (Usage::default(), vec![outlet()]);
-        let chunks = ChatChunks { head: head(), about: about(), outlets, usage, with_usage: false };
+        let frame = Frame { head: head(), about: about(), usage: Usage::default(), with_usage: false };
+        let chunks = ChatChunks { frame, outlets: vec![outlet()] };
         let response = sse::respond(answers(1, events), chunks, Duration::from_secs(60)).await.unwrap();
         let body = String::from_utf8(to_bytes(response.into_body(), 1 << 20).await.unwrap().to_vec()).unwrap();
         let data = body.lines().filter_map(|line| line.strip_prefix("data: {"));

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::logprobs::Columns;
 use super::sampling::{Sampling, n_best};
 use super::usage::{Timings, Usage};
-use super::{Head, StreamOptions, check_model, done, error_event, event, finish_reason, given, unsupported};
+use super::{Completion, Frame, Head, StreamOptions, check_model, error_event, finish_reason, given, unsupported};
 use crate::errors::ApiError;
 use crate::extract::{JsonBody, fields};
 use crate::job::{self, Whole};
@@ -48,32 +48,11 @@ enum Prompts {
 }
 
 #[derive(Serialize)]
-struct Completion {
-    #[serde(flatten)]
-    head: Head,
-    choices: Vec<Choice>,
-    usage: Usage,
-    timings: Timings,
-}
-
-#[derive(Serialize)]
 struct Choice {
     index: usize,
     text: String,
     logprobs: Option<Columns>,
     finish_reason: Option<&'static str>,
-}
-
-#[derive(Serialize)]
-struct Chunk<'a> {
-    #[serde(flatten)]
-    head: &'a Head,
-    choices: Vec<Choice>,
-    /// As in chats.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    usage: Option<Option<Usage>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    timings: Option<Timings>,
 }
 
 /// A prompt, and its text where it is to be repeated.
@@ -107,15 +86,11 @@ pub(crate) async fn create(
     let head = Head::new(&state, &model, "cmpl", "text_completion");
     let echoes: Vec<String> = prompts.into_iter().map(|p| p.echo).collect();
     if own.stream.unwrap_or(false) {
-        let with_usage = own.stream_options.and_then(|o| o.include_usage).unwrap_or(false);
         let chunks = TextChunks {
-            head,
-            about: model.about.clone(),
+            frame: Frame::new(head, &model, own.stream_options),
             n_char: vec![0; echoes.len() * sampling.n],
             echoes,
             n: sampling.n,
-            usage: Usage::default(),
-            with_usage,
         };
         return sse::respond(answers, chunks, state.settings.keep_alive).await;
     }
@@ -179,7 +154,7 @@ fn completion(
     echoes: &[String],
     n: usize,
     with_logprobs: bool,
-) -> Completion {
+) -> Completion<Choice> {
     let mut usage = Usage::default();
     whole.iter().enumerate().for_each(|(i, w)| usage.add(&w.generated, i.is_multiple_of(n)));
     let timings = Timings::of(&whole[0].generated);
@@ -197,24 +172,17 @@ fn completion(
 
 /// Completions as they come.
 struct TextChunks {
-    head: Head,
-    about: Arc<About>,
+    frame: Frame,
     echoes: Vec<String>,
     /// Answers to each prompt.
     n: usize,
     /// Characters of each answer's tokens so far.
     n_char: Vec<usize>,
-    usage: Usage,
-    with_usage: bool,
 }
 
 impl TextChunks {
-    fn chunk(&self, choices: Vec<Choice>, usage: Option<Usage>, timings: Option<Timings>) -> Event {
-        event(&Chunk { head: &self.head, choices, usage: self.with_usage.then_some(usage), timings })
-    }
-
     fn text(&self, index: usize, text: String, logprobs: Option<Columns>) -> Event {
-        self.chunk(vec![Choice { index, text, logprobs, finish_reason: None }], None, None)
+        self.frame.chunk(Choice { index, text, logprobs, finish_reason: None }, None)
     }
 }
 
@@ -230,22 +198,21 @@ impl Chunks for TextChunks {
         }
         let logprobs = piece.standing.map(|s| {
             let mut columns = Columns::default();
-            self.n_char[index] = columns.push(&self.about, &s, self.n_char[index]);
+            self.n_char[index] = columns.push(&self.frame.about, &s, self.n_char[index]);
             columns
         });
         vec![self.text(index, piece.text, logprobs)]
     }
 
     fn end(&mut self, index: usize, generated: Generated) -> Vec<Event> {
-        self.usage.add(&generated, index.is_multiple_of(self.n));
+        self.frame.usage.add(&generated, index.is_multiple_of(self.n));
         let finish_reason = Some(finish_reason(generated.finish));
         let choice = Choice { index, text: String::new(), logprobs: None, finish_reason };
-        vec![self.chunk(vec![choice], None, Some(Timings::of(&generated)))]
+        vec![self.frame.chunk(choice, Some(Timings::of(&generated)))]
     }
 
     fn finish(&mut self) -> Vec<Event> {
-        let usage = self.with_usage.then(|| self.chunk(Vec::new(), Some(self.usage), None));
-        usage.into_iter().chain([done()]).collect()
+        self.frame.finish()
     }
 
     fn error(&mut self, e: &ApiError) -> Vec<Event> {

@@ -48,6 +48,13 @@ pub(super) struct Fields {
     pub(super) tool_calls: Vec<Call>,
 }
 
+impl Fields {
+    /// A message that says nothing yet.
+    pub(super) fn silent() -> Fields {
+        Fields { content: Some(String::new()), ..Fields::default() }
+    }
+}
+
 /// Where the text of one answer goes in, and fields of a message come out.
 pub(super) struct Outlet {
     parser: OutputParser,
