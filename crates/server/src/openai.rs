@@ -6,7 +6,7 @@ mod logprobs;
 mod messages;
 pub(crate) mod models;
 mod sampling;
-mod tools;
+pub(crate) mod tools;
 mod unsupported;
 mod usage;
 
@@ -106,7 +106,7 @@ pub(crate) fn now() -> u64 {
 }
 
 /// Refuses a request for another model.
-fn check_model(model: &Model, asked: Option<&str>) -> Result<(), ApiError> {
+pub(crate) fn check_model(model: &Model, asked: Option<&str>) -> Result<(), ApiError> {
     match asked {
         Some(asked) if !model.names.include(asked) => {
             let message = format!("there is no model {asked:?}; this server has {:?}", model.names.id);
@@ -138,6 +138,6 @@ fn error_event(e: &ApiError) -> Event {
 }
 
 /// A field that is neither missing nor null: both mean the same.
-fn given<'a>(body: &'a Value, name: &str) -> Option<&'a Value> {
+pub(crate) fn given<'a>(body: &'a Value, name: &str) -> Option<&'a Value> {
     body.get(name).filter(|v| !v.is_null())
 }

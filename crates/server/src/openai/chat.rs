@@ -20,20 +20,80 @@ use super::usage::{Timings, Usage};
 use super::{Completion, Frame, Head, StreamOptions, check_model, error_event, finish_reason, messages, unsupported};
 use crate::errors::ApiError;
 use crate::extract::{JsonBody, fields};
-use crate::job::{self, Whole};
-use crate::prompt;
+use crate::job::{self, Answers, Whole};
+use crate::model::Model;
+use crate::prompt::{self, Prompt};
 use crate::sse::{self, Chunks};
-use crate::state::State;
+use crate::state::{Active, State};
+
+/// How a chat is to be answered.
+#[derive(Deserialize)]
+struct Wire {
+    model: Option<String>,
+    stream: Option<bool>,
+    stream_options: Option<StreamOptions>,
+}
 
 /// The fields that chats have of their own.
 #[derive(Deserialize)]
 struct Fields {
-    model: Option<String>,
-    stream: Option<bool>,
-    stream_options: Option<StreamOptions>,
     logprobs: Option<bool>,
     top_logprobs: Option<i64>,
     chat_template_kwargs: Option<Map<String, Value>>,
+}
+
+/// A conversation that can be answered. Other APIs put their requests in OpenAI's form and come here too.
+pub(crate) struct Chat {
+    pub(crate) prompt: Prompt,
+    /// Alternatives that are told of each token.
+    pub(crate) n_best: Option<usize>,
+    sampling: Sampling,
+    tools: Tools,
+    begun: String,
+}
+
+impl Chat {
+    /// Reads a conversation, renders it, and checks that it fits.
+    ///
+    /// # Errors
+    /// A field that is wrong, by its name in OpenAI's form; more tokens than the context holds.
+    pub(crate) async fn read(model: &Model, JsonBody { mut body, room }: JsonBody) -> Result<Chat, ApiError> {
+        let own: Fields = fields(&body)?;
+        unsupported::refuse(&body)?;
+        let tools = Tools::read(&body)?;
+        let sampling = Sampling::read(&body, model)?;
+        let n_best = own.n_best()?;
+        let conversation = messages::read(body.get_mut("messages").map(Value::take))?;
+        let about = model.about.clone();
+        let (kwargs, max_tokens) = (own.chat_template_kwargs.unwrap_or_default(), sampling.max_tokens);
+        let (begun, declared) = (conversation.begun.clone().unwrap_or_default(), tools.clone());
+        let prompt = prompt::elsewhere(move || {
+            let mut input = ChatInput { kwargs, ..about.chat_input(conversation.messages) };
+            declared.tell(about.template.as_ref().map_or("", |t| t.source()), &mut input);
+            let prompt = prompt::chat(&about, &input, conversation.begun.as_deref())?;
+            prompt::check_fits(&about, &prompt.tokens, max_tokens)?;
+            Ok(prompt)
+        });
+        let prompt = prompt.await?;
+        drop(room);
+        Ok(Chat { prompt, n_best, sampling, tools, begun })
+    }
+
+    /// Begins to answer; each answer's text goes through its outlet.
+    ///
+    /// # Errors
+    /// More answers than there are places.
+    pub(crate) fn submit(
+        self,
+        state: &State,
+        model: &Model,
+        active: Active,
+    ) -> Result<(Answers, Vec<Outlet>), ApiError> {
+        let requests = self.sampling.requests(&self.prompt.tokens, self.n_best).collect();
+        let answers = job::submit(&state.settings, (model, active), requests)?;
+        let outlet = |_| self.tools.outlet(self.prompt.thinking, &self.begun, state.unique());
+        Ok((answers, (0..self.sampling.n).map(outlet).collect()))
+    }
 }
 
 impl Fields {
@@ -88,43 +148,21 @@ struct Delta {
 }
 
 /// Answers a conversation.
-pub(crate) async fn create(
-    Shared(state): Shared<Arc<State>>,
-    JsonBody { mut body, room }: JsonBody,
-) -> Result<Response, ApiError> {
+pub(crate) async fn create(Shared(state): Shared<Arc<State>>, body: JsonBody) -> Result<Response, ApiError> {
     let (model, active) = state.begin()?;
-    let own: Fields = fields(&body)?;
-    check_model(&model, own.model.as_deref())?;
-    unsupported::refuse(&body)?;
-    let tools = Tools::read(&body)?;
-    let sampling = Sampling::read(&body, &model)?;
-    let n_best = own.n_best()?;
-    let conversation = messages::read(body.get_mut("messages").map(Value::take))?;
-    let about = model.about.clone();
-    let (kwargs, max_tokens) = (own.chat_template_kwargs.unwrap_or_default(), sampling.max_tokens);
-    let (begun, declared) = (conversation.begun.clone(), tools.clone());
-    let prompt = prompt::elsewhere(move || {
-        let mut input = ChatInput { kwargs, ..about.chat_input(conversation.messages) };
-        declared.tell(about.template.as_ref().map_or("", |t| t.source()), &mut input);
-        let prompt = prompt::chat(&about, &input, conversation.begun.as_deref())?;
-        prompt::check_fits(&about, &prompt.tokens, max_tokens)?;
-        Ok(prompt)
-    });
-    let prompt = prompt.await?;
-    drop(room);
-    let requests = sampling.requests(&prompt.tokens, n_best).collect();
-    let answers = job::submit(&state.settings, (&model, active), requests)?;
-    let begun = begun.unwrap_or_default();
-    let outlet = |_| tools.outlet(prompt.thinking, &begun, state.unique());
-    let outlets: Vec<Outlet> = (0..sampling.n).map(outlet).collect();
-    if own.stream.unwrap_or(false) {
+    let wire: Wire = fields(&body.body)?;
+    check_model(&model, wire.model.as_deref())?;
+    let chat = Chat::read(&model, body).await?;
+    let with_logprobs = chat.n_best.is_some();
+    let (answers, outlets) = chat.submit(&state, &model, active)?;
+    if wire.stream.unwrap_or(false) {
         let head = Head::new(&state, &model, "chatcmpl", "chat.completion.chunk");
-        let chunks = ChatChunks { frame: Frame::new(head, &model, own.stream_options), outlets };
+        let chunks = ChatChunks { frame: Frame::new(head, &model, wire.stream_options), outlets };
         return sse::respond(answers, chunks, state.settings.keep_alive).await;
     }
     let whole = answers.whole().await?;
     let head = Head::new(&state, &model, "chatcmpl", "chat.completion");
-    Ok(Json(completion(head, &model.about, whole, outlets, n_best.is_some())).into_response())
+    Ok(Json(completion(head, &model.about, whole, outlets, with_logprobs)).into_response())
 }
 
 fn completion(

@@ -20,43 +20,43 @@ pub(super) struct Tools {
 
 /// A call, or what is new of one where an answer comes in pieces.
 #[derive(Debug, PartialEq, Serialize)]
-pub(super) struct Call {
+pub(crate) struct Call {
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) index: Option<usize>,
+    pub(crate) index: Option<usize>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    id: Option<String>,
+    pub(crate) id: Option<String>,
     #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
     kind: Option<&'static str>,
-    function: Function,
+    pub(crate) function: Function,
 }
 
 #[derive(Debug, PartialEq, Serialize)]
-struct Function {
+pub(crate) struct Function {
     #[serde(skip_serializing_if = "Option::is_none")]
-    name: Option<String>,
-    arguments: String,
+    pub(crate) name: Option<String>,
+    pub(crate) arguments: String,
 }
 
 /// The fields of a message, or of what is new of one.
 #[derive(Debug, Default, PartialEq, Serialize)]
-pub(super) struct Fields {
+pub(crate) struct Fields {
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) content: Option<String>,
+    pub(crate) content: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) reasoning_content: Option<String>,
+    pub(crate) reasoning_content: Option<String>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub(super) tool_calls: Vec<Call>,
+    pub(crate) tool_calls: Vec<Call>,
 }
 
 impl Fields {
     /// A message that says nothing yet.
-    pub(super) fn silent() -> Fields {
+    pub(crate) fn silent() -> Fields {
         Fields { content: Some(String::new()), ..Fields::default() }
     }
 }
 
 /// Where the text of one answer goes in, and fields of a message come out.
-pub(super) struct Outlet {
+pub(crate) struct Outlet {
     parser: OutputParser,
     parallel: bool,
     /// Ids of calls are this and their index.
@@ -164,24 +164,24 @@ fn in_hermes_form(message: &mut Value) {
 
 impl Outlet {
     /// What a piece of text gives.
-    pub(super) fn push(&mut self, text: &str) -> Vec<Fields> {
+    pub(crate) fn push(&mut self, text: &str) -> Vec<Fields> {
         let events = self.parser.push(text);
         events.into_iter().filter_map(|e| self.fields(e)).collect()
     }
 
     /// What had been held back.
-    pub(super) fn finish(&mut self) -> Vec<Fields> {
+    pub(crate) fn finish(&mut self) -> Vec<Fields> {
         let events = self.parser.finish();
         events.into_iter().filter_map(|e| self.fields(e)).collect()
     }
 
     /// Whether the answer calls a tool.
-    pub(super) fn has_called(&self) -> bool {
+    pub(crate) fn has_called(&self) -> bool {
         self.n_call > 0
     }
 
     /// The whole message of a whole text.
-    pub(super) fn message(&mut self, text: &str) -> Fields {
+    pub(crate) fn message(&mut self, text: &str) -> Fields {
         let mut message = Fields::default();
         for piece in self.push(text).into_iter().chain(self.finish()) {
             append(&mut message.content, piece.content);
