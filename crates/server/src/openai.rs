@@ -14,7 +14,8 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use apr_engine::About;
-use apr_engine::generate::Finish;
+use apr_engine::answer::Piece;
+use apr_engine::generate::{Finish, Generated};
 use axum::response::sse::Event;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -28,6 +29,18 @@ use usage::{Timings, Usage};
 #[derive(Default, Deserialize)]
 struct StreamOptions {
     include_usage: Option<bool>,
+    /// Counts in every chunk, as vLLM gives them.
+    continuous_usage_stats: Option<bool>,
+}
+
+impl StreamOptions {
+    /// Refuses options of streams where none is asked for.
+    fn check(options: Option<&StreamOptions>, stream: bool) -> Result<(), ApiError> {
+        match options.is_some() && !stream {
+            true => Err(ApiError::field("stream_options", "needs stream to be true")),
+            false => Ok(()),
+        }
+    }
 }
 
 /// What all parts of one answer begin with.
@@ -68,6 +81,9 @@ struct Frame {
     about: Arc<About>,
     usage: Usage,
     with_usage: bool,
+    /// Counts so far, where every chunk is to tell them.
+    running: Option<Usage>,
+    timings: Option<Timings>,
 }
 
 #[derive(Serialize)]
@@ -83,18 +99,48 @@ struct Chunk<'a, C> {
 }
 
 impl Frame {
-    fn new(head: Head, model: &Model, options: Option<StreamOptions>) -> Frame {
-        let with_usage = options.and_then(|o| o.include_usage).unwrap_or(false);
-        Frame { head, about: model.about.clone(), usage: Usage::default(), with_usage }
+    fn new(head: Head, model: &Model, options: Option<StreamOptions>, n_prompt: usize) -> Frame {
+        let with_usage = options.as_ref().and_then(|o| o.include_usage).unwrap_or(false);
+        let is_continuous = with_usage && options.and_then(|o| o.continuous_usage_stats).unwrap_or(false);
+        let running = is_continuous.then(|| Usage::of_prompt(n_prompt));
+        Frame { head, about: model.about.clone(), usage: Usage::default(), with_usage, running, timings: None }
     }
 
-    fn chunk(&self, choice: impl Serialize, timings: Option<Timings>) -> Event {
-        event(&Chunk { head: &self.head, choices: vec![choice], usage: self.with_usage.then_some(None), timings })
+    /// Counts a piece of an answer.
+    fn count(&mut self, piece: &Piece) {
+        if let Some(running) = self.running.as_mut().filter(|_| piece.token.is_some()) {
+            running.count_one();
+        }
+    }
+
+    /// An answer has ended; a prompt counts once, with the first of its answers.
+    fn end(&mut self, generated: &Generated, is_first_of_prompt: bool) {
+        self.usage.add(generated, is_first_of_prompt);
+        self.timings = Some(Timings::of(generated));
+    }
+
+    fn chunk(&self, choice: impl Serialize) -> Event {
+        self.chunk_with(choice, None)
+    }
+
+    /// The last chunk of an answer.
+    fn last(&self, choice: impl Serialize) -> Event {
+        self.chunk_with(choice, self.timings)
+    }
+
+    fn chunk_with(&self, choice: impl Serialize, timings: Option<Timings>) -> Event {
+        event(&Chunk {
+            head: &self.head,
+            choices: vec![choice],
+            usage: self.with_usage.then_some(self.running),
+            timings,
+        })
     }
 
     /// What ends a stream.
     fn finish(&self) -> Vec<Event> {
-        let usage = Chunk::<()> { head: &self.head, choices: Vec::new(), usage: Some(Some(self.usage)), timings: None };
+        let (usage, timings) = (Some(Some(self.usage)), self.timings);
+        let usage = Chunk::<()> { head: &self.head, choices: Vec::new(), usage, timings };
         let usage = self.with_usage.then(|| event(&usage));
         usage.into_iter().chain([Event::default().data("[DONE]")]).collect()
     }

@@ -132,19 +132,19 @@ struct Logprobs {
 }
 
 #[derive(Serialize)]
-struct ChunkChoice {
+struct ChunkChoice<D> {
     index: usize,
-    delta: Delta,
+    delta: D,
     logprobs: Option<Logprobs>,
     finish_reason: Option<&'static str>,
 }
 
-#[derive(Default, Serialize)]
-struct Delta {
-    #[serde(skip_serializing_if = "Option::is_none")]
-    role: Option<&'static str>,
-    #[serde(flatten)]
-    fields: tools::Fields,
+/// What a stream begins with.
+#[derive(Serialize)]
+struct Begin {
+    role: &'static str,
+    /// Null: nothing is said yet, and it may be that nothing will be.
+    content: Option<String>,
 }
 
 /// Answers a conversation.
@@ -152,12 +152,14 @@ pub(crate) async fn create(Shared(state): Shared<Arc<State>>, body: JsonBody) ->
     let (model, active) = state.begin()?;
     let wire: Wire = fields(&body.body)?;
     check_model(&model, wire.model.as_deref())?;
+    let is_stream = wire.stream.unwrap_or(false);
+    StreamOptions::check(wire.stream_options.as_ref(), is_stream)?;
     let chat = Chat::read(&model, body).await?;
-    let with_logprobs = chat.n_best.is_some();
+    let (with_logprobs, n_prompt) = (chat.n_best.is_some(), chat.prompt.tokens.len());
     let (answers, outlets) = chat.submit(&state, &model, active)?;
-    if wire.stream.unwrap_or(false) {
+    if is_stream {
         let head = Head::new(&state, &model, "chatcmpl", "chat.completion.chunk");
-        let chunks = ChatChunks { frame: Frame::new(head, &model, wire.stream_options), outlets };
+        let chunks = ChatChunks { frame: Frame::new(head, &model, wire.stream_options, n_prompt), outlets };
         return sse::respond(answers, chunks, state.settings.keep_alive).await;
     }
     let whole = answers.whole().await?;
@@ -205,36 +207,34 @@ struct ChatChunks {
 }
 
 impl ChatChunks {
-    fn delta(&self, index: usize, delta: Delta, logprobs: Option<Logprobs>) -> Event {
-        self.frame.chunk(ChunkChoice { index, delta, logprobs, finish_reason: None }, None)
+    fn delta(&self, index: usize, delta: impl Serialize, logprobs: Option<Logprobs>) -> Event {
+        self.frame.chunk(ChunkChoice { index, delta, logprobs, finish_reason: None })
     }
 }
 
 impl Chunks for ChatChunks {
     fn begin(&mut self) -> Vec<Event> {
-        let delta = || Delta { role: Some("assistant"), fields: tools::Fields::silent() };
-        let begin = |index| self.delta(index, delta(), None);
+        let begin = |index| self.delta(index, Begin { role: "assistant", content: None }, None);
         (0..self.outlets.len()).map(begin).collect()
     }
 
     fn piece(&mut self, index: usize, piece: Piece) -> Vec<Event> {
+        self.frame.count(&piece);
         let mut logprobs = piece.standing.map(|s| Logprobs { content: vec![ChatToken::new(&self.frame.about, &s)] });
         let mut news = self.outlets[index].push(&piece.text);
         if news.is_empty() && logprobs.is_some() {
             news.push(tools::Fields::silent());
         }
-        let delta = |fields| self.delta(index, Delta { role: None, fields }, logprobs.take());
-        news.into_iter().map(delta).collect()
+        news.into_iter().map(|fields| self.delta(index, fields, logprobs.take())).collect()
     }
 
     fn end(&mut self, index: usize, generated: Generated) -> Vec<Event> {
-        self.frame.usage.add(&generated, index == 0);
+        self.frame.end(&generated, index == 0);
         let news = self.outlets[index].finish();
-        let rest = news.into_iter().map(|fields| self.delta(index, Delta { role: None, fields }, None));
-        let mut events: Vec<Event> = rest.collect();
+        let mut events: Vec<Event> = news.into_iter().map(|fields| self.delta(index, fields, None)).collect();
         let finish_reason = Some(why_ended(&generated, &self.outlets[index]));
-        let choice = ChunkChoice { index, delta: Delta::default(), logprobs: None, finish_reason };
-        events.push(self.frame.chunk(choice, Some(Timings::of(&generated))));
+        let delta = tools::Fields::default();
+        events.push(self.frame.last(ChunkChoice { index, delta, logprobs: None, finish_reason }));
         events
     }
 
@@ -314,7 +314,8 @@ mod tests {
         let piece = |c: char| Told::Piece(Piece { token: None, text: c.to_string(), standing: None });
         let mut events: Vec<(usize, Told)> = ANSWER.chars().map(|c| (0, piece(c))).collect();
         events.push((0, Told::End(Ok(generated(ANSWER)))));
-        let frame = Frame { head: head(), about: about(), usage: Usage::default(), with_usage: false };
+        let usage = Usage::default();
+        let frame = Frame { head: head(), about: about(), usage, with_usage: false, running: None, timings: None };
         let chunks = ChatChunks { frame, outlets: vec![outlet()] };
         let response = sse::respond(answers(1, events), chunks, Duration::from_secs(60)).await.unwrap();
         let body = String::from_utf8(to_bytes(response.into_body(), 1 << 20).await.unwrap().to_vec()).unwrap();
@@ -322,7 +323,7 @@ mod tests {
         let choices: Vec<Value> = data
             .map(|rest| serde_json::from_str::<Value>(&format!("{{{rest}")).unwrap()["choices"][0].take())
             .collect();
-        assert_eq!(choices[0]["delta"], json!({"role": "assistant", "content": ""}));
+        assert_eq!(choices[0]["delta"], json!({"role": "assistant", "content": null}));
         let joined = |path: &str| -> String {
             choices.iter().filter_map(|c| c["delta"].pointer(path)?.as_str().map(str::to_string)).collect()
         };

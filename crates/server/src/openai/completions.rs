@@ -69,6 +69,8 @@ pub(crate) async fn create(
     let (model, active) = state.begin()?;
     let own: Fields = fields(&body)?;
     check_model(&model, own.model.as_deref())?;
+    let is_stream = own.stream.unwrap_or(false);
+    StreamOptions::check(own.stream_options.as_ref(), is_stream)?;
     unsupported::refuse(&body)?;
     let mut sampling = Sampling::read(&body, &model)?;
     if given(&body, "max_tokens").or(given(&body, "max_completion_tokens")).is_none() {
@@ -84,10 +86,11 @@ pub(crate) async fn create(
     let requests: Vec<Request> = prompts.iter().flat_map(|p| sampling.requests(&p.tokens, n_best)).collect();
     let answers = job::submit(&state.settings, (&model, active), requests)?;
     let head = Head::new(&state, &model, "cmpl", "text_completion");
+    let n_prompt = prompts.iter().map(|p| p.tokens.len()).sum();
     let echoes: Vec<String> = prompts.into_iter().map(|p| p.echo).collect();
-    if own.stream.unwrap_or(false) {
+    if is_stream {
         let chunks = TextChunks {
-            frame: Frame::new(head, &model, own.stream_options),
+            frame: Frame::new(head, &model, own.stream_options, n_prompt),
             n_char: vec![0; echoes.len() * sampling.n],
             echoes,
             n: sampling.n,
@@ -182,7 +185,7 @@ struct TextChunks {
 
 impl TextChunks {
     fn text(&self, index: usize, text: String, logprobs: Option<Columns>) -> Event {
-        self.frame.chunk(Choice { index, text, logprobs, finish_reason: None }, None)
+        self.frame.chunk(Choice { index, text, logprobs, finish_reason: None })
     }
 }
 
@@ -193,6 +196,7 @@ impl Chunks for TextChunks {
     }
 
     fn piece(&mut self, index: usize, piece: Piece) -> Vec<Event> {
+        self.frame.count(&piece);
         if piece.text.is_empty() && piece.standing.is_none() {
             return Vec::new();
         }
@@ -205,10 +209,10 @@ impl Chunks for TextChunks {
     }
 
     fn end(&mut self, index: usize, generated: Generated) -> Vec<Event> {
-        self.frame.usage.add(&generated, index.is_multiple_of(self.n));
+        self.frame.end(&generated, index.is_multiple_of(self.n));
         let finish_reason = Some(finish_reason(generated.finish));
         let choice = Choice { index, text: String::new(), logprobs: None, finish_reason };
-        vec![self.frame.chunk(choice, Some(Timings::of(&generated)))]
+        vec![self.frame.last(choice)]
     }
 
     fn finish(&mut self) -> Vec<Event> {

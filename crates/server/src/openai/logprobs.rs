@@ -51,7 +51,9 @@ impl Columns {
         let n_char = text.chars().count();
         self.tokens.push(text);
         self.token_logprobs.push(logprob(&standing.chosen));
-        let best = standing.best.iter().map(|r| (about.tokenizer.piece(r.token), logprob(r).into()));
+        // The token itself is always told of, so that there may be one more than was asked for.
+        let best =
+            standing.best.iter().chain([&standing.chosen]).map(|r| (about.tokenizer.piece(r.token), logprob(r).into()));
         self.top_logprobs.push(best.collect());
         self.text_offset.push(offset);
         offset + n_char

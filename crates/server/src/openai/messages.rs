@@ -29,6 +29,10 @@ pub(super) fn read(messages: Option<Value>) -> Result<Conversation, ApiError> {
     let read = |(i, message)| read_one(&format!("messages[{i}]"), message);
     let mut messages = messages.into_iter().enumerate().map(read).collect::<Result<Vec<Value>, _>>()?;
     let is_begun = |m: &mut Value| m["role"] == "assistant" && m.get("tool_calls").is_none();
+    if messages.iter_mut().rev().take(2).filter_map(|m| is_begun(m).then_some(())).count() == 2 {
+        let message = "the last two are the assistant's; one at most can be gone on with";
+        return Err(ApiError::field("messages", message));
+    }
     let begun = messages.pop_if(is_begun).map(|m| m["content"].as_str().unwrap_or_default().to_string());
     Ok(Conversation { messages, begun })
 }
@@ -184,6 +188,8 @@ mod tests {
         assert_eq!(param(json!("hi")), "messages");
         assert_eq!(param(json!([])), "messages");
         assert_eq!(param(json!([1])), "messages[0]");
+        let said = json!({"role": "assistant", "content": "x"});
+        assert_eq!(param(json!([{"role": "user", "content": "q"}, said, said])), "messages");
         assert_eq!(param(json!([{"content": "x"}])), "messages[0].role");
         assert_eq!(param(json!([{"role": "wizard", "content": "x"}])), "messages[0].role");
         assert_eq!(param(json!([{"role": "user", "content": null}])), "messages[0].content");

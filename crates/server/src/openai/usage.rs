@@ -20,6 +20,17 @@ struct PromptDetails {
 }
 
 impl Usage {
+    /// Before anything is generated.
+    pub(super) fn of_prompt(n_prompt: usize) -> Usage {
+        Usage { prompt_tokens: n_prompt, total_tokens: n_prompt, ..Usage::default() }
+    }
+
+    /// Counts a token of an answer.
+    pub(super) fn count_one(&mut self) {
+        self.completion_tokens += 1;
+        self.total_tokens += 1;
+    }
+
     /// Adds an answer; a prompt counts once, with the first of its answers.
     pub(super) fn add(&mut self, g: &Generated, is_first_of_prompt: bool) {
         if is_first_of_prompt {

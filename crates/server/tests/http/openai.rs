@@ -77,6 +77,7 @@ fn streams_alike(server: &apr_server::Server, body: Value) {
     let mut events = reply.events();
     let last = events.pop().unwrap();
     assert_eq!(last["choices"], json!([]), "usage comes alone");
+    assert!(last["timings"]["predicted_n"].is_u64());
     for count in ["prompt_tokens", "completion_tokens", "total_tokens"] {
         assert_eq!(last["usage"][count], whole["usage"][count], "{count}");
     }
@@ -117,6 +118,22 @@ fn a_stream_says_what_the_whole_answer_says() {
     streams_alike(&server, chat(json!({"stop": [stop, "never comes"]})));
     let plain = post(&server, CHAT, &chat(json!({"stream": true}))).events();
     assert!(plain.iter().all(|e| e.get("usage").is_none()), "usage is for those who ask");
+}
+
+#[test]
+fn counts_come_as_they_grow_where_they_are_asked_for() {
+    let server = start();
+    let options = json!({"include_usage": true, "continuous_usage_stats": true});
+    let events = post(&server, CHAT, &chat(json!({"stream": true, "stream_options": options}))).events();
+    let counts: Vec<u64> = events.iter().map(|e| e["usage"]["completion_tokens"].as_u64().unwrap()).collect();
+    assert!(counts.is_sorted() && counts[0] == 0 && *counts.last().unwrap() == 24, "{counts:?}");
+    let n_prompt = &events.last().unwrap()["usage"]["prompt_tokens"];
+    assert!(events.iter().all(|e| &e["usage"]["prompt_tokens"] == n_prompt));
+    for path in [CHAT, "/v1/completions"] {
+        let body = chat(json!({"prompt": "a", "stream_options": options}));
+        let reply = post(&server, path, &body);
+        assert_eq!((reply.status, &reply.json()["error"]["param"]), (400, &json!("stream_options")));
+    }
 }
 
 #[test]
