@@ -1,11 +1,11 @@
-//! Errors as clients see them. Every API writes the same [`ApiError`] in its own form; this is also where errors of the engine
-//! get their status.
+//! Errors as clients see them. Every API writes the same [`ApiError`] in its own [form](ErrorForm), which the path decides: what
+//! refuses a request need not know whose it is. This is also where errors of the engine get their status.
 
 use apr_engine::EngineError;
 use apr_engine::chat_template::TemplateError;
 use apr_engine::generate::GenerateError;
 use apr_engine::sampler::SamplerError;
-use axum::Json;
+use axum::body::Body;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
@@ -67,19 +67,89 @@ impl ApiError {
         ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", Some(code), message)
     }
 
-    /// OpenAI's form.
-    pub(crate) fn body(&self) -> Value {
-        json!({"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}})
-    }
-
     fn may_be_retried(&self) -> bool {
         matches!(self.status, StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS)
     }
 }
 
+/// An API's way of writing errors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ErrorForm {
+    /// `{"error": {"message", "type", "param", "code"}}`
+    OpenAi,
+    /// `{"type": "error", "error": {"type", "message"}, "request_id"}`
+    Anthropic,
+    /// `{"error": MESSAGE}`
+    Ollama,
+}
+
+/// Anthropic's status for a server that cannot answer now. Its clients know it as something to try again.
+const OVERLOADED: u16 = 529;
+
+impl ErrorForm {
+    /// The form of the API that a path belongs to.
+    pub(crate) fn of_path(path: &str) -> ErrorForm {
+        let is_below =
+            |root| path.strip_prefix(root).is_some_and(|rest: &str| rest.is_empty() || rest.starts_with('/'));
+        match path {
+            _ if is_below("/v1/messages") => ErrorForm::Anthropic,
+            _ if is_below("/api") => ErrorForm::Ollama,
+            _ => ErrorForm::OpenAi,
+        }
+    }
+
+    /// An error in this form.
+    pub(crate) fn body(self, e: &ApiError, request_id: &str) -> Value {
+        match self {
+            ErrorForm::OpenAi => {
+                json!({"error": {"message": e.message, "type": e.kind, "param": e.param, "code": e.code}})
+            }
+            ErrorForm::Anthropic => {
+                let error = json!({"type": anthropic_type(self.status(e.status)), "message": e.message});
+                json!({"type": "error", "error": error, "request_id": request_id})
+            }
+            ErrorForm::Ollama => json!({"error": e.message}),
+        }
+    }
+
+    fn status(self, status: StatusCode) -> StatusCode {
+        match (self, status) {
+            (ErrorForm::Anthropic, StatusCode::SERVICE_UNAVAILABLE) => {
+                StatusCode::from_u16(OVERLOADED).expect("three digits")
+            }
+            _ => status,
+        }
+    }
+
+    /// Puts a response that is an [`ApiError`] in this form; any other stays as it is.
+    pub(crate) fn apply(self, mut response: Response, request_id: &str) -> Response {
+        let Some(e) = response.extensions_mut().remove::<ApiError>() else { return response };
+        let (mut head, _) = response.into_parts();
+        head.status = self.status(head.status);
+        Response::from_parts(head, Body::from(self.body(&e, request_id).to_string()))
+    }
+}
+
+/// What Anthropic's API calls an error of this status.
+fn anthropic_type(status: StatusCode) -> &'static str {
+    match status.as_u16() {
+        401 => "authentication_error",
+        403 => "permission_error",
+        404 => "not_found_error",
+        413 => "request_too_large",
+        429 => "rate_limit_error",
+        504 => "timeout_error",
+        OVERLOADED => "overloaded_error",
+        500.. => "api_error",
+        _ => "invalid_request_error",
+    }
+}
+
+/// Status and headers; the body is written by [`ErrorForm::apply`], which every response passes.
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        let mut response = (self.status, Json(self.body())).into_response();
+        let mut response = self.status.into_response();
+        response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
         if self.may_be_retried() {
             response.headers_mut().insert(header::RETRY_AFTER, RETRY_AFTER_S.into());
         }
@@ -87,6 +157,7 @@ impl IntoResponse for ApiError {
             // What is left of the body is not read.
             response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
+        response.extensions_mut().insert(self);
         response
     }
 }
@@ -135,5 +206,48 @@ impl From<EngineError> for ApiError {
 impl From<TemplateError> for ApiError {
     fn from(e: TemplateError) -> ApiError {
         ApiError { param: Some("messages".to_string()), ..ApiError::invalid("template_error", e.to_string()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_decides_the_form() {
+        for path in ["/v1/messages", "/v1/messages/", "/v1/messages/count_tokens"] {
+            assert_eq!(ErrorForm::of_path(path), ErrorForm::Anthropic, "{path}");
+        }
+        for path in ["/api", "/api/chat", "/api/none"] {
+            assert_eq!(ErrorForm::of_path(path), ErrorForm::Ollama, "{path}");
+        }
+        for path in ["", "/", "/v1/messagesx", "/apis", "/v1/chat/completions", "/v1/api/chat"] {
+            assert_eq!(ErrorForm::of_path(path), ErrorForm::OpenAi, "{path}");
+        }
+    }
+
+    #[test]
+    fn every_form_says_the_same() {
+        let e = ApiError::field("top_p", "expected less");
+        let expected = json!({"error": {"message": "top_p: expected less", "type": "invalid_request_error",
+            "param": "top_p", "code": "invalid_value"}});
+        assert_eq!(ErrorForm::OpenAi.body(&e, "r1"), expected);
+        assert_eq!(ErrorForm::Ollama.body(&e, "r1"), json!({"error": "top_p: expected less"}));
+        let error = json!({"type": "invalid_request_error", "message": "top_p: expected less"});
+        let expected = json!({"type": "error", "error": error, "request_id": "r1"});
+        assert_eq!(ErrorForm::Anthropic.body(&e, "r1"), expected);
+    }
+
+    #[test]
+    fn what_may_work_later_is_an_overload_to_anthropics_clients() {
+        let response = |form: ErrorForm, e: ApiError| form.apply(e.into_response(), "r1");
+        let unavailable = response(ErrorForm::Anthropic, ApiError::unavailable("loading"));
+        assert_eq!(unavailable.status().as_u16(), 529);
+        assert!(unavailable.headers().contains_key(header::RETRY_AFTER));
+        let body = ErrorForm::Anthropic.body(&ApiError::unavailable("loading"), "");
+        assert_eq!(body["error"]["type"], "overloaded_error");
+        assert_eq!(ErrorForm::Anthropic.body(&ApiError::busy(), "")["error"]["type"], "rate_limit_error");
+        assert_eq!(response(ErrorForm::Anthropic, ApiError::busy()).status(), 429);
+        assert_eq!(response(ErrorForm::Ollama, ApiError::unavailable("loading")).status(), 503);
     }
 }

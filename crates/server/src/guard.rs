@@ -11,23 +11,31 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 
-use crate::errors::ApiError;
+use crate::errors::{ApiError, ErrorForm};
 use crate::state::State;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// Where Anthropic's clients look for it.
+const ANTHROPIC_REQUEST_ID: HeaderName = HeaderName::from_static("request-id");
 /// Characters of a client's own request id.
 const REQUEST_ID_MAX: usize = 128;
 
-/// Passes a request on, or refuses it. The answer carries the client's request id, or a new one.
+/// Passes a request on, or refuses it. The answer carries the client's request id, or a new one; an error is written in the form
+/// of the path's API, whoever raised it.
 pub(crate) async fn guard(Shared(state): Shared<Arc<State>>, request: Request, next: Next) -> Response {
     let id = request_id(request.headers()).unwrap_or_else(|| {
         let id = format!("req-{}", state.unique());
         HeaderValue::from_str(&id).expect("hexadecimal digits are a header's value")
     });
-    let mut response = match check(&state, &request) {
+    let form = ErrorForm::of_path(request.uri().path());
+    let response = match check(&state, &request) {
         Ok(()) => next.run(request).await,
         Err(e) => e.into_response(),
     };
+    let mut response = form.apply(response, id.to_str().unwrap_or_default());
+    if form == ErrorForm::Anthropic {
+        response.headers_mut().insert(ANTHROPIC_REQUEST_ID, id.clone());
+    }
     response.headers_mut().insert(REQUEST_ID, id);
     response
 }

@@ -20,7 +20,7 @@ use axum::response::sse::Event;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::errors::ApiError;
+use crate::errors::{ApiError, ErrorForm};
 use crate::model::Model;
 use crate::state::State;
 use usage::{Timings, Usage};
@@ -180,7 +180,7 @@ fn event(value: &impl Serialize) -> Event {
 
 /// An error in the middle of a stream.
 fn error_event(e: &ApiError) -> Event {
-    event(&e.body())
+    event(&ErrorForm::OpenAi.body(e, ""))
 }
 
 /// A field that is neither missing nor null: both mean the same.
