@@ -13,7 +13,7 @@ use apr_engine::trace::TraceError;
 use apr_engine::trace::file::TraceFileError;
 use apr_engine::verify::VerifyError;
 use apr_engine::{BackendError, EngineError};
-use apr_server::{BindError, ModelError};
+use apr_server::{BindError, KeyFileError, ModelError};
 
 /// The command could not do what was asked.
 pub const FAILED: u8 = 1;
@@ -102,6 +102,16 @@ impl From<BindError> for Failure {
             BindError::InUse { .. } => RESOURCE,
             BindError::Address { .. } => USAGE,
             BindError::Threads(_) => FAILED,
+        };
+        Failure { code, error: e.into() }
+    }
+}
+
+impl From<KeyFileError> for Failure {
+    fn from(e: KeyFileError) -> Failure {
+        let code = match &e {
+            KeyFileError::Io { .. } => FAILED,
+            KeyFileError::Empty { .. } | KeyFileError::NoKey { .. } => USAGE,
         };
         Failure { code, error: e.into() }
     }

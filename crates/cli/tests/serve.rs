@@ -81,3 +81,50 @@ fn what_keeps_it_from_listening_is_said_before_the_model_is_loaded() {
     run(&["--host", "192.0.2.1", "--port", "0"]).fails(2, &["192.0.2.1"]);
     assert_eq!(run(&["--parallel", "0"]).code, Some(2));
 }
+
+#[test]
+fn an_address_that_others_reach_needs_keys_or_consent() {
+    let everywhere = ["--host", "0.0.0.0", "--port", "0"];
+    let run = |args: &[&str]| apr::finish(serve(&[&everywhere, args].concat()));
+    run(&[]).fails(2, &["0.0.0.0", "--api-key-file", "--insecure-no-auth"]);
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("keys");
+    let keys = ["--api-key-file", file.to_str().unwrap()];
+    run(&keys).fails(1, &["keys"]);
+    std::fs::write(&file, "# none\n").unwrap();
+    run(&keys).fails(2, &["holds no key"]);
+    let (mut child, _err, _) = listening(&[&everywhere[..], &["--insecure-no-auth"]].concat());
+    signal(&child, "TERM");
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn a_hangup_reads_the_keys_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("keys");
+    std::fs::write(&file, "one\n").unwrap();
+    let (mut child, mut err, addr) = listening(&["--port", "0", "--api-key-file", file.to_str().unwrap()]);
+    let status = |key: &str| {
+        let mut stream = TcpStream::connect(&addr).unwrap();
+        let head = format!("GET /v1/models HTTP/1.1\r\nhost: {addr}\r\nx-api-key: {key}\r\nconnection: close\r\n\r\n");
+        stream.write_all(head.as_bytes()).unwrap();
+        rest(stream)["HTTP/1.1 ".len()..][..3].to_string()
+    };
+    let mut hang_up = |text: &str, expected: &str| {
+        std::fs::write(&file, text).unwrap();
+        signal(&child, "HUP");
+        let mut line = String::new();
+        while !line.contains("keys") {
+            line.clear();
+            assert!(err.read_line(&mut line).unwrap() > 0);
+        }
+        assert!(line.contains(expected), "{line}");
+    };
+    assert_eq!((status("one"), status("two")), ("200".to_string(), "401".to_string()));
+    hang_up("two\n", "read the keys again");
+    assert_eq!((status("one"), status("two")), ("401".to_string(), "200".to_string()));
+    hang_up("", "holds no key");
+    assert_eq!(status("two"), "200", "those in use stay");
+    signal(&child, "TERM");
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+}

@@ -51,6 +51,12 @@ impl ApiError {
         ApiError::new(status, "invalid_request_error", Some(code), message)
     }
 
+    /// No key, or a wrong one. Nothing is said of what there would be.
+    pub(crate) fn no_key() -> ApiError {
+        let message = "this server wants an API key, as 'Authorization: Bearer KEY' or 'x-api-key: KEY'; none was sent, or a wrong one";
+        ApiError::new(StatusCode::UNAUTHORIZED, "authentication_error", Some("invalid_api_key"), message)
+    }
+
     /// Something that may work later.
     pub(crate) fn unavailable(message: impl Into<String>) -> ApiError {
         ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "service_unavailable_error", Some("unavailable"), message)
@@ -152,6 +158,9 @@ impl IntoResponse for ApiError {
         response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
         if self.may_be_retried() {
             response.headers_mut().insert(header::RETRY_AFTER, RETRY_AFTER_S.into());
+        }
+        if self.status == StatusCode::UNAUTHORIZED {
+            response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
         if matches!(self.status, StatusCode::PAYLOAD_TOO_LARGE | StatusCode::REQUEST_TIMEOUT) {
             // What is left of the body is not read.

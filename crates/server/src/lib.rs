@@ -11,6 +11,7 @@ mod guard;
 mod health;
 mod job;
 mod json_text;
+mod keys;
 mod model;
 mod names;
 mod openai;
@@ -20,6 +21,7 @@ mod server;
 mod sse;
 mod state;
 
+pub use keys::{KeyFileError, Keys};
 pub use model::{Model, ModelError, limits};
 pub use server::{BindError, Server};
 pub use state::Settings;

@@ -12,7 +12,7 @@ use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::errors::ApiError;
 use crate::state::State;
-use crate::{guard, health, openai};
+use crate::{guard, health, keys, openai};
 
 /// Everything that is answered.
 pub(crate) fn router(state: Arc<State>) -> Router {
@@ -28,6 +28,7 @@ pub(crate) fn router(state: Arc<State>) -> Router {
             ApiError::refused(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message)
         })
         .layer(CatchPanicLayer::custom(panicked))
+        .layer(from_fn_with_state(state.clone(), keys::require))
         .layer(from_fn_with_state(state.clone(), guard::guard))
         .with_state(state)
 }

@@ -8,6 +8,7 @@ use tokio::runtime::Runtime;
 use tokio::task::JoinHandle;
 
 use crate::accept;
+use crate::keys::Keys;
 use crate::model::Model;
 use crate::routes::router;
 use crate::state::{Phase, Settings, State};
@@ -24,6 +25,8 @@ pub struct Server {
     state: Arc<State>,
     addr: SocketAddr,
     accepting: JoinHandle<()>,
+    /// Held from the beginning, as a process that does not listen for it is ended by it.
+    hangups: Hangups,
     runtime: Runtime,
 }
 
@@ -61,12 +64,12 @@ impl Server {
             .build()
             .map_err(BindError::Threads)?;
         let state = Arc::new(State::new(settings, addr.ip(), host.to_string()));
-        let listener = {
+        let (listener, hangups) = {
             let _in = runtime.enter();
-            tokio::net::TcpListener::from_std(listener).map_err(refused)?
+            (tokio::net::TcpListener::from_std(listener).map_err(refused)?, Hangups::new().map_err(BindError::Threads)?)
         };
         let accepting = runtime.spawn(accept::run(listener, router(state.clone()), state.clone()));
-        Ok(Server { state, addr, accepting, runtime })
+        Ok(Server { state, addr, accepting, hangups, runtime })
     }
 
     /// The address that is listened on.
@@ -84,22 +87,38 @@ impl Server {
         self.state.loaded().cloned()
     }
 
+    /// From now on these keys are asked for, and no others.
+    pub fn set_keys(&self, keys: Keys) {
+        self.state.set_keys(keys);
+    }
+
     /// Requests that are being answered.
     pub fn n_active(&self) -> usize {
         self.state.n_active()
     }
 
     /// Runs until the process is told to stop (SIGINT, SIGTERM), then as [`stop`](Server::stop) does. A second signal ends the
-    /// process at once, with 128 and the signal's number. `told` hears of the first.
+    /// process at once, with 128 and the signal's number. `told` hears of the first; `reload` of every SIGHUP before it.
     ///
     /// # Errors
     /// A system without signals.
-    pub fn run(self, told: impl FnOnce(usize)) -> std::io::Result<()> {
+    pub fn run(mut self, told: impl FnOnce(usize), mut reload: impl FnMut(&Server)) -> std::io::Result<()> {
         let mut signals = {
             let _in = self.runtime.enter();
             Signals::new()?
         };
-        self.runtime.block_on(signals.next());
+        let mut is_told = false;
+        while !is_told {
+            is_told = self.runtime.block_on(async {
+                tokio::select! {
+                    _ = signals.next() => true,
+                    () = self.hangups.next() => false,
+                }
+            });
+            if !is_told {
+                reload(&self);
+            }
+        }
         told(self.n_active());
         self.runtime.spawn(async move { std::process::exit(128 + signals.next().await) });
         self.stop();
@@ -157,5 +176,32 @@ impl Signals {
     async fn next(&mut self) -> i32 {
         _ = tokio::signal::ctrl_c().await;
         2
+    }
+}
+
+/// Requests of the system to read files anew.
+struct Hangups {
+    #[cfg(unix)]
+    signal: tokio::signal::unix::Signal,
+}
+
+impl Hangups {
+    #[cfg(unix)]
+    fn new() -> std::io::Result<Hangups> {
+        use tokio::signal::unix::{SignalKind, signal};
+        Ok(Hangups { signal: signal(SignalKind::hangup())? })
+    }
+
+    #[cfg(not(unix))]
+    fn new() -> std::io::Result<Hangups> {
+        Ok(Hangups {})
+    }
+
+    /// Waits for one.
+    async fn next(&mut self) {
+        #[cfg(unix)]
+        self.signal.recv().await;
+        #[cfg(not(unix))]
+        std::future::pending::<()>().await;
     }
 }

@@ -3,17 +3,21 @@
 use std::hash::{BuildHasher, RandomState};
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, RwLock};
 use std::time::Duration;
 
+use axum::http::HeaderMap;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use crate::errors::ApiError;
+use crate::keys::Keys;
 use crate::model::Model;
 
 /// Limits of what a client may take, and how long things may last.
 #[derive(Clone, Debug)]
 pub struct Settings {
+    /// Who is answered: everybody, unless they say otherwise.
+    pub keys: Keys,
     /// Connections at a time; more wait in the system's backlog.
     pub n_connections: usize,
     /// Bytes of a request's head, and how long it may take; an idle connection is closed after as long.
@@ -37,6 +41,7 @@ pub struct Settings {
 impl Default for Settings {
     fn default() -> Settings {
         Settings {
+            keys: Keys::default(),
             n_connections: 1024,
             head_bytes: 64 << 10,
             head_time: Duration::from_secs(10),
@@ -65,6 +70,8 @@ pub(crate) enum Phase {
 /// What all requests share.
 pub(crate) struct State {
     pub(crate) settings: Settings,
+    /// As read last.
+    keys: RwLock<Arc<Keys>>,
     /// The address that is listened on.
     pub(crate) ip: IpAddr,
     /// Names under which clients of this machine may know it, beside the usual ones.
@@ -95,6 +102,7 @@ impl State {
     pub(crate) fn new(settings: Settings, ip: IpAddr, host: String) -> State {
         State {
             room: Arc::new(Semaphore::new(settings.bodies_bytes / ROOM_UNIT)),
+            keys: RwLock::new(Arc::new(settings.keys.clone())),
             settings,
             ip,
             host,
@@ -119,6 +127,19 @@ impl State {
             }
             is_later
         });
+    }
+
+    pub(crate) fn keys(&self) -> Arc<Keys> {
+        self.keys.read().unwrap_or_else(|e| e.into_inner()).clone()
+    }
+
+    pub(crate) fn set_keys(&self, keys: Keys) {
+        *self.keys.write().unwrap_or_else(|e| e.into_inner()) = Arc::new(keys);
+    }
+
+    /// Whether a request shows a key of those who may look inside. Nobody's does where no such key was given.
+    pub(crate) fn is_admin(&self, headers: &HeaderMap) -> bool {
+        self.keys().allow_admin(headers)
     }
 
     /// From now on there is something to answer with.

@@ -1,11 +1,12 @@
 //! `apr serve`: answers over HTTP. stderr says where; nothing is written to stdout.
 
-use std::net::IpAddr;
+use std::net::SocketAddr;
 use std::num::NonZeroUsize;
+use std::path::PathBuf;
 
-use apr_server::{Model, Server, Settings, limits};
+use apr_server::{Keys, Model, Server, Settings, limits};
 
-use crate::failure::{Done, Result};
+use crate::failure::{Done, Result, usage};
 use crate::options::LoadArgs;
 use crate::print::say;
 
@@ -29,7 +30,7 @@ struct RunArgs {
     /// Port to listen on; 0 takes any that is free
     #[arg(long, env = "APR_PORT", default_value_t = 8080, value_name = "PORT")]
     port: u16,
-    /// Address to listen on; there are no keys yet, so whoever reaches it is answered
+    /// Address to listen on; any but this machine's own (127.0.0.1) needs --api-key-file or --insecure-no-auth
     #[arg(long, env = "APR_HOST", default_value = "127.0.0.1", value_name = "HOST")]
     host: String,
     /// Answers in the making at a time
@@ -41,6 +42,52 @@ struct RunArgs {
     /// Another name by which clients may ask for the model; may be given several times
     #[arg(long, value_name = "NAME")]
     alias: Vec<String>,
+    #[command(flatten)]
+    access: AccessArgs,
+}
+
+/// Who is answered.
+#[derive(clap::Args)]
+#[command(next_help_heading = "Access")]
+struct AccessArgs {
+    /// Keys of those who are answered, one a line; SIGHUP reads it again. Only /health and the page's own files need none
+    #[arg(long, env = "APR_API_KEY_FILE", value_name = "FILE")]
+    api_key_file: Option<PathBuf>,
+    /// Keys of those who may look inside (x-apr-trace), one a line; they may do all else too
+    #[arg(long, env = "APR_ADMIN_KEY_FILE", value_name = "FILE")]
+    admin_key_file: Option<PathBuf>,
+    /// Answer whoever reaches the address, without keys
+    #[arg(long, env = "APR_INSECURE_NO_AUTH", conflicts_with = "api_key_file")]
+    insecure_no_auth: bool,
+}
+
+impl AccessArgs {
+    fn keys(&self) -> Result<Keys> {
+        Ok(Keys::read(self.api_key_file.as_deref(), self.admin_key_file.as_deref())?)
+    }
+
+    /// Refuses an address that others reach where nobody asks them for a key.
+    fn check(&self, addr: SocketAddr) -> Result<()> {
+        if addr.ip().to_canonical().is_loopback() || self.api_key_file.is_some() || self.insecure_no_auth {
+            return Ok(());
+        }
+        Err(usage(format_args!(
+            "{} can be reached from other machines, and there are no keys; give some with --api-key-file FILE, or answer \
+             everybody with --insecure-no-auth",
+            addr.ip()
+        )))
+    }
+
+    /// Reads files of secrets again. Those in use stay where one is no good.
+    fn reload(&self, server: &Server) {
+        match self.keys() {
+            Ok(keys) => {
+                server.set_keys(keys);
+                say("read the keys again");
+            }
+            Err(e) => say(format_args!("warning: the keys stay as they are: {}", e.error)),
+        }
+    }
 }
 
 pub fn run(args: Args) -> Result<Done> {
@@ -50,22 +97,17 @@ pub fn run(args: Args) -> Result<Done> {
 }
 
 fn serve(args: RunArgs) -> Result<Done> {
-    let server = Server::bind(&args.host, args.port, Settings::default())?;
+    let settings = Settings { keys: args.access.keys()?, ..Settings::default() };
+    let server = Server::bind(&args.host, args.port, settings)?;
+    args.access.check(server.addr())?;
     let engine = args.load.load()?;
     let limits = limits(&engine, args.parallel.get(), args.queue);
     server.answer_with(Model::start(engine, limits, args.alias)?);
-    if !is_loopback(server.addr().ip()) {
-        say("note: whoever reaches this address is answered; there are no keys yet");
-    }
     say(format_args!("listening on http://{}", server.addr()));
     let told = |n| match n {
         0 => say("stopping"),
         n => say(format_args!("stopping when {n} running requests have ended; a second signal ends them at once")),
     };
-    server.run(told)?;
+    server.run(told, |server| args.access.reload(server))?;
     Ok(Done::Ok)
-}
-
-fn is_loopback(ip: IpAddr) -> bool {
-    ip.to_canonical().is_loopback()
 }

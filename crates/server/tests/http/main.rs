@@ -1,5 +1,6 @@
 //! The server over a socket, on the tiny model: formats, faults, and many clients at once.
 
+mod access;
 mod anthropic;
 mod faults;
 mod load;
