@@ -13,7 +13,7 @@ use apr_engine::trace::TraceError;
 use apr_engine::trace::file::TraceFileError;
 use apr_engine::verify::VerifyError;
 use apr_engine::{BackendError, EngineError};
-use apr_server::{BindError, KeyFileError, ModelError};
+use apr_server::{BindError, KeyFileError, ModelError, TlsError};
 
 /// The command could not do what was asked.
 pub const FAILED: u8 = 1;
@@ -112,6 +112,16 @@ impl From<KeyFileError> for Failure {
         let code = match &e {
             KeyFileError::Io { .. } => FAILED,
             KeyFileError::Empty { .. } | KeyFileError::NoKey { .. } => USAGE,
+        };
+        Failure { code, error: e.into() }
+    }
+}
+
+impl From<TlsError> for Failure {
+    fn from(e: TlsError) -> Failure {
+        let code = match &e {
+            TlsError::Io { .. } => FAILED,
+            TlsError::Pem { .. } | TlsError::Unusable { .. } => USAGE,
         };
         Failure { code, error: e.into() }
     }

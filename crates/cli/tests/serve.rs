@@ -121,7 +121,7 @@ fn a_hangup_reads_the_keys_again() {
         assert!(line.contains(expected), "{line}");
     };
     assert_eq!((status("one"), status("two")), ("200".to_string(), "401".to_string()));
-    hang_up("two\n", "read the keys again");
+    hang_up("two\n", "read keys and certificate again");
     assert_eq!((status("one"), status("two")), ("401".to_string(), "200".to_string()));
     hang_up("", "holds no key");
     assert_eq!(status("two"), "200", "those in use stay");

@@ -13,7 +13,7 @@ use hyper::server::conn::http1;
 use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio_io_timeout::TimeoutStream;
@@ -55,17 +55,25 @@ pub(crate) async fn run(listener: TcpListener, router: Router, state: Arc<State>
     _ = places.acquire_many(n as u32).await;
 }
 
-type Io = TokioIo<Pin<Box<TimeoutStream<TcpStream>>>>;
-
 async fn serve(stream: TcpStream, router: Router, state: &State) {
     // Tokens are small and are to leave at once.
     _ = stream.set_nodelay(true);
     let mut stream = TimeoutStream::new(stream);
     stream.set_write_timeout(Some(state.settings.write_time));
+    let stream = Box::pin(stream);
+    let Some(tls) = state.tls() else { return serve_http(stream, router, state).await };
+    // Who does not greet in time, or in plain text, is not served; rustls has said why where it could.
+    let greeting = tokio::time::timeout(state.settings.head_time, tls.acceptor().accept(stream));
+    if let Ok(Ok(stream)) = greeting.await {
+        serve_http(stream, router, state).await;
+    }
+}
+
+async fn serve_http(stream: impl AsyncRead + AsyncWrite + Unpin, router: Router, state: &State) {
     let routes = TowerToHyperService::new(router);
     // Boxed, because a connection can be had back only where futures may be moved.
     let service = service_fn(move |request| Box::pin(routes.call(request)));
-    let mut connection = http(&state.settings).serve_connection(TokioIo::new(Box::pin(stream)), service);
+    let mut connection = http(&state.settings).serve_connection(TokioIo::new(stream), service);
     let mut phase = state.phase.subscribe();
     let closing = async move { _ = phase.wait_for(|p| *p == Phase::Closing).await };
     tokio::pin!(closing);
@@ -80,7 +88,7 @@ async fn serve(stream: TcpStream, router: Router, state: &State) {
     .await;
     let parts = connection.into_parts();
     let is_late = result.is_err_and(|e| e.is_timeout()) && !parts.read_buf.is_empty();
-    end(parts.io, is_late).await;
+    end(parts.io.into_inner(), is_late).await;
 }
 
 fn http(settings: &Settings) -> http1::Builder {
@@ -90,8 +98,7 @@ fn http(settings: &Settings) -> http1::Builder {
 }
 
 /// Ends a connection so that the client can read all that was sent to it.
-async fn end(io: Io, is_late: bool) {
-    let mut stream = io.into_inner();
+async fn end(mut stream: impl AsyncRead + AsyncWrite + Unpin, is_late: bool) {
     if is_late && stream.write_all(LATE_HEAD).await.is_err() {
         return;
     }

@@ -20,8 +20,10 @@ mod routes;
 mod server;
 mod sse;
 mod state;
+mod tls;
 
 pub use keys::{KeyFileError, Keys};
 pub use model::{Model, ModelError, limits};
 pub use server::{BindError, Server};
 pub use state::Settings;
+pub use tls::{Tls, TlsError};

@@ -12,6 +12,7 @@ use crate::keys::Keys;
 use crate::model::Model;
 use crate::routes::router;
 use crate::state::{Phase, Settings, State};
+use crate::tls::Tls;
 
 /// Threads for connections. Answers are computed elsewhere, and need the cores.
 const N_WORKER: usize = 2;
@@ -90,6 +91,11 @@ impl Server {
     /// From now on these keys are asked for, and no others.
     pub fn set_keys(&self, keys: Keys) {
         self.state.set_keys(keys);
+    }
+
+    /// From now on connections are greeted with this; those that are open go on.
+    pub fn set_tls(&self, tls: Tls) {
+        self.state.set_tls(tls);
     }
 
     /// Requests that are being answered.

@@ -12,12 +12,15 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use crate::errors::ApiError;
 use crate::keys::Keys;
 use crate::model::Model;
+use crate::tls::Tls;
 
 /// Limits of what a client may take, and how long things may last.
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// Who is answered: everybody, unless they say otherwise.
     pub keys: Keys,
+    /// What connections are greeted with; without it they are plain.
+    pub tls: Option<Tls>,
     /// Connections at a time; more wait in the system's backlog.
     pub n_connections: usize,
     /// Bytes of a request's head, and how long it may take; an idle connection is closed after as long.
@@ -42,6 +45,7 @@ impl Default for Settings {
     fn default() -> Settings {
         Settings {
             keys: Keys::default(),
+            tls: None,
             n_connections: 1024,
             head_bytes: 64 << 10,
             head_time: Duration::from_secs(10),
@@ -72,6 +76,7 @@ pub(crate) struct State {
     pub(crate) settings: Settings,
     /// As read last.
     keys: RwLock<Arc<Keys>>,
+    tls: RwLock<Option<Tls>>,
     /// The address that is listened on.
     pub(crate) ip: IpAddr,
     /// Names under which clients of this machine may know it, beside the usual ones.
@@ -103,6 +108,7 @@ impl State {
         State {
             room: Arc::new(Semaphore::new(settings.bodies_bytes / ROOM_UNIT)),
             keys: RwLock::new(Arc::new(settings.keys.clone())),
+            tls: RwLock::new(settings.tls.clone()),
             settings,
             ip,
             host,
@@ -135,6 +141,14 @@ impl State {
 
     pub(crate) fn set_keys(&self, keys: Keys) {
         *self.keys.write().unwrap_or_else(|e| e.into_inner()) = Arc::new(keys);
+    }
+
+    pub(crate) fn tls(&self) -> Option<Tls> {
+        self.tls.read().unwrap_or_else(|e| e.into_inner()).clone()
+    }
+
+    pub(crate) fn set_tls(&self, tls: Tls) {
+        *self.tls.write().unwrap_or_else(|e| e.into_inner()) = Some(tls);
     }
 
     /// Whether a request shows a key of those who may look inside. Nobody's does where no such key was given.

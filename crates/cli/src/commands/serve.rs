@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
-use apr_server::{Keys, Model, Server, Settings, limits};
+use apr_server::{Keys, Model, Server, Settings, Tls, limits};
 
 use crate::failure::{Done, Result, usage};
 use crate::options::LoadArgs;
@@ -59,11 +59,22 @@ struct AccessArgs {
     /// Answer whoever reaches the address, without keys
     #[arg(long, env = "APR_INSECURE_NO_AUTH", conflicts_with = "api_key_file")]
     insecure_no_auth: bool,
+    /// Serve HTTPS with this certificate (PEM, those that vouch for it behind it); SIGHUP reads it again
+    #[arg(long, env = "APR_TLS_CERT", value_name = "FILE", requires = "tls_key")]
+    tls_cert: Option<PathBuf>,
+    /// The certificate's private key (PEM)
+    #[arg(long, env = "APR_TLS_KEY", value_name = "FILE", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
 }
 
 impl AccessArgs {
     fn keys(&self) -> Result<Keys> {
         Ok(Keys::read(self.api_key_file.as_deref(), self.admin_key_file.as_deref())?)
+    }
+
+    fn tls(&self) -> Result<Option<Tls>> {
+        let files = self.tls_cert.as_ref().zip(self.tls_key.as_ref());
+        Ok(files.map(|(cert, key)| Tls::read(cert, key)).transpose()?)
     }
 
     /// Refuses an address that others reach where nobody asks them for a key.
@@ -80,12 +91,13 @@ impl AccessArgs {
 
     /// Reads files of secrets again. Those in use stay where one is no good.
     fn reload(&self, server: &Server) {
-        match self.keys() {
-            Ok(keys) => {
+        match self.keys().and_then(|keys| Ok((keys, self.tls()?))) {
+            Ok((keys, tls)) => {
                 server.set_keys(keys);
-                say("read the keys again");
+                tls.into_iter().for_each(|tls| server.set_tls(tls));
+                say("read keys and certificate again");
             }
-            Err(e) => say(format_args!("warning: the keys stay as they are: {}", e.error)),
+            Err(e) => say(format_args!("warning: keys and certificate stay as they are: {}", e.error)),
         }
     }
 }
@@ -97,13 +109,14 @@ pub fn run(args: Args) -> Result<Done> {
 }
 
 fn serve(args: RunArgs) -> Result<Done> {
-    let settings = Settings { keys: args.access.keys()?, ..Settings::default() };
+    let settings = Settings { keys: args.access.keys()?, tls: args.access.tls()?, ..Settings::default() };
     let server = Server::bind(&args.host, args.port, settings)?;
     args.access.check(server.addr())?;
     let engine = args.load.load()?;
     let limits = limits(&engine, args.parallel.get(), args.queue);
     server.answer_with(Model::start(engine, limits, args.alias)?);
-    say(format_args!("listening on http://{}", server.addr()));
+    let scheme = if args.access.tls_cert.is_some() { "https" } else { "http" };
+    say(format_args!("listening on {scheme}://{}", server.addr()));
     let told = |n| match n {
         0 => say("stopping"),
         n => say(format_args!("stopping when {n} running requests have ended; a second signal ends them at once")),

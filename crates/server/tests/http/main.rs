@@ -6,3 +6,4 @@ mod faults;
 mod load;
 mod openai;
 mod support;
+mod tls;
