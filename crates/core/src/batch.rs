@@ -3,6 +3,8 @@
 //! Prefill chunks and decodes of many users are the same thing here: rows. A sequence's keys and values live in KV blocks of
 //! [`KV_BLOCK`] positions; its table lists the blocks in order, so that sequences can share the blocks of a common prefix.
 
+use std::ops::Range;
+
 use crate::backend::KV_BLOCK;
 
 /// One token of a step.
@@ -73,6 +75,28 @@ impl Batch {
         let all = n_rows == self.rows.len();
         assert!(all || n_rows == self.kept.len(), "a stage has all rows or those that want logits");
         (0..n_rows).map(move |i| self.rows[if all { i } else { self.kept[i] as usize }].position)
+    }
+
+    /// Which of a stage's `n_rows` rows are those of sequence `s`.
+    pub fn rows_of(&self, s: u32, n_rows: usize) -> Range<usize> {
+        let all = n_rows == self.rows.len();
+        assert!(all || n_rows == self.kept.len(), "a stage has all rows or those that want logits");
+        let (mut first, mut n) = (None, 0);
+        for i in 0..n_rows {
+            let row = &self.rows[if all { i } else { self.kept[i] as usize }];
+            if row.sequence == s {
+                first.get_or_insert(i);
+                n += 1;
+            }
+        }
+        let first = first.unwrap_or(0);
+        first..first + n
+    }
+
+    /// The rows of sequence `s` as a batch of their own; there is at least one.
+    pub fn of_sequence(&self, s: u32) -> Batch {
+        let rows = self.rows.iter().filter(|row| row.sequence == s).map(|row| Row { sequence: 0, ..*row });
+        Batch::new(rows.collect(), vec![self.table(s).to_vec()])
     }
 
     /// The block and the slot in it that hold a row's key and value.

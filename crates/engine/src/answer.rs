@@ -7,6 +7,7 @@ use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use crate::generate::{Finish, GenerateError, Generated, Request};
+use crate::onlook::{Experts, Onlooker};
 use crate::sampler::{Ranked, Sampler, SamplerError, ranked};
 use crate::session::{Logits, Part, Sequence, Session};
 use crate::speculate::Speculate;
@@ -21,6 +22,8 @@ pub struct Piece {
     pub text: String,
     /// Where [`Request::n_best`] asks for it.
     pub standing: Option<Standing>,
+    /// Of the position that gave the token, where [`Request::show_experts`] asks for it.
+    pub experts: Option<Experts>,
 }
 
 /// A token among the others that could have been.
@@ -39,6 +42,7 @@ pub(crate) struct Answer {
     max_tokens: usize,
     sampler: Sampler,
     speculator: Box<dyn Speculate + Send>,
+    onlooker: Option<Onlooker>,
     stream: TextStream,
     /// The prompt, then the answer.
     tokens: Vec<u32>,
@@ -71,6 +75,7 @@ impl Answer {
             max_tokens,
             sampler,
             speculator,
+            onlooker: Onlooker::of(&request),
             stream: TextStream::new(request.stop.clone()),
             tokens: request.prompt.clone(),
             draft: Vec::new(),
@@ -111,8 +116,8 @@ impl Answer {
         std::mem::replace(&mut self.sequence, sequence)
     }
 
-    /// What the next step computes: at most `n_max` tokens, and guesses where `may_guess`.
-    pub(crate) fn part(&mut self, n_max: usize, may_guess: bool) -> Part<'_> {
+    /// What the next step computes: at most `n_max` tokens, and guesses where `may_guess`; and who looks on.
+    pub(crate) fn part(&mut self, n_max: usize, may_guess: bool) -> (Part<'_>, Option<&mut Onlooker>) {
         self.began.get_or_insert_with(Instant::now);
         let rest = &self.tokens[self.sequence.n_tokens()..];
         self.feed.clear();
@@ -130,7 +135,7 @@ impl Answer {
             (true, true) => Logits::Last,
             (true, false) => Logits::All,
         };
-        Part { sequence: &mut self.sequence, tokens: &self.feed, logits }
+        (Part { sequence: &mut self.sequence, tokens: &self.feed, logits }, self.onlooker.as_mut())
     }
 
     /// Rows of logits that the last part wanted.
@@ -168,7 +173,7 @@ impl Answer {
         while !self.is_done {
             session.logits(first + n_right, &mut logits)?;
             let token = self.sampler.sample(&logits)?;
-            self.take(session, tokenizer, token, &logits, on_piece);
+            self.take((session, tokenizer), token, (n_right, &logits), on_piece);
             if self.draft.get(n_right) != Some(&token) {
                 break;
             }
@@ -180,13 +185,12 @@ impl Answer {
         Ok(())
     }
 
-    /// Takes a sampled token into the answer.
+    /// Takes a token into the answer that was sampled from `logits`, those of the `row`-th row of the part that wanted any.
     fn take(
         &mut self,
-        session: &dyn Session,
-        tokenizer: &Tokenizer,
+        (session, tokenizer): (&dyn Session, &Tokenizer),
         token: u32,
-        logits: &[f32],
+        (row, logits): (usize, &[f32]),
         on_piece: &mut dyn FnMut(Piece) -> ControlFlow<()>,
     ) {
         self.sampler.accept(token);
@@ -202,7 +206,8 @@ impl Answer {
         let delta = self.stream.push(&bytes);
         self.out.text.push_str(&delta.text);
         let standing = self.request.n_best.map(|n| standing(logits, token, n));
-        let flow = on_piece(Piece { token: Some(token), text: delta.text, standing });
+        let experts = self.onlooker.as_ref().and_then(|o| o.experts(row));
+        let flow = on_piece(Piece { token: Some(token), text: delta.text, standing, experts });
         if delta.stopped.is_some() {
             self.finish(session, Finish::Stop, on_piece);
         } else if flow.is_break() {
@@ -227,7 +232,7 @@ impl Answer {
         self.out.text.push_str(&text);
         if !text.is_empty() {
             // The answer has ended, whatever the listener says.
-            _ = on_piece(Piece { token: None, text, standing: None });
+            _ = on_piece(Piece { token: None, text, standing: None, experts: None });
         }
         // The first token was the prefill's.
         self.out.n_decode_token = self.out.n_decode_token.saturating_sub(1);

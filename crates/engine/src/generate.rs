@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use crate::answer::{Answer, Piece};
 use crate::engine::Engine;
 use crate::memory;
+use crate::onlook;
 use crate::sampler::{SamplerConfig, SamplerError};
 use crate::session::{Logits, Part, Sequence, StepError};
 use crate::speculate::{NoSpeculation, Speculate, Speculator};
@@ -34,6 +35,8 @@ pub struct Request {
     pub speculate: bool,
     /// Tells of every token where it stands among the model's, and so many of the best.
     pub n_best: Option<usize>,
+    /// Tells of every token which experts the position that gave it went to.
+    pub show_experts: bool,
 }
 
 /// Why generation ended.
@@ -172,7 +175,8 @@ fn run(
             break;
         }
         let start = Instant::now();
-        engine.session.step(&mut [answer.part(PREFILL_CHUNK, true)])?;
+        let (part, onlooker) = answer.part(PREFILL_CHUNK, true);
+        onlook::step(&mut *engine.session, &mut [part], &mut [onlooker])?;
         let time = Some(start.elapsed());
         answer.stepped(&*engine.session, &engine.tokenizer, 0, time, &mut on_piece)?;
     }

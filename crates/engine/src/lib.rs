@@ -14,6 +14,7 @@ pub mod loading;
 pub mod mapping;
 pub mod memory;
 pub mod model_file;
+pub mod onlook;
 pub mod output_parser;
 pub mod prefix_cache;
 pub mod sampler;

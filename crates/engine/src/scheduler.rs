@@ -16,8 +16,9 @@ use apr_core::backend::{BackendError, KV_BLOCK};
 use crate::answer::{Answer, Piece};
 use crate::engine::Engine;
 use crate::generate::{Finish, GenerateError, Generated, PREFILL_CHUNK, Request, check_fits, speculator};
+use crate::onlook;
 use crate::prefix_cache::PrefixCache;
-use crate::session::{KvBlock, Part, StepError};
+use crate::session::{KvBlock, StepError};
 
 /// What is told of a request, on the thread that steps. It must not wait for anything.
 pub trait Listener: Send {
@@ -283,10 +284,10 @@ impl Batcher {
         let mut n_of = vec![0; self.running.len()];
         shares.iter().for_each(|s| n_of[s.i] = s.n_tokens);
         let in_step = self.running.iter_mut().zip(&n_of).filter(|(_, n)| **n > 0);
-        let mut parts: Vec<Part<'_>> = in_step.map(|(r, &n)| r.answer.part(n, is_alone)).collect();
+        let (mut parts, mut onlookers): (Vec<_>, Vec<_>) = in_step.map(|(r, &n)| r.answer.part(n, is_alone)).unzip();
         let n_tokens: usize = parts.iter().map(|p| p.tokens.len()).sum();
         let start = Instant::now();
-        engine.session.step(&mut parts)?;
+        onlook::step(&mut *engine.session, &mut parts, &mut onlookers)?;
         let time = start.elapsed();
         if n_tokens >= 2 * shares.len().max(16) {
             let rate = n_tokens as f64 / time.as_secs_f64();

@@ -32,6 +32,7 @@ fn request(n: usize) -> Request {
         show_control: false,
         speculate: true,
         n_best: None,
+        show_experts: false,
     }
 }
 

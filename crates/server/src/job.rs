@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use apr_engine::answer::{Piece, Standing};
 use apr_engine::generate::{GenerateError, Generated, Request};
+use apr_engine::onlook::Experts;
 use apr_engine::scheduler::Listener;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
@@ -38,6 +39,7 @@ pub(crate) struct Whole {
     pub(crate) generated: Generated,
     /// Of each token, where the request asked for it.
     pub(crate) standings: Vec<Standing>,
+    pub(crate) experts: Vec<Experts>,
 }
 
 /// Submits requests that are answered together; their index is that of their answer.
@@ -98,19 +100,23 @@ impl Answers {
     /// # Errors
     /// Of the first answer that fails; the others are cancelled.
     pub(crate) async fn whole(mut self) -> Result<Vec<Whole>, ApiError> {
-        let mut standings: Vec<Vec<Standing>> = vec![Vec::new(); self.n_open];
+        let mut told: Vec<(Vec<Standing>, Vec<Experts>)> = vec![Default::default(); self.n_open];
         let mut ended: Vec<Option<Generated>> = vec![None; self.n_open];
         while let Some((index, event)) = self.next().await? {
             match event {
-                Event::Piece(piece) => standings[index].extend(piece.standing),
+                Event::Piece(piece) => {
+                    told[index].0.extend(piece.standing);
+                    told[index].1.extend(piece.experts);
+                }
                 Event::End(result) => ended[index] = Some(result?),
             }
         }
-        let whole = |(generated, standings): (Option<Generated>, _)| Whole {
+        let whole = |(generated, (standings, experts)): (Option<Generated>, _)| Whole {
             generated: generated.expect("every answer has ended"),
             standings,
+            experts,
         };
-        Ok(ended.into_iter().zip(standings).map(whole).collect())
+        Ok(ended.into_iter().zip(told).map(whole).collect())
     }
 }
 

@@ -2,6 +2,7 @@
 
 pub(crate) mod chat;
 pub(crate) mod completions;
+mod inside;
 mod logprobs;
 mod messages;
 pub(crate) mod models;

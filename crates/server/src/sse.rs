@@ -129,7 +129,7 @@ mod tests {
     }
 
     fn piece(text: &str) -> Event {
-        Event::Piece(Piece { token: None, text: text.to_string(), standing: None })
+        Event::Piece(Piece { token: None, text: text.to_string(), standing: None, experts: None })
     }
 
     async fn streamed(events: Vec<(usize, Event)>) -> Result<String, ApiError> {

@@ -130,6 +130,7 @@ pub fn run(args: Args) -> Result<Done> {
         show_control: args.special,
         speculate: !args.no_speculate,
         n_best: None,
+        show_experts: false,
     };
     if args.verify {
         verify::or_refuse(&mut engine)?;

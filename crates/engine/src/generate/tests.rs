@@ -62,6 +62,7 @@ fn greedy(n: usize) -> Request {
         show_control: false,
         speculate: false,
         n_best: None,
+        show_experts: false,
     }
 }
 

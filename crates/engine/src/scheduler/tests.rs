@@ -15,6 +15,8 @@ use crate::generate::generate;
 use crate::sampler::SamplerConfig;
 use crate::session::{Runner, SessionSettings};
 
+mod onlooking;
+
 fn load(n_ctx: usize) -> Engine {
     let device = Device::Cpu { n_threads: Some(2), isa: None };
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/tiny-qwen3moe.gguf");
@@ -33,6 +35,7 @@ fn request(prompt: Vec<u32>, n: usize, seed: u64) -> Request {
         show_control: false,
         speculate: true,
         n_best,
+        show_experts: false,
     }
 }
 

@@ -13,6 +13,7 @@ use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::inside::{Shown, TokenExperts};
 use super::logprobs::ChatToken;
 use super::sampling::{Sampling, n_best};
 use super::tools::{self, Call, Outlet, Tools};
@@ -111,6 +112,8 @@ struct Choice {
     index: usize,
     message: Message,
     logprobs: Option<Logprobs>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    apr_experts: Option<Vec<TokenExperts>>,
     finish_reason: &'static str,
 }
 
@@ -136,6 +139,8 @@ struct ChunkChoice<D> {
     index: usize,
     delta: D,
     logprobs: Option<Logprobs>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    apr_experts: Option<TokenExperts>,
     finish_reason: Option<&'static str>,
 }
 
@@ -155,7 +160,8 @@ pub(crate) async fn create(Shared(state): Shared<Arc<State>>, body: JsonBody) ->
     let is_stream = wire.stream.unwrap_or(false);
     StreamOptions::check(wire.stream_options.as_ref(), is_stream)?;
     let chat = Chat::read(&model, body).await?;
-    let (with_logprobs, n_prompt) = (chat.n_best.is_some(), chat.prompt.tokens.len());
+    let shown = Shown { logprobs: chat.n_best.is_some(), experts: chat.sampling.show_experts };
+    let n_prompt = chat.prompt.tokens.len();
     let (answers, outlets) = chat.submit(&state, &model, active)?;
     if is_stream {
         let head = Head::new(&state, &model, "chatcmpl", "chat.completion.chunk");
@@ -164,16 +170,10 @@ pub(crate) async fn create(Shared(state): Shared<Arc<State>>, body: JsonBody) ->
     }
     let whole = answers.whole().await?;
     let head = Head::new(&state, &model, "chatcmpl", "chat.completion");
-    Ok(Json(completion(head, &model.about, whole, outlets, with_logprobs)).into_response())
+    Ok(Json(completion(head, &model.about, whole, outlets, shown)).into_response())
 }
 
-fn completion(
-    head: Head,
-    about: &About,
-    whole: Vec<Whole>,
-    outlets: Vec<Outlet>,
-    with_logprobs: bool,
-) -> Completion<Choice> {
+fn completion(head: Head, about: &About, whole: Vec<Whole>, outlets: Vec<Outlet>, shown: Shown) -> Completion<Choice> {
     let mut usage = Usage::default();
     whole.iter().enumerate().for_each(|(i, w)| usage.add(&w.generated, i == 0));
     let timings = Timings::of(&whole[0].generated);
@@ -183,7 +183,8 @@ fn completion(
         let content = content.or_else(|| tool_calls.is_empty().then(String::new));
         Choice {
             index,
-            logprobs: with_logprobs.then(|| logprobs(&w)),
+            logprobs: shown.logprobs.then(|| logprobs(&w)),
+            apr_experts: shown.experts(w.experts),
             finish_reason: why_ended(&w.generated, &outlet),
             message: Message { role: "assistant", content, reasoning_content, tool_calls, refusal: None },
         }
@@ -207,34 +208,36 @@ struct ChatChunks {
 }
 
 impl ChatChunks {
-    fn delta(&self, index: usize, delta: impl Serialize, logprobs: Option<Logprobs>) -> Event {
-        self.frame.chunk(ChunkChoice { index, delta, logprobs, finish_reason: None })
+    fn delta(&self, index: usize, delta: impl Serialize, told: (Option<Logprobs>, Option<TokenExperts>)) -> Event {
+        let (logprobs, apr_experts) = told;
+        self.frame.chunk(ChunkChoice { index, delta, logprobs, apr_experts, finish_reason: None })
     }
 }
 
 impl Chunks for ChatChunks {
     fn begin(&mut self) -> Vec<Event> {
-        let begin = |index| self.delta(index, Begin { role: "assistant", content: None }, None);
+        let begin = |index| self.delta(index, Begin { role: "assistant", content: None }, (None, None));
         (0..self.outlets.len()).map(begin).collect()
     }
 
     fn piece(&mut self, index: usize, piece: Piece) -> Vec<Event> {
         self.frame.count(&piece);
-        let mut logprobs = piece.standing.map(|s| Logprobs { content: vec![ChatToken::new(&self.frame.about, &s)] });
+        let logprobs = piece.standing.map(|s| Logprobs { content: vec![ChatToken::new(&self.frame.about, &s)] });
+        let mut told = (logprobs, piece.experts.map(TokenExperts::from));
         let mut news = self.outlets[index].push(&piece.text);
-        if news.is_empty() && logprobs.is_some() {
+        if news.is_empty() && (told.0.is_some() || told.1.is_some()) {
             news.push(tools::Fields::silent());
         }
-        news.into_iter().map(|fields| self.delta(index, fields, logprobs.take())).collect()
+        news.into_iter().map(|fields| self.delta(index, fields, std::mem::take(&mut told))).collect()
     }
 
     fn end(&mut self, index: usize, generated: Generated) -> Vec<Event> {
         self.frame.end(&generated, index == 0);
         let news = self.outlets[index].finish();
-        let mut events: Vec<Event> = news.into_iter().map(|fields| self.delta(index, fields, None)).collect();
+        let mut events: Vec<Event> = news.into_iter().map(|fields| self.delta(index, fields, (None, None))).collect();
         let finish_reason = Some(why_ended(&generated, &self.outlets[index]));
         let delta = tools::Fields::default();
-        events.push(self.frame.last(ChunkChoice { index, delta, logprobs: None, finish_reason }));
+        events.push(self.frame.last(ChunkChoice { index, delta, logprobs: None, apr_experts: None, finish_reason }));
         events
     }
 
@@ -299,8 +302,9 @@ mod tests {
 
     #[test]
     fn a_call_is_a_field_of_the_message() {
-        let whole = Whole { generated: generated(ANSWER), standings: Vec::new() };
-        let completion = completion(head(), &about(), vec![whole], vec![outlet()], false);
+        let whole = Whole { generated: generated(ANSWER), standings: Vec::new(), experts: Vec::new() };
+        let shown = Shown { logprobs: false, experts: false };
+        let completion = completion(head(), &about(), vec![whole], vec![outlet()], shown);
         let choice = &serde_json::to_value(completion).unwrap()["choices"][0];
         let function = json!({"name": "find", "arguments": "{\"what\":\"a b\"}"});
         let expected = json!({"role": "assistant", "content": "Looking.", "reasoning_content": "which?", "refusal": null,
@@ -311,7 +315,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_call_comes_in_pieces() {
-        let piece = |c: char| Told::Piece(Piece { token: None, text: c.to_string(), standing: None });
+        let piece = |c: char| Told::Piece(Piece { token: None, text: c.to_string(), standing: None, experts: None });
         let mut events: Vec<(usize, Told)> = ANSWER.chars().map(|c| (0, piece(c))).collect();
         events.push((0, Told::End(Ok(generated(ANSWER)))));
         let usage = Usage::default();

@@ -11,6 +11,7 @@ use axum::response::sse::Event;
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 
+use super::inside::{Shown, TokenExperts};
 use super::logprobs::Columns;
 use super::sampling::{Sampling, n_best};
 use super::usage::{Timings, Usage};
@@ -52,7 +53,17 @@ struct Choice {
     index: usize,
     text: String,
     logprobs: Option<Columns>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    apr_experts: Option<ApiExperts>,
     finish_reason: Option<&'static str>,
+}
+
+/// Of one token in a stream, or of all.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum ApiExperts {
+    Token(TokenExperts),
+    All(Vec<TokenExperts>),
 }
 
 /// A prompt, and its text where it is to be repeated.
@@ -98,7 +109,8 @@ pub(crate) async fn create(
         return sse::respond(answers, chunks, state.settings.keep_alive).await;
     }
     let whole = answers.whole().await?;
-    Ok(Json(completion(head, &model.about, whole, &echoes, sampling.n, n_best.is_some())).into_response())
+    let shown = Shown { logprobs: n_best.is_some(), experts: sampling.show_experts };
+    Ok(Json(completion(head, &model.about, whole, &echoes, sampling.n, shown)).into_response())
 }
 
 /// Refuses what completions cannot do.
@@ -156,19 +168,20 @@ fn completion(
     whole: Vec<Whole>,
     echoes: &[String],
     n: usize,
-    with_logprobs: bool,
+    shown: Shown,
 ) -> Completion<Choice> {
     let mut usage = Usage::default();
     whole.iter().enumerate().for_each(|(i, w)| usage.add(&w.generated, i.is_multiple_of(n)));
     let timings = Timings::of(&whole[0].generated);
     let choice = |(index, w): (usize, Whole)| {
-        let logprobs = with_logprobs.then(|| {
+        let logprobs = shown.logprobs.then(|| {
             let (mut columns, mut offset) = (Columns::default(), 0);
             w.standings.iter().for_each(|s| offset = columns.push(about, s, offset));
             columns
         });
         let text = format!("{}{}", echoes[index / n], w.generated.text);
-        Choice { index, text, logprobs, finish_reason: Some(finish_reason(w.generated.finish)) }
+        let apr_experts = shown.experts(w.experts).map(ApiExperts::All);
+        Choice { index, text, logprobs, apr_experts, finish_reason: Some(finish_reason(w.generated.finish)) }
     };
     Completion { head, choices: whole.into_iter().enumerate().map(choice).collect(), usage, timings }
 }
@@ -184,20 +197,21 @@ struct TextChunks {
 }
 
 impl TextChunks {
-    fn text(&self, index: usize, text: String, logprobs: Option<Columns>) -> Event {
-        self.frame.chunk(Choice { index, text, logprobs, finish_reason: None })
+    fn text(&self, index: usize, text: String, told: (Option<Columns>, Option<TokenExperts>)) -> Event {
+        let (logprobs, apr_experts) = (told.0, told.1.map(ApiExperts::Token));
+        self.frame.chunk(Choice { index, text, logprobs, apr_experts, finish_reason: None })
     }
 }
 
 impl Chunks for TextChunks {
     fn begin(&mut self) -> Vec<Event> {
         let echoed = (0..self.n_char.len()).map(|index| (index, self.echoes[index / self.n].clone()));
-        echoed.filter(|(_, text)| !text.is_empty()).map(|(index, text)| self.text(index, text, None)).collect()
+        echoed.filter(|(_, text)| !text.is_empty()).map(|(index, text)| self.text(index, text, (None, None))).collect()
     }
 
     fn piece(&mut self, index: usize, piece: Piece) -> Vec<Event> {
         self.frame.count(&piece);
-        if piece.text.is_empty() && piece.standing.is_none() {
+        if piece.text.is_empty() && piece.standing.is_none() && piece.experts.is_none() {
             return Vec::new();
         }
         let logprobs = piece.standing.map(|s| {
@@ -205,7 +219,7 @@ impl Chunks for TextChunks {
             self.n_char[index] = columns.push(&self.frame.about, &s, self.n_char[index]);
             columns
         });
-        vec![self.text(index, piece.text, logprobs)]
+        vec![self.text(index, piece.text, (logprobs, piece.experts.map(TokenExperts::from)))]
     }
 
     fn end(&mut self, index: usize, generated: Generated) -> Vec<Event> {

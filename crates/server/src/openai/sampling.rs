@@ -38,6 +38,7 @@ struct Fields {
     frequency_penalty: Option<f64>,
     presence_penalty: Option<f64>,
     logit_bias: Option<BTreeMap<String, f64>>,
+    apr_experts: Option<bool>,
 }
 
 #[derive(Deserialize)]
@@ -53,6 +54,8 @@ pub(super) struct Sampling {
     /// Answers to each prompt.
     pub(super) n: usize,
     pub(super) max_tokens: Option<usize>,
+    /// Tells of every token which experts it came of.
+    pub(super) show_experts: bool,
     stop: Vec<String>,
     ignore_eos: bool,
     sampler: SamplerConfig,
@@ -77,6 +80,7 @@ impl Sampling {
                 None => None,
             },
             stop: stop(f.stop.take())?,
+            show_experts: f.apr_experts.unwrap_or(false),
             ignore_eos: f.ignore_eos.unwrap_or(false),
             sampler: sampler(f, model)?,
         })
@@ -94,6 +98,7 @@ impl Sampling {
             show_control: false,
             speculate: true,
             n_best,
+            show_experts: self.show_experts,
         })
     }
 }

@@ -3,6 +3,7 @@
 mod access;
 mod anthropic;
 mod faults;
+mod inside;
 mod load;
 mod openai;
 mod support;
