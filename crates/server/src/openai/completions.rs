@@ -225,7 +225,7 @@ impl Chunks for TextChunks {
     fn end(&mut self, index: usize, generated: Generated) -> Vec<Event> {
         self.frame.end(&generated, index.is_multiple_of(self.n));
         let finish_reason = Some(finish_reason(generated.finish));
-        let choice = Choice { index, text: String::new(), logprobs: None, finish_reason };
+        let choice = Choice { index, text: String::new(), logprobs: None, apr_experts: None, finish_reason };
         vec![self.frame.last(choice)]
     }
 
