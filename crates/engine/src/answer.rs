@@ -108,6 +108,34 @@ impl Answer {
         self.is_done
     }
 
+    /// Whether the prompt's end has been computed.
+    pub(crate) fn is_prefilled(&self) -> bool {
+        self.prefilled.is_some()
+    }
+
+    pub(crate) fn n_prompt(&self) -> usize {
+        self.request.prompt.len()
+    }
+
+    /// Tokens of the prompt that were found.
+    pub(crate) fn n_cached(&self) -> usize {
+        self.out.n_cached
+    }
+
+    /// How many of the newest `n` tokens of the sequence are the prompt's.
+    pub(crate) fn n_of_prompt(&self, n: usize) -> usize {
+        let (n_prompt, n_tokens) = (self.n_prompt(), self.sequence.n_tokens());
+        n_prompt.min(n_tokens).saturating_sub(n_tokens.saturating_sub(n))
+    }
+
+    /// Begins again with an empty sequence; gives back the one it had.
+    pub(crate) fn set_back(&mut self) -> Sequence {
+        if self.prefilled.is_none() {
+            self.out.n_cached = 0;
+        }
+        std::mem::take(&mut self.sequence)
+    }
+
     /// Goes on from keys and values that were there already; gives back the sequence it had.
     pub(crate) fn found(&mut self, sequence: Sequence) -> Sequence {
         if self.prefilled.is_none() {

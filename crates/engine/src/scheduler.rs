@@ -6,6 +6,7 @@
 
 use std::collections::VecDeque;
 use std::ops::ControlFlow;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -18,6 +19,7 @@ use crate::engine::Engine;
 use crate::generate::{Finish, GenerateError, Generated, PREFILL_CHUNK, Request, check_fits, speculator};
 use crate::onlook;
 use crate::prefix_cache::PrefixCache;
+use crate::sampler::SamplerError;
 use crate::session::{KvBlock, StepError};
 
 /// What is told of a request, on the thread that steps. It must not wait for anything.
@@ -47,14 +49,30 @@ pub struct Limits {
     pub step_time: Duration,
 }
 
-/// What goes on.
+/// What goes on now, and what was done so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Load {
+    /// Answers in the making, requests that wait for one of them to end, blocks that either of them or the prefix cache has, and
+    /// all that may be had.
     pub n_running: usize,
     pub n_waiting: usize,
     pub n_kv_block_used: usize,
-    /// Answers that were set back because others needed their blocks, so far.
+    pub n_kv_block: usize,
+    /// Requests that were submitted, so far as all that follows; those that were refused too.
+    pub n_submitted: u64,
+    /// Tokens of prompts that steps computed: not those that were found, and twice those of a prompt that was set back.
+    pub n_prompt_token: u64,
+    /// Tokens of answers, without the ends of turns.
+    pub n_generated_token: u64,
+    /// Tokens of prompts that were looked up among those kept, and that were found. Counted when the prompt's end is computed.
+    pub n_prefix_queried: u64,
+    pub n_prefix_hit: u64,
+    /// Answers that were set back because others needed their blocks.
     pub n_set_back: u64,
+    /// Answers that nobody waited for any more, or that were broken off.
+    pub n_cancelled: u64,
+    /// Answers that ended because logits were not numbers.
+    pub n_numerical_error: u64,
 }
 
 /// Answers in the making, and requests that wait.
@@ -66,7 +84,8 @@ pub struct Batcher {
     waiting: VecDeque<Running>,
     kept: PrefixCache<KvBlock>,
     prefill_tok_per_s: Option<f64>,
-    n_set_back: u64,
+    /// What was done so far; what goes on now is counted when somebody asks.
+    counts: Load,
 }
 
 struct Running {
@@ -111,12 +130,13 @@ impl Batcher {
             waiting: VecDeque::new(),
             kept: PrefixCache::default(),
             prefill_tok_per_s: None,
-            n_set_back: 0,
+            counts: Load { n_kv_block: limits.n_kv_block, ..Load::default() },
         }
     }
 
     /// Takes a request. One that cannot be answered ends at once.
     pub fn submit(&mut self, engine: &Engine, request: Request, mut listener: Box<dyn Listener>) {
+        self.counts.n_submitted += 1;
         let n_waiting = self.waiting.len();
         if self.running.len() + n_waiting >= self.limits.n_parallel + self.limits.n_queue {
             return listener.end(Err(GenerateError::Busy { n_waiting }));
@@ -137,7 +157,7 @@ impl Batcher {
             n_running: self.running.len(),
             n_waiting: self.waiting.len(),
             n_kv_block_used: engine.session.n_kv_blocks(),
-            n_set_back: self.n_set_back,
+            ..self.counts
         }
     }
 
@@ -166,6 +186,7 @@ impl Batcher {
         for r in &mut self.running {
             r.end(engine, Finish::Cancelled);
         }
+        self.counts.n_cancelled += self.waiting.len() as u64;
         self.waiting.drain(..).for_each(|mut w| w.listener.end(Err(GenerateError::Stopped)));
         self.remove_done(engine);
     }
@@ -178,7 +199,9 @@ impl Batcher {
     }
 
     fn drop_gone(&mut self, engine: &mut Engine) {
+        let n_waiting = self.waiting.len();
         self.waiting.retain(|w| !w.listener.is_gone());
+        self.counts.n_cancelled += (n_waiting - self.waiting.len()) as u64;
         for r in self.running.iter_mut().filter(|r| r.listener.is_gone()) {
             r.end(engine, Finish::Cancelled);
         }
@@ -294,14 +317,23 @@ impl Batcher {
             self.prefill_tok_per_s = Some(self.prefill_tok_per_s.map_or(rate, |before| 0.7 * before + 0.3 * rate));
         }
         let mut row = 0;
-        for (r, _) in self.running.iter_mut().zip(&n_of).filter(|(_, n)| **n > 0) {
+        for (r, &n) in self.running.iter_mut().zip(&n_of).filter(|(_, n)| **n > 0) {
             let Running { answer, listener, failed } = r;
             let n_rows = answer.n_rows();
-            let mut on_piece = |piece| listener.piece(piece);
+            self.counts.n_prompt_token += answer.n_of_prompt(n) as u64;
+            let (counts, is_first) = (&mut self.counts, !answer.is_prefilled());
+            let mut on_piece = |piece: Piece| {
+                counts.n_generated_token += u64::from(piece.token.is_some());
+                listener.piece(piece)
+            };
             let stepped =
                 answer.stepped(&*engine.session, &engine.tokenizer, row, is_alone.then_some(time), &mut on_piece);
             row += n_rows;
             *failed = stepped.err();
+            if is_first && answer.is_prefilled() && self.limits.keep_prefixes {
+                self.counts.n_prefix_queried += answer.n_prompt() as u64;
+                self.counts.n_prefix_hit += answer.n_cached() as u64;
+            }
         }
         Ok(())
     }
@@ -323,15 +355,20 @@ impl Batcher {
     /// Takes the keys and values of who came last away; they are computed again when there is room.
     fn set_back_last(&mut self, engine: &mut Engine) {
         let Some(mut last) = self.running.pop() else { return };
-        engine.session.release(&mut last.answer.sequence);
+        engine.session.release(&mut last.answer.set_back());
         self.waiting.push_front(last);
-        self.n_set_back += 1;
+        self.counts.n_set_back += 1;
     }
 
     fn remove_done(&mut self, engine: &mut Engine) {
         for mut r in self.running.extract_if(.., |r| r.is_done()) {
             engine.session.release(&mut r.answer.sequence);
             let result = r.failed.map_or_else(|| Ok(r.answer.into_generated()), Err);
+            match &result {
+                Ok(generated) => self.counts.n_cancelled += u64::from(generated.finish == Finish::Cancelled),
+                Err(GenerateError::Sampler(SamplerError::NotFinite { .. })) => self.counts.n_numerical_error += 1,
+                Err(_) => {}
+            }
             r.listener.end(result);
         }
     }
@@ -348,6 +385,7 @@ fn begin(engine: &Engine, request: Request) -> Result<Answer, GenerateError> {
 pub struct Scheduler {
     commands: Sender<Command>,
     load: Arc<Mutex<Load>>,
+    n_submitted: AtomicU64,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -370,17 +408,17 @@ impl Scheduler {
         let told = load.clone();
         let thread = std::thread::Builder::new().name("scheduler".into()).spawn(move || {
             let mut batcher = Batcher::new(limits);
-            while follow(&received, &mut batcher, &mut engine) {
-                *told.lock().unwrap_or_else(|e| e.into_inner()) = batcher.load(&engine);
+            while follow(&received, &mut batcher, &mut engine, &told) {
                 batcher.step(&mut engine);
             }
             batcher.cancel_all(&mut engine);
         })?;
-        Ok(Scheduler { commands, load, thread: Some(thread) })
+        Ok(Scheduler { commands, load, n_submitted: AtomicU64::new(0), thread: Some(thread) })
     }
 
     /// Takes a request; its listener is told of everything, refusal too.
     pub fn submit(&self, request: Request, listener: Box<dyn Listener>) {
+        self.n_submitted.fetch_add(1, Ordering::Relaxed);
         if let Err(e) = self.commands.send(Command::Submit(Box::new(request), listener))
             && let Command::Submit(_, mut listener) = e.0
         {
@@ -401,9 +439,11 @@ impl Scheduler {
         _ = self.commands.send(Command::CancelAll);
     }
 
-    /// What went on before the last step.
+    /// What goes on: where a step runs, as it was before it; what was submitted since then waits.
     pub fn load(&self) -> Load {
-        *self.load.lock().unwrap_or_else(|e| e.into_inner())
+        let told = *self.load.lock().unwrap_or_else(|e| e.into_inner());
+        let n_submitted = self.n_submitted.load(Ordering::Relaxed).max(told.n_submitted);
+        Load { n_waiting: told.n_waiting + (n_submitted - told.n_submitted) as usize, n_submitted, ..told }
     }
 
     /// Whether the thread runs.
@@ -423,8 +463,10 @@ impl Drop for Scheduler {
 }
 
 /// Does what was asked for since the last step, and waits where there is nothing else to do; false when nobody is left to ask.
-fn follow(received: &Receiver<Command>, batcher: &mut Batcher, engine: &mut Engine) -> bool {
+fn follow(received: &Receiver<Command>, batcher: &mut Batcher, engine: &mut Engine, told: &Mutex<Load>) -> bool {
     loop {
+        // Before the wait too, as nobody would correct it until something comes.
+        *told.lock().unwrap_or_else(|e| e.into_inner()) = batcher.load(engine);
         let command = match batcher.is_idle() {
             true => received.recv().map_err(|_| TryRecvError::Disconnected),
             false => received.try_recv(),

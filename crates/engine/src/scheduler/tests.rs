@@ -17,10 +17,15 @@ use crate::session::{Runner, SessionSettings};
 
 mod onlooking;
 
+const TINY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../fixtures/tiny-qwen3moe.gguf");
+
 fn load(n_ctx: usize) -> Engine {
+    load_file(Path::new(TINY), n_ctx)
+}
+
+fn load_file(path: &Path, n_ctx: usize) -> Engine {
     let device = Device::Cpu { n_threads: Some(2), isa: None };
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/tiny-qwen3moe.gguf");
-    Engine::load(&path, EngineOptions { device, kv_type: KvType::F16, n_ctx: Some(n_ctx) }).unwrap()
+    Engine::load(path, EngineOptions { device, kv_type: KvType::F16, n_ctx: Some(n_ctx) }).unwrap()
 }
 
 fn request(prompt: Vec<u32>, n: usize, seed: u64) -> Request {
@@ -309,6 +314,84 @@ fn a_thread_answers_several_and_ends_when_nobody_asks() {
     scheduler.cancel_all();
     drop(scheduler);
     assert!(endless.has_ended());
+}
+
+#[test]
+fn what_was_done_is_counted() {
+    let mut engine = load(400);
+    let mut batcher = Batcher::new(Limits { n_queue: 1, ..limits(2, 20) });
+    let asked = request((100..250).collect(), 10, 1);
+    let told: Vec<_> = (0..4).map(|_| submit(&mut batcher, &engine, &asked)).collect();
+    let load = batcher.load(&engine);
+    assert_eq!((load.n_submitted, load.n_waiting, load.n_running), (4, 3, 0));
+    run(&mut batcher, &mut engine);
+    let generated: Vec<Generated> = told[..3].iter().map(|t| t.generated()).collect();
+    let n_cached: usize = generated.iter().map(|g| g.n_cached).sum();
+    let load = batcher.load(&engine);
+    assert_eq!((load.n_running, load.n_waiting, load.n_kv_block), (0, 0, 20));
+    assert_eq!(load.n_prompt_token, 3 * 150 - n_cached as u64);
+    assert_eq!(load.n_generated_token, 30);
+    assert_eq!((load.n_prefix_queried, load.n_prefix_hit), (450, n_cached as u64));
+    assert!(n_cached >= 256, "two of three find two whole blocks at least");
+    assert_eq!((load.n_cancelled, load.n_numerical_error, load.n_set_back), (0, 0, 0));
+    let told = submit(&mut batcher, &engine, &asked);
+    batcher.step(&mut engine);
+    let waits: Vec<_> = (0..2).map(|_| submit(&mut batcher, &engine, &asked)).collect();
+    [&told, &waits[0], &waits[1]].iter().for_each(|t| t.is_gone.store(true, Ordering::Relaxed));
+    batcher.step(&mut engine);
+    assert_eq!(batcher.load(&engine).n_cancelled, 3);
+}
+
+/// The tiny model, whose embedding of one token is not a number.
+fn poisoned(token: usize, n_ctx: usize) -> Engine {
+    const Q4_K_BLOCK: usize = 144;
+    let mut bytes = std::fs::read(TINY).unwrap();
+    let info = load(n_ctx).file.gguf.tensor("token_embd.weight").unwrap().clone();
+    assert_eq!((info.qtype.name(), info.ne[0]), ("Q4_K", 256), "a row is a block");
+    let at = info.offset as usize + token * Q4_K_BLOCK;
+    bytes[at..at + 2].copy_from_slice(&0x7e00u16.to_le_bytes());
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("poisoned.gguf");
+    std::fs::write(&path, bytes).unwrap();
+    load_file(&path, n_ctx)
+}
+
+#[test]
+fn logits_that_are_not_numbers_end_their_own_answer_only() {
+    let mut engine = poisoned(7, 400);
+    let good: Vec<Request> = (0..3).map(|i| request((100 + i..180).collect(), 20, u64::from(i))).collect();
+    let want: Vec<Generated> = good.iter().map(|r| alone(&mut engine, r)).collect();
+    let bad = request((100..150).chain([7]).chain(150..160).collect(), 20, 9);
+    let mut batcher = Batcher::new(limits(4, 100));
+    let mut told = vec![submit(&mut batcher, &engine, &good[0])];
+    let spoiled = submit(&mut batcher, &engine, &bad);
+    told.extend(good[1..].iter().map(|r| submit(&mut batcher, &engine, r)));
+    run(&mut batcher, &mut engine);
+    let error = spoiled.result.lock().unwrap().take().unwrap().unwrap_err();
+    assert!(matches!(error, GenerateError::Sampler(SamplerError::NotFinite { .. })), "{error}");
+    assert!(error.to_string().contains("apr trace shows where"), "{error}");
+    told.iter().zip(&want).for_each(|(told, want)| check_same(told, want));
+    assert_eq!(batcher.load(&engine).n_numerical_error, 1);
+    check_empty(&mut batcher, &mut engine);
+}
+
+#[test]
+fn what_goes_on_is_told_while_nothing_does() {
+    let scheduler = Scheduler::start(load(400), limits(1, 100)).unwrap();
+    let told: Vec<Arc<Told>> = (0..3).map(|_| Told::new()).collect();
+    for told in &told {
+        scheduler.submit(request((100..160).collect(), 20, 1), Box::new(Ear(told.clone())));
+        let load = scheduler.load();
+        assert!(load.n_running + load.n_waiting > 0 || told.has_ended(), "what was submitted counts at once");
+    }
+    while !told.iter().all(|t| t.has_ended()) {
+        std::thread::yield_now();
+    }
+    // The thread waits again once it has done this.
+    scheduler.with_engine(|_| ()).unwrap();
+    let load = scheduler.load();
+    assert_eq!((load.n_running, load.n_waiting, load.n_submitted), (0, 0, 3));
+    assert_eq!(load.n_generated_token, 60);
 }
 
 proptest! {
