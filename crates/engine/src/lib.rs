@@ -30,7 +30,7 @@ pub mod verify;
 mod cgroup;
 mod engine;
 
-pub use apr_core::backend::{BackendError, KvType, Precision};
+pub use apr_core::backend::{BackendError, KV_BLOCK, KvType, Precision};
 pub use apr_core::gguf;
 pub use apr_core::hparams::Hparams;
 pub use apr_core::models;

@@ -32,6 +32,11 @@ pub fn peak_rss() -> Option<u64> {
     field(&read_to_string("/proc/self/status").ok()?, "VmHWM:", 1024)
 }
 
+/// The memory this process has now, as [`peak_rss`] counts it.
+pub fn rss() -> Option<u64> {
+    field(&read_to_string("/proc/self/status").ok()?, "VmRSS:", 1024)
+}
+
 /// Bytes of the buffers of a step of `n_tokens` of which one wants logits: activations, as floats and in their 8-bit form.
 pub fn buffer_bytes(h: &Hparams, n_tokens: usize) -> u64 {
     let (k, n_ff, n_expert) = h.experts.as_ref().map_or((1, h.n_ff, 0), |e| (e.n_expert_used, e.n_ff_exp, e.n_expert));

@@ -58,6 +58,8 @@ pub struct Load {
     pub n_waiting: usize,
     pub n_kv_block_used: usize,
     pub n_kv_block: usize,
+    /// Blocks that only the prefix cache has.
+    pub n_kv_block_idle: usize,
     /// Requests that were submitted, so far as all that follows; those that were refused too.
     pub n_submitted: u64,
     /// Tokens of prompts that steps computed: not those that were found, and twice those of a prompt that was set back.
@@ -157,6 +159,7 @@ impl Batcher {
             n_running: self.running.len(),
             n_waiting: self.waiting.len(),
             n_kv_block_used: engine.session.n_kv_blocks(),
+            n_kv_block_idle: self.n_idle(engine),
             ..self.counts
         }
     }
@@ -208,10 +211,15 @@ impl Batcher {
         self.remove_done(engine);
     }
 
+    /// Blocks that are kept for later prompts and that no answer has.
+    fn n_idle(&self, engine: &Engine) -> usize {
+        self.kept.count(|block| !engine.session.is_used(block))
+    }
+
     /// Begins answers while there is room for what is known of them.
     fn admit(&mut self, engine: &Engine) {
         while self.running.len() < self.limits.n_parallel && !self.waiting.is_empty() {
-            let idle = self.kept.count(|block| !engine.session.is_used(block));
+            let idle = self.n_idle(engine);
             let promised: usize = self.running.iter().map(Running::n_blocks_to_come).sum();
             let next = &self.waiting[0];
             let need = next.n_blocks_to_come() - self.kept.n_found(next.answer.tokens());

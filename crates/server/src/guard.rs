@@ -36,6 +36,7 @@ pub(crate) async fn guard(Shared(state): Shared<Arc<State>>, request: Request, n
     if form == ErrorForm::Anthropic {
         response.headers_mut().insert(ANTHROPIC_REQUEST_ID, id.clone());
     }
+    state.metrics.answered(response.status());
     response.headers_mut().insert(REQUEST_ID, id);
     response
 }

@@ -15,6 +15,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use crate::errors::ApiError;
+use crate::metrics::Watch;
 use crate::model::Model;
 use crate::state::{Active, Settings};
 
@@ -67,6 +68,8 @@ pub(crate) fn submit(
             events: sender.clone(),
             n_pending: n_pending.clone(),
             n_backlog: settings.n_backlog * n_open,
+            is_unread: false,
+            watch: Watch::new(model.metrics.clone(), request.prompt.len()),
             _place: one,
         };
         model.scheduler.submit(request, Box::new(reporter));
@@ -127,15 +130,24 @@ struct Reporter {
     n_pending: Arc<AtomicUsize>,
     /// With more pieces pending nobody is taken to read them.
     n_backlog: usize,
+    /// Whether so many were.
+    is_unread: bool,
+    watch: Watch,
     _place: OwnedSemaphorePermit,
 }
 
 impl Listener for Reporter {
     fn piece(&mut self, piece: Piece) -> ControlFlow<()> {
+        if piece.token.is_some() {
+            self.watch.token();
+        }
         let n_pending = self.n_pending.fetch_add(1, Ordering::Relaxed);
         match self.events.send((self.index, Event::Piece(piece))) {
             Ok(()) if n_pending < self.n_backlog => ControlFlow::Continue(()),
-            _ => ControlFlow::Break(()),
+            _ => {
+                self.is_unread = true;
+                ControlFlow::Break(())
+            }
         }
     }
 
@@ -144,8 +156,15 @@ impl Listener for Reporter {
     }
 
     fn end(&mut self, result: Result<Generated, GenerateError>) {
+        self.watch.ended(&result, self.is_unread || self.is_gone());
         // Nobody may be left to hear it.
         _ = self.events.send((self.index, Event::End(result)));
+    }
+}
+
+impl Drop for Reporter {
+    fn drop(&mut self) {
+        self.watch.let_go();
     }
 }
 

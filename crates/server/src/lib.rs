@@ -12,6 +12,7 @@ mod health;
 mod job;
 mod json_text;
 mod keys;
+mod metrics;
 mod model;
 mod names;
 mod openai;

@@ -9,6 +9,7 @@ use apr_engine::scheduler::{Limits, Scheduler};
 use apr_engine::{About, Engine, EngineError};
 use tokio::sync::Semaphore;
 
+use crate::metrics::Metrics;
 use crate::names::Names;
 
 /// A model that answers.
@@ -16,6 +17,7 @@ pub struct Model {
     pub(crate) about: Arc<About>,
     pub(crate) scheduler: Scheduler,
     pub(crate) names: Names,
+    pub(crate) metrics: Arc<Metrics>,
     /// Sampling where a request says nothing: the file's, or greedy.
     pub(crate) defaults: SamplerConfig,
     /// Answers that may be in the making or wait; one permit each.
@@ -42,8 +44,10 @@ impl Model {
     pub fn start(engine: Engine, limits: Limits, aliases: Vec<String>) -> Result<Model, ModelError> {
         let about = engine.about.clone();
         let n_places = limits.n_parallel + limits.n_queue;
+        let names = Names::of(&about, aliases);
         Ok(Model {
-            names: Names::of(&about, aliases),
+            metrics: Arc::new(Metrics::new(&names.id, about.n_ctx, &limits)),
+            names,
             defaults: about.sampling_defaults()?,
             places: Arc::new(Semaphore::new(n_places)),
             n_places,

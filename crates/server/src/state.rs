@@ -11,6 +11,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use crate::errors::ApiError;
 use crate::keys::Keys;
+use crate::metrics::ServerMetrics;
 use crate::model::Model;
 use crate::tls::Tls;
 
@@ -82,6 +83,7 @@ pub(crate) struct State {
     /// Names under which clients of this machine may know it, beside the usual ones.
     pub(crate) host: String,
     pub(crate) phase: watch::Sender<Phase>,
+    pub(crate) metrics: ServerMetrics,
     model: OnceLock<Arc<Model>>,
     /// Requests that are being answered.
     n_active: watch::Sender<usize>,
@@ -113,6 +115,7 @@ impl State {
             ip,
             host,
             phase: watch::channel(Phase::Open).0,
+            metrics: ServerMetrics::new(),
             model: OnceLock::new(),
             n_active: watch::channel(0).0,
             id_salt: RandomState::new(),

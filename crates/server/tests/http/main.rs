@@ -5,6 +5,7 @@ mod anthropic;
 mod faults;
 mod inside;
 mod load;
+mod metrics;
 mod openai;
 mod support;
 mod tls;
