@@ -16,6 +16,7 @@ mod metrics;
 mod model;
 mod names;
 mod openai;
+mod openapi;
 mod prompt;
 mod routes;
 mod server;

@@ -12,13 +12,14 @@ use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::errors::ApiError;
 use crate::state::State;
-use crate::{guard, health, keys, metrics, openai};
+use crate::{guard, health, keys, metrics, openai, openapi};
 
 /// Everything that is answered.
 pub(crate) fn router(state: Arc<State>) -> Router {
     Router::new()
         .route("/health", get(health::health))
         .route("/metrics", get(metrics::metrics))
+        .route("/openapi.json", get(openapi::openapi))
         .route("/v1/models", get(openai::models::list))
         .route("/v1/models/{*id}", get(openai::models::one))
         .route("/v1/chat/completions", post(openai::chat::create))

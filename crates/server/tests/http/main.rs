@@ -7,5 +7,6 @@ mod inside;
 mod load;
 mod metrics;
 mod openai;
+mod openapi;
 mod support;
 mod tls;
