@@ -87,14 +87,33 @@ fn is_length_limit(e: &axum::Error) -> bool {
 }
 
 fn object(bytes: &[u8]) -> Result<Value, ApiError> {
-    let value = serde_json::from_str::<Value>(&readable(bytes))
+    let mut value = serde_json::from_str::<Value>(&readable(bytes))
         .map_err(|e| ApiError::invalid("invalid_json", format!("the body is not JSON: {e}")))?;
-    match &value {
-        Value::Object(_) => Ok(value),
+    match &mut value {
+        Value::Object(fields) => {
+            fields.values_mut().for_each(make_whole);
+            Ok(value)
+        }
         other => {
             let message = format!("the body is {}; expected a JSON object", kind_of(other));
             Err(ApiError::invalid("invalid_type", message))
         }
+    }
+}
+
+/// Writes `1.0` as `1`, as languages that know one kind of number send integers so; in lists too, but not in what belongs to a
+/// message or a schema.
+fn make_whole(value: &mut Value) {
+    /// Up to here every integer is a float.
+    const EXACT: f64 = (1_i64 << 53) as f64;
+    match value {
+        Value::Number(n) if n.is_f64() => {
+            if let Some(x) = n.as_f64().filter(|x| x.fract() == 0.0 && x.abs() <= EXACT) {
+                *value = (x as i64).into();
+            }
+        }
+        Value::Array(list) => list.iter_mut().for_each(make_whole),
+        _ => {}
     }
 }
 
@@ -119,4 +138,17 @@ pub(crate) fn fields<T: DeserializeOwned>(body: &Value) -> Result<T, ApiError> {
         path if path == "." => ApiError::invalid("invalid_type", e.inner().to_string()),
         path => ApiError { code: Some("invalid_type"), ..ApiError::field(&path, e.inner()) },
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn integers_may_be_written_as_floats() {
+        let body = object(br#"{"a": 16.0, "b": [[1.0, -2.0]], "c": 1.5, "d": 1e30, "e": {"x": 1.0}}"#).unwrap();
+        assert_eq!(body, json!({"a": 16, "b": [[1, -2]], "c": 1.5, "d": 1e30, "e": {"x": 1.0}}));
+    }
 }
