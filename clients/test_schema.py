@@ -1,0 +1,49 @@
+"""Requests that /openapi.json allows, and requests that it does not, made up by schemathesis.
+
+No answer may be a 5xx, and every answer has to be one that the document names: its status, type and shape. What the document
+forbids has to be refused. What it allows may still be refused with a 400, as limits of the model and its context are in no document.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import unittest
+import urllib.request
+from pathlib import Path
+
+from server import Server
+
+# Requests to each operation, and seconds for everything.
+EXAMPLES = os.environ.get("SCHEMA_EXAMPLES", "40")
+SECONDS = os.environ.get("SCHEMA_SECONDS", "60")
+
+CONFIG = """
+[checks.positive_data_acceptance]
+expected-statuses = ["2xx", 400]
+"""
+
+
+class Schema(unittest.TestCase):
+    def test_answers_are_those_that_the_document_names(self):
+        with Server("--parallel", "4") as server, tempfile.TemporaryDirectory() as folder:
+            with urllib.request.urlopen(server.url + "/openapi.json") as reply:
+                document = json.load(reply)
+            # Made-up names would all be those of no model.
+            document["components"]["schemas"]["ModelName"] = {"enum": [server.model, None]}
+            document["paths"]["/v1/models/{id}"]["get"]["parameters"][0]["schema"] = {"enum": [server.model]}
+            (Path(folder) / "openapi.json").write_text(json.dumps(document))
+            (Path(folder) / "schemathesis.toml").write_text(CONFIG)
+            command = [Path(sys.executable).parent / "st", "--config-file", "schemathesis.toml", "run", "openapi.json"]
+            command += ["--url", server.url, "--checks", "all", "--seed", "1", "--max-examples", EXAMPLES]
+            command += ["--phases", "examples,coverage,fuzzing", "--max-time", SECONDS, "--continue-on-failure"]
+            command += ["--request-timeout", "60", "--generation-database", "none", "--no-color"]
+            done = subprocess.run(command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            self.assertEqual(done.returncode, 0, done.stdout)
+            with urllib.request.urlopen(server.url + "/health") as reply:
+                self.assertEqual(json.load(reply), {"status": "ok"})
+
+
+if __name__ == "__main__":
+    unittest.main()
