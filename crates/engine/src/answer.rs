@@ -236,7 +236,8 @@ impl Answer {
         let standing = self.request.n_best.map(|n| standing(logits, token, n));
         let experts = self.onlooker.as_ref().and_then(|o| o.experts(row));
         let flow = on_piece(Piece { token: Some(token), text: delta.text, standing, experts });
-        if delta.stopped.is_some() {
+        if let Some(index) = delta.stopped {
+            self.out.stopped = Some(self.request.stop[index].clone());
             self.finish(session, Finish::Stop, on_piece);
         } else if flow.is_break() {
             self.finish(session, Finish::Cancelled, on_piece);

@@ -68,6 +68,8 @@ pub struct Generated {
     /// Without the end-of-turn token.
     pub tokens: Vec<u32>,
     pub finish: Finish,
+    /// The stop string that ended it, which is not in the text.
+    pub stopped: Option<String>,
     /// The seed that was used; drawn where none was given.
     pub seed: u64,
     pub n_prompt: usize,
@@ -234,6 +236,7 @@ impl Generated {
             text: String::new(),
             tokens: Vec::new(),
             finish: Finish::Length,
+            stopped: None,
             seed,
             n_prompt: request.prompt.len(),
             n_cached: 0,

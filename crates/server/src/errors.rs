@@ -73,6 +73,16 @@ impl ApiError {
         ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", Some(code), message)
     }
 
+    /// The same, for an API that calls fields otherwise: pairs of a name as it is here and as its clients know it.
+    pub(crate) fn renamed(self, names: &[(&str, &str)]) -> ApiError {
+        let Some(param) = &self.param else { return self };
+        let is_at =
+            |name: &str| param.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '[']));
+        let Some((old, new)) = names.iter().find(|(old, _)| is_at(old)) else { return self };
+        let renamed = |text: &str| text.strip_prefix(old).map_or(text.to_string(), |rest| format!("{new}{rest}"));
+        ApiError { message: renamed(&self.message), param: Some(renamed(param)), ..self }
+    }
+
     fn may_be_retried(&self) -> bool {
         matches!(self.status, StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS)
     }
@@ -104,8 +114,8 @@ impl ErrorForm {
         }
     }
 
-    /// An error in this form.
-    pub(crate) fn body(self, e: &ApiError, request_id: &str) -> Value {
+    /// An error in this form; in the middle of a stream the client has the request's id already.
+    pub(crate) fn body(self, e: &ApiError, request_id: Option<&str>) -> Value {
         match self {
             ErrorForm::OpenAi => {
                 json!({"error": {"message": e.message, "type": e.kind, "param": e.param, "code": e.code}})
@@ -132,7 +142,7 @@ impl ErrorForm {
         let Some(e) = response.extensions_mut().remove::<ApiError>() else { return response };
         let (mut head, _) = response.into_parts();
         head.status = self.status(head.status);
-        Response::from_parts(head, Body::from(self.body(&e, request_id).to_string()))
+        Response::from_parts(head, Body::from(self.body(&e, Some(request_id)).to_string()))
     }
 }
 
@@ -236,15 +246,24 @@ mod tests {
     }
 
     #[test]
+    fn a_field_is_called_what_the_client_calls_it() {
+        let names = [("stop", "stop_sequences")];
+        let e = ApiError::field("stop[1]", "is long").renamed(&names);
+        assert_eq!((e.param.as_deref(), e.message.as_str()), (Some("stop_sequences[1]"), "stop_sequences[1]: is long"));
+        let e = ApiError::field("stops", "is long");
+        assert_eq!(e.clone().renamed(&names), e);
+    }
+
+    #[test]
     fn every_form_says_the_same() {
         let e = ApiError::field("top_p", "expected less");
         let expected = json!({"error": {"message": "top_p: expected less", "type": "invalid_request_error",
             "param": "top_p", "code": "invalid_value"}});
-        assert_eq!(ErrorForm::OpenAi.body(&e, "r1"), expected);
-        assert_eq!(ErrorForm::Ollama.body(&e, "r1"), json!({"error": "top_p: expected less"}));
+        assert_eq!(ErrorForm::OpenAi.body(&e, Some("r1")), expected);
+        assert_eq!(ErrorForm::Ollama.body(&e, Some("r1")), json!({"error": "top_p: expected less"}));
         let error = json!({"type": "invalid_request_error", "message": "top_p: expected less"});
         let expected = json!({"type": "error", "error": error, "request_id": "r1"});
-        assert_eq!(ErrorForm::Anthropic.body(&e, "r1"), expected);
+        assert_eq!(ErrorForm::Anthropic.body(&e, Some("r1")), expected);
     }
 
     #[test]
@@ -253,9 +272,9 @@ mod tests {
         let unavailable = response(ErrorForm::Anthropic, ApiError::unavailable("loading"));
         assert_eq!(unavailable.status().as_u16(), 529);
         assert!(unavailable.headers().contains_key(header::RETRY_AFTER));
-        let body = ErrorForm::Anthropic.body(&ApiError::unavailable("loading"), "");
+        let body = ErrorForm::Anthropic.body(&ApiError::unavailable("loading"), None);
         assert_eq!(body["error"]["type"], "overloaded_error");
-        assert_eq!(ErrorForm::Anthropic.body(&ApiError::busy(), "")["error"]["type"], "rate_limit_error");
+        assert_eq!(ErrorForm::Anthropic.body(&ApiError::busy(), None)["error"]["type"], "rate_limit_error");
         assert_eq!(response(ErrorForm::Anthropic, ApiError::busy()).status(), 429);
         assert_eq!(response(ErrorForm::Ollama, ApiError::unavailable("loading")).status(), 503);
     }

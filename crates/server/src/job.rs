@@ -170,15 +170,44 @@ impl Drop for Reporter {
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use std::time::Duration;
+
+    use apr_engine::generate::{Finish, SpeculationCounts};
+
     use super::*;
     use crate::state::State;
 
     /// Answers of which this is told before the engine goes away.
     pub(crate) fn answers(n: usize, told: Vec<(usize, Event)>) -> Answers {
-        let (sender, events) = unbounded_channel();
-        let n_pending = Arc::new(AtomicUsize::new(told.len()));
+        let (answers, sender) = pending(n);
+        answers.n_pending.store(told.len(), Ordering::Relaxed);
         told.into_iter().for_each(|event| sender.send(event).unwrap());
+        answers
+    }
+
+    /// Answers of which nothing is told yet.
+    pub(crate) fn pending(n: usize) -> (Answers, UnboundedSender<(usize, Event)>) {
+        let (sender, events) = unbounded_channel();
         let state = State::new(Settings::default(), std::net::Ipv4Addr::LOCALHOST.into(), String::new());
-        Answers { events, n_pending, n_open: n, _active: Arc::new(state).count() }
+        (Answers { events, n_pending: Arc::default(), n_open: n, _active: Arc::new(state).count() }, sender)
+    }
+
+    /// An answer that has ended by itself.
+    pub(crate) fn generated(text: &str) -> Generated {
+        Generated {
+            text: text.to_string(),
+            tokens: vec![1],
+            finish: Finish::Stop,
+            stopped: None,
+            seed: 0,
+            n_prompt: 3,
+            n_cached: 0,
+            prefill: Duration::ZERO,
+            decode: Duration::ZERO,
+            n_decode_token: 0,
+            speculation: SpeculationCounts::default(),
+            decode_read_bytes: None,
+            kv_bytes: 0,
+        }
     }
 }

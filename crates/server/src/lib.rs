@@ -1,10 +1,12 @@
 //! HTTP over the engine: the only crate that knows wire types.
 //!
 //! [`Server`] listens and stops; [`Model`] is what it answers with. A request goes one way: `guard` looks where it comes from,
-//! `extract` reads its body, an API (`openai`) makes requests of the engine of it, `job` submits them, and what comes back is
+//! `extract` reads its body, an API (`openai`, `anthropic`) makes requests of the engine of it, `job` submits them, and what comes back is
 //! collected into one body or streamed by `sse`. An API is its wire types and two conversions; nothing else knows them.
 
 mod accept;
+mod anthropic;
+mod blocks;
 mod errors;
 mod extract;
 mod guard;

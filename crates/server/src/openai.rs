@@ -181,7 +181,7 @@ fn event(value: &impl Serialize) -> Event {
 
 /// An error in the middle of a stream.
 fn error_event(e: &ApiError) -> Event {
-    event(&ErrorForm::OpenAi.body(e, ""))
+    event(&ErrorForm::OpenAi.body(e, None))
 }
 
 /// A field that is neither missing nor null: both mean the same.

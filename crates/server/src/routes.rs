@@ -12,7 +12,7 @@ use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::errors::ApiError;
 use crate::state::State;
-use crate::{guard, health, keys, metrics, openai, openapi};
+use crate::{anthropic, guard, health, keys, metrics, openai, openapi};
 
 /// Everything that is answered.
 pub(crate) fn router(state: Arc<State>) -> Router {
@@ -24,6 +24,8 @@ pub(crate) fn router(state: Arc<State>) -> Router {
         .route("/v1/models/{*id}", get(openai::models::one))
         .route("/v1/chat/completions", post(openai::chat::create))
         .route("/v1/completions", post(openai::completions::create))
+        .route("/v1/messages", post(anthropic::messages))
+        .route("/v1/messages/count_tokens", post(anthropic::count_tokens))
         .fallback(async || ApiError::refused(StatusCode::NOT_FOUND, "unknown_path", "there is nothing at this path"))
         .method_not_allowed_fallback(async || {
             let message = "this path does not take this method; the Allow header names those it takes";

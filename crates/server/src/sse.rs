@@ -29,9 +29,13 @@ pub(crate) trait Chunks: Send + 'static {
     fn finish(&mut self) -> Vec<SseEvent>;
     /// Something failed, and nothing follows.
     fn error(&mut self, e: &ApiError) -> Vec<SseEvent>;
+    /// Nothing has happened for a while.
+    fn alive(&self) -> SseEvent {
+        SseEvent::default().comment("keep-alive")
+    }
 }
 
-/// A stream of events; comments keep it alive while nothing is there to be sent.
+/// A stream of events, kept alive while nothing is there to be sent.
 ///
 /// # Errors
 /// What fails at once.
@@ -48,13 +52,13 @@ pub(crate) async fn respond(
             None => ready.extend(chunks.finish()),
         }
     }
+    let alive = KeepAlive::new().interval(keep_alive).event(chunks.alive());
     let start = Streaming { answers: Some(answers), chunks, ready };
     let events = stream::unfold(start, |mut s| async {
         let event = s.next().await?;
         Some((Ok::<_, Infallible>(event), s))
     });
-    let comments = KeepAlive::new().interval(keep_alive).text("keep-alive");
-    let mut response = Sse::new(events).keep_alive(comments).into_response();
+    let mut response = Sse::new(events).keep_alive(alive).into_response();
     // nginx would collect the events otherwise.
     let header = (HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no"));
     response.headers_mut().insert(header.0, header.1);

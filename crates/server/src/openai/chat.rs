@@ -58,7 +58,14 @@ impl Chat {
     ///
     /// # Errors
     /// A field that is wrong, by its name in OpenAI's form; more tokens than the context holds.
-    pub(crate) async fn read(model: &Model, JsonBody { mut body, room }: JsonBody) -> Result<Chat, ApiError> {
+    pub(crate) async fn read(model: &Model, body: JsonBody) -> Result<Chat, ApiError> {
+        let chat = Chat::of_any_length(model, body).await?;
+        chat.check_fits(model)?;
+        Ok(chat)
+    }
+
+    /// As [`read`](Self::read), without looking whether it fits.
+    pub(crate) async fn of_any_length(model: &Model, JsonBody { mut body, room }: JsonBody) -> Result<Chat, ApiError> {
         let own: Fields = fields(&body)?;
         unsupported::refuse(&body)?;
         let tools = Tools::read(&body)?;
@@ -66,18 +73,30 @@ impl Chat {
         let n_best = own.n_best()?;
         let conversation = messages::read(body.get_mut("messages").map(Value::take))?;
         let about = model.about.clone();
-        let (kwargs, max_tokens) = (own.chat_template_kwargs.unwrap_or_default(), sampling.max_tokens);
+        let kwargs = own.chat_template_kwargs.unwrap_or_default();
         let (begun, declared) = (conversation.begun.clone().unwrap_or_default(), tools.clone());
         let prompt = prompt::elsewhere(move || {
             let mut input = ChatInput { kwargs, ..about.chat_input(conversation.messages) };
             declared.tell(about.template.as_ref().map_or("", |t| t.source()), &mut input);
-            let prompt = prompt::chat(&about, &input, conversation.begun.as_deref())?;
-            prompt::check_fits(&about, &prompt.tokens, max_tokens)?;
-            Ok(prompt)
+            prompt::chat(&about, &input, conversation.begun.as_deref())
         });
         let prompt = prompt.await?;
         drop(room);
         Ok(Chat { prompt, n_best, sampling, tools, begun })
+    }
+
+    /// Refuses a conversation that does not fit.
+    ///
+    /// # Errors
+    /// More tokens than the context holds, with those that are asked for.
+    pub(crate) fn check_fits(&self, model: &Model) -> Result<(), ApiError> {
+        prompt::check_fits(&model.about, &self.prompt.tokens, self.sampling.max_tokens)
+    }
+
+    /// Asks for at most so many tokens, or for as many as the context has room for.
+    pub(crate) fn limit(&mut self, model: &Model, max_tokens: usize) {
+        let n_left = model.about.n_ctx.saturating_sub(self.prompt.tokens.len());
+        self.sampling.max_tokens = Some(max_tokens.min(n_left));
     }
 
     /// Begins to answer; each answer's text goes through its outlet.
@@ -255,7 +274,6 @@ mod tests {
     use std::path::Path;
     use std::time::Duration;
 
-    use apr_engine::generate::SpeculationCounts;
     use apr_engine::output_parser::Thinking;
     use apr_engine::{Engine, EngineOptions, KvType, device::Device};
     use axum::body::to_bytes;
@@ -263,29 +281,12 @@ mod tests {
 
     use super::*;
     use crate::job::Event as Told;
-    use crate::job::tests::answers;
+    use crate::job::tests::{answers, generated};
 
     fn about() -> Arc<About> {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/tiny-qwen3moe.gguf");
         let device = Device::Cpu { n_threads: Some(1), isa: None };
         Engine::load(&path, EngineOptions { device, kv_type: KvType::F16, n_ctx: Some(64) }).unwrap().about
-    }
-
-    fn generated(text: &str) -> Generated {
-        Generated {
-            text: text.to_string(),
-            tokens: vec![1],
-            finish: Finish::Stop,
-            seed: 0,
-            n_prompt: 3,
-            n_cached: 0,
-            prefill: Duration::ZERO,
-            decode: Duration::ZERO,
-            n_decode_token: 0,
-            speculation: SpeculationCounts::default(),
-            decode_read_bytes: None,
-            kv_bytes: 0,
-        }
     }
 
     const ANSWER: &str = "<think>which?</think>Looking.\n<tool_call>\n<function=find>\n<parameter=what>\na b\n</parameter>\n\

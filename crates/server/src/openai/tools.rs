@@ -11,7 +11,7 @@ use crate::extract::kind_of;
 
 /// Tools that the model may call.
 #[derive(Clone, Debug)]
-pub(super) struct Tools {
+pub(crate) struct Tools {
     /// As they were declared: `{"type": "function", "function": {…}}`.
     list: Vec<Value>,
     /// Whether one answer may call several.
@@ -72,7 +72,7 @@ impl Tools {
     ///
     /// # Errors
     /// What is no tool, named by its path; a choice that would force a call.
-    pub(super) fn read(body: &Value) -> Result<Tools, ApiError> {
+    pub(crate) fn read(body: &Value) -> Result<Tools, ApiError> {
         for name in ["functions", "function_call"] {
             if given(body, name).is_some() {
                 return Err(ApiError::unsupported(name, "was replaced by tools and tool_choice"));
@@ -133,7 +133,7 @@ impl Tools {
     }
 
     /// An outlet for an answer. `begun` is what it begins with, written by the client.
-    pub(super) fn outlet(&self, thinking: Thinking, begun: &str, id: String) -> Outlet {
+    pub(crate) fn outlet(&self, thinking: Thinking, begun: &str, id: String) -> Outlet {
         let mut parser = OutputParser::new(&self.list, thinking);
         let given = parser.push(begun);
         let last = given.iter().rev().find_map(|e| match e {

@@ -68,6 +68,22 @@ impl Reply {
     }
 }
 
+impl Reply {
+    /// The data of a stream whose events are named by their type; nothing marks its end.
+    #[track_caller]
+    pub fn named_events(&self) -> Vec<Value> {
+        assert_eq!(self.status, 200, "{}", self.text());
+        assert_eq!(self.header("content-type"), Some("text/event-stream"));
+        let read = |event: &str| {
+            let (name, data) = event.split_once("\ndata: ").expect("a name and data");
+            let data: Value = serde_json::from_str(data).unwrap();
+            assert_eq!(name.strip_prefix("event: "), data["type"].as_str());
+            data
+        };
+        self.text().split_terminator("\n\n").map(read).collect()
+    }
+}
+
 /// A connection.
 pub struct Client(pub BufReader<TcpStream>);
 
