@@ -6,6 +6,7 @@ mod inside;
 mod logprobs;
 mod messages;
 pub(crate) mod models;
+pub(crate) mod responses;
 mod sampling;
 pub(crate) mod tools;
 mod unsupported;

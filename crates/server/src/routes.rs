@@ -24,6 +24,8 @@ pub(crate) fn router(state: Arc<State>) -> Router {
         .route("/v1/models/{*id}", get(openai::models::one))
         .route("/v1/chat/completions", post(openai::chat::create))
         .route("/v1/completions", post(openai::completions::create))
+        .route("/v1/responses", post(openai::responses::create))
+        .route("/v1/responses/input_tokens", post(openai::responses::input_tokens))
         .route("/v1/messages", post(anthropic::messages))
         .route("/v1/messages/count_tokens", post(anthropic::count_tokens))
         .fallback(async || ApiError::refused(StatusCode::NOT_FOUND, "unknown_path", "there is nothing at this path"))

@@ -8,5 +8,6 @@ mod load;
 mod metrics;
 mod openai;
 mod openapi;
+mod responses;
 mod support;
 mod tls;
