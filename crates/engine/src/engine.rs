@@ -141,10 +141,7 @@ impl Engine {
         let loading = Loading::start(&file, file.file_bytes, available);
         let tokenizer = load_tokenizer(&file.gguf.metadata, &hparams)?;
         let template = load_template(&file.gguf.metadata, &tokenizer)?;
-        let n_ctx = options.n_ctx.unwrap_or(hparams.n_ctx_train.min(N_CTX_DEFAULT));
-        if n_ctx > hparams.n_ctx_train {
-            return Err(EngineError::Context { asked: n_ctx, trained: hparams.n_ctx_train });
-        }
+        let n_ctx = context(&hparams, options.n_ctx)?;
         if options.kv_type == KvType::Q8_0 && !hparams.heads.head_dim.is_multiple_of(32) {
             return Err(EngineError::KvType(hparams.heads.head_dim));
         }
@@ -221,6 +218,14 @@ impl About {
         c.repeat_last_n = size("penalty_last_n")?.map_or(c.repeat_last_n, |n| n as usize);
         c.validate().map_err(EngineError::Sampling)?;
         Ok(c)
+    }
+}
+
+/// Positions of a context, where so many are asked for.
+pub(crate) fn context(h: &Hparams, asked: Option<usize>) -> Result<usize, EngineError> {
+    match asked.unwrap_or(h.n_ctx_train.min(N_CTX_DEFAULT)) {
+        asked if asked > h.n_ctx_train => Err(EngineError::Context { asked, trained: h.n_ctx_train }),
+        n_ctx => Ok(n_ctx),
     }
 }
 

@@ -16,6 +16,7 @@ pub mod memory;
 pub mod model_file;
 pub mod onlook;
 pub mod output_parser;
+pub mod plan;
 pub mod prefix_cache;
 pub mod sampler;
 pub mod scheduler;
