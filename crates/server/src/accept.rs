@@ -11,13 +11,14 @@ use std::time::Duration;
 use axum::Router;
 use hyper::server::conn::http1;
 use hyper::service::{Service, service_fn};
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::rt::TokioIo;
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio_io_timeout::TimeoutStream;
 
+use crate::patience::{self, Clock};
 use crate::state::{Phase, Settings, State};
 
 /// How long the rest of what a client sends is read and dropped.
@@ -73,7 +74,8 @@ async fn serve_http(stream: impl AsyncRead + AsyncWrite + Unpin, router: Router,
     let routes = TowerToHyperService::new(router);
     // Boxed, because a connection can be had back only where futures may be moved.
     let service = service_fn(move |request| Box::pin(routes.call(request)));
-    let mut connection = http(&state.settings).serve_connection(TokioIo::new(stream), service);
+    let (stream, clock) = patience::watched(stream, state.settings.head_time);
+    let mut connection = http(&state.settings, clock).serve_connection(TokioIo::new(stream), service);
     let mut phase = state.phase.subscribe();
     let closing = async move { _ = phase.wait_for(|p| *p == Phase::Closing).await };
     tokio::pin!(closing);
@@ -91,9 +93,9 @@ async fn serve_http(stream: impl AsyncRead + AsyncWrite + Unpin, router: Router,
     end(parts.io.into_inner(), is_late).await;
 }
 
-fn http(settings: &Settings) -> http1::Builder {
+fn http(settings: &Settings, clock: Clock) -> http1::Builder {
     let mut http = http1::Builder::new();
-    http.timer(TokioTimer::new()).header_read_timeout(settings.head_time).max_header_size(settings.head_bytes);
+    http.timer(clock).header_read_timeout(settings.idle_time).max_header_size(settings.head_bytes);
     http
 }
 

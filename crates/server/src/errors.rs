@@ -62,6 +62,15 @@ impl ApiError {
         ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "service_unavailable_error", Some("unavailable"), message)
     }
 
+    /// A request that took longer than any may.
+    pub(crate) fn late(limit: std::time::Duration) -> ApiError {
+        let message = format!(
+            "the answer was not complete within {} s, the most that this server spends on one",
+            limit.as_secs_f32()
+        );
+        ApiError::new(StatusCode::GATEWAY_TIMEOUT, "timeout_error", Some("timeout"), message)
+    }
+
     /// More requests than are taken at a time.
     pub(crate) fn busy() -> ApiError {
         let message = "as many requests as are taken at a time are running or waiting; try again later";
@@ -168,6 +177,10 @@ impl IntoResponse for ApiError {
         response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
         if self.may_be_retried() {
             response.headers_mut().insert(header::RETRY_AFTER, RETRY_AFTER_S.into());
+        }
+        if self.status == StatusCode::GATEWAY_TIMEOUT {
+            // Official clients would send it again, and it would take as long again.
+            response.headers_mut().insert("x-should-retry", HeaderValue::from_static("false"));
         }
         if self.status == StatusCode::UNAUTHORIZED {
             response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));

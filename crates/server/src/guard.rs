@@ -14,7 +14,7 @@ use axum::response::{IntoResponse, Response};
 use crate::errors::{ApiError, ErrorForm};
 use crate::state::State;
 
-const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Where Anthropic's clients look for it.
 const ANTHROPIC_REQUEST_ID: HeaderName = HeaderName::from_static("request-id");
 /// Characters of a client's own request id.
@@ -23,10 +23,7 @@ const REQUEST_ID_MAX: usize = 128;
 /// Passes a request on, or refuses it. The answer carries the client's request id, or a new one; an error is written in the form
 /// of the path's API, whoever raised it.
 pub(crate) async fn guard(Shared(state): Shared<Arc<State>>, request: Request, next: Next) -> Response {
-    let id = request_id(request.headers()).unwrap_or_else(|| {
-        let id = format!("req-{}", state.unique());
-        HeaderValue::from_str(&id).expect("hexadecimal digits are a header's value")
-    });
+    let id = request_id(&state, request.headers());
     let form = ErrorForm::of_path(request.uri().path());
     let response = match check(&state, &request) {
         Ok(()) => next.run(request).await,
@@ -41,10 +38,14 @@ pub(crate) async fn guard(Shared(state): Shared<Arc<State>>, request: Request, n
     response
 }
 
-fn request_id(headers: &HeaderMap) -> Option<HeaderValue> {
+/// The id that a request brings, where it is one, or a new one.
+pub(crate) fn request_id(state: &State, headers: &HeaderMap) -> HeaderValue {
     let is_sane =
         |id: &&HeaderValue| (1..=REQUEST_ID_MAX).contains(&id.len()) && id.as_bytes().iter().all(u8::is_ascii_graphic);
-    headers.get(REQUEST_ID).filter(is_sane).cloned()
+    headers.get(REQUEST_ID).filter(is_sane).cloned().unwrap_or_else(|| {
+        let id = format!("req-{}", state.unique());
+        HeaderValue::from_str(&id).expect("hexadecimal digits are a header's value")
+    })
 }
 
 fn check(state: &State, request: &Request) -> Result<(), ApiError> {
@@ -55,16 +56,21 @@ fn check(state: &State, request: &Request) -> Result<(), ApiError> {
         Some(authority) => Some(authority.as_str()),
         None => headers.get(header::HOST).map(|v| v.to_str().unwrap_or("?")),
     };
-    if let Some(host) = host.filter(|host| state.ip.is_loopback() && !is_local(host, &state.host)) {
+    let is_ours = |host: &str| is_local(host, &state.host) || is_allowed(host, &state.settings.allowed_hosts);
+    if let Some(host) = host.filter(|host| state.ip.is_loopback() && !is_ours(host)) {
         return forbidden(
             "foreign_host",
             format!(
-                "Host is {host:?}; a server on a loopback address answers to localhost and loopback addresses only"
+                "Host is {host:?}; a server on a loopback address answers to localhost, loopback addresses and names given \
+                 with --allowed-host only"
             ),
         );
     }
     let Some(origin) = headers.get(header::ORIGIN) else { return Ok(()) };
     let origin = origin.to_str().unwrap_or("?");
+    if state.settings.cors_origins.iter().any(|o| o == "*" || o.eq_ignore_ascii_case(origin)) {
+        return Ok(());
+    }
     let site = origin.strip_prefix("http://").or_else(|| origin.strip_prefix("https://"));
     if site.is_none() || site != host {
         return forbidden("foreign_origin", format!("Origin is {origin:?}; pages of other sites are not answered"));
@@ -74,13 +80,22 @@ fn check(state: &State, request: &Request) -> Result<(), ApiError> {
 
 /// Whether a host with or without a port is this machine as it calls itself, or has the `own` name that is listened on.
 fn is_local(host: &str, own: &str) -> bool {
-    let name = match host.strip_prefix('[') {
-        Some(v6) => v6.split(']').next().unwrap_or_default(),
-        None => host.rsplit_once(':').map_or(host, |(name, _port)| name),
-    };
+    let name = without_port(host);
     let is_loopback = name.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback());
     let is_named = ["localhost", own].iter().any(|n| name.eq_ignore_ascii_case(n));
     is_loopback || is_named || name.to_ascii_lowercase().ends_with(".localhost")
+}
+
+/// Whether a host with or without a port has one of the names under which a proxy is known.
+fn is_allowed(host: &str, allowed: &[String]) -> bool {
+    allowed.iter().any(|name| [host, without_port(host)].iter().any(|h| h.eq_ignore_ascii_case(name)))
+}
+
+fn without_port(host: &str) -> &str {
+    match host.strip_prefix('[') {
+        Some(v6) => v6.split(']').next().unwrap_or_default(),
+        None => host.rsplit_once(':').map_or(host, |(name, _port)| name),
+    }
 }
 
 #[cfg(test)]

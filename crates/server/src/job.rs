@@ -17,6 +17,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use crate::errors::ApiError;
 use crate::metrics::Watch;
 use crate::model::Model;
+use crate::note::Note;
 use crate::state::{Active, Settings};
 
 /// What became of an answer.
@@ -32,6 +33,8 @@ pub(crate) struct Answers {
     /// Pieces that were sent and not yet taken.
     n_pending: Arc<AtomicUsize>,
     n_open: usize,
+    /// Of the request that they answer.
+    note: Option<Arc<Note>>,
     _active: Active,
 }
 
@@ -74,20 +77,28 @@ pub(crate) fn submit(
         };
         model.scheduler.submit(request, Box::new(reporter));
     }
-    Ok(Answers { events, n_pending, n_open, _active: active })
+    Ok(Answers { events, n_pending, n_open, note: Note::current(), _active: active })
 }
 
 impl Answers {
     /// What happens next to which answer; `None` after the last end.
     ///
     /// # Errors
-    /// A scheduler that has failed.
+    /// A scheduler that has failed, and a request that takes longer than any may.
     pub(crate) async fn next(&mut self) -> Result<Option<(usize, Event)>, ApiError> {
         if self.n_open == 0 {
             return Ok(None);
         }
-        match self.events.recv().await {
+        let note = self.note.as_deref();
+        let received = match note.and_then(|note| Some((note, note.deadline()?))) {
+            Some((note, deadline)) => {
+                tokio::time::timeout_at(deadline, self.events.recv()).await.map_err(|_| note.late())?
+            }
+            None => self.events.recv().await,
+        };
+        match received {
             Some((index, event)) => {
+                note.into_iter().for_each(|note| note.event(&event));
                 match event {
                     Event::Piece(_) => _ = self.n_pending.fetch_sub(1, Ordering::Relaxed),
                     Event::End(_) => self.n_open -= 1,
@@ -120,6 +131,14 @@ impl Answers {
             experts,
         };
         Ok(ended.into_iter().zip(told).map(whole).collect())
+    }
+}
+
+impl Drop for Answers {
+    fn drop(&mut self) {
+        if self.n_open > 0 {
+            self.note.iter().for_each(|note| note.finish_with("cancelled"));
+        }
     }
 }
 
@@ -189,7 +208,7 @@ pub(crate) mod tests {
     pub(crate) fn pending(n: usize) -> (Answers, UnboundedSender<(usize, Event)>) {
         let (sender, events) = unbounded_channel();
         let state = State::new(Settings::default(), std::net::Ipv4Addr::LOCALHOST.into(), String::new());
-        (Answers { events, n_pending: Arc::default(), n_open: n, _active: Arc::new(state).count() }, sender)
+        (Answers { events, n_pending: Arc::default(), n_open: n, note: None, _active: Arc::new(state).count() }, sender)
     }
 
     /// An answer that has ended by itself.

@@ -2,21 +2,23 @@
 
 use std::any::Any;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
-use axum::http::StatusCode;
-use axum::middleware::from_fn_with_state;
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::middleware::{from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use tower_http::catch_panic::CatchPanicLayer;
+use tower_http::cors::{AllowHeaders, AllowMethods, AllowOrigin, CorsLayer};
 
 use crate::errors::ApiError;
 use crate::state::State;
-use crate::{anthropic, guard, health, keys, metrics, openai, openapi};
+use crate::{anthropic, guard, health, keys, metrics, note, openai, openapi};
 
 /// Everything that is answered.
 pub(crate) fn router(state: Arc<State>) -> Router {
-    Router::new()
+    let routes = Router::new()
         .route("/health", get(health::health))
         .route("/metrics", get(metrics::metrics))
         .route("/openapi.json", get(openapi::openapi))
@@ -34,10 +36,32 @@ pub(crate) fn router(state: Arc<State>) -> Router {
             ApiError::refused(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message)
         })
         .layer(CatchPanicLayer::custom(panicked))
-        .layer(from_fn_with_state(state.clone(), keys::require))
+        .layer(from_fn_with_state(state.clone(), keys::require));
+    let routes = match cors(&state.settings.cors_origins) {
+        Some(cors) => routes.layer(cors),
+        None => routes,
+    };
+    routes
+        .layer(from_fn(note::limit))
         .layer(from_fn_with_state(state.clone(), guard::guard))
+        .layer(from_fn_with_state(state.clone(), note::note))
         .with_state(state)
 }
+
+/// What lets pages of other sites ask and read, where any may. Preflight requests, which bring no key, are answered here.
+fn cors(origins: &[String]) -> Option<CorsLayer> {
+    let origin = match origins {
+        [] => return None,
+        all if all.iter().any(|o| o == "*") => AllowOrigin::any(),
+        some => AllowOrigin::list(some.iter().filter_map(|o| HeaderValue::from_str(o).ok())),
+    };
+    let cors = CorsLayer::new().allow_origin(origin).allow_headers(AllowHeaders::mirror_request());
+    let cors = cors.allow_methods(AllowMethods::mirror_request()).allow_private_network(true);
+    Some(cors.expose_headers([guard::REQUEST_ID, header::RETRY_AFTER]).max_age(PREFLIGHT_TIME))
+}
+
+/// How long a browser may remember what a preflight request told it.
+const PREFLIGHT_TIME: Duration = Duration::from_secs(600);
 
 /// A programmer's mistake ends one request, not the server.
 fn panicked(_: Box<dyn Any + Send>) -> Response {

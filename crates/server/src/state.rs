@@ -24,9 +24,17 @@ pub struct Settings {
     pub tls: Option<Tls>,
     /// Connections at a time; more wait in the system's backlog.
     pub n_connections: usize,
-    /// Bytes of a request's head, and how long it may take; an idle connection is closed after as long.
+    /// Pages whose scripts may ask and read, as browsers name them in `Origin`, or `*` for all.
+    pub cors_origins: Vec<String>,
+    /// Names in `Host` that a server on a loopback address answers to, beside the usual ones.
+    pub allowed_hosts: Vec<String>,
+    /// Bytes of a request's head, and how long it may take; a connection's first may not let wait for its beginning any longer.
     pub head_bytes: usize,
     pub head_time: Duration,
+    /// How long a connection may say nothing between two requests.
+    pub idle_time: Duration,
+    /// How long a request may take from its arrival to the end of its answer.
+    pub request_time: Option<Duration>,
     /// Bytes of a request's body, and how long it may take.
     pub body_bytes: usize,
     pub body_time: Duration,
@@ -48,8 +56,12 @@ impl Default for Settings {
             keys: Keys::default(),
             tls: None,
             n_connections: 1024,
+            cors_origins: Vec::new(),
+            allowed_hosts: Vec::new(),
             head_bytes: 64 << 10,
             head_time: Duration::from_secs(10),
+            idle_time: Duration::from_secs(75),
+            request_time: None,
             body_bytes: 16 << 20,
             body_time: Duration::from_secs(30),
             bodies_bytes: 64 << 20,

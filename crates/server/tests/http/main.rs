@@ -4,6 +4,7 @@ mod access;
 mod anthropic;
 mod faults;
 mod inside;
+mod limits;
 mod load;
 mod metrics;
 mod openai;
