@@ -26,10 +26,12 @@ mod routes;
 mod server;
 mod sse;
 mod state;
+mod system_lines;
 mod tls;
 
 pub use keys::{KeyFileError, Keys};
 pub use model::{Model, ModelError, limits};
 pub use server::{BindError, Server};
 pub use state::Settings;
+pub use system_lines::SystemLines;
 pub use tls::{Tls, TlsError};

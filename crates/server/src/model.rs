@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use apr_engine::memory;
+use apr_engine::plan;
 use apr_engine::sampler::SamplerConfig;
 use apr_engine::scheduler::{Limits, Scheduler};
 use apr_engine::{About, Engine, EngineError};
@@ -11,6 +12,7 @@ use tokio::sync::Semaphore;
 
 use crate::metrics::Metrics;
 use crate::names::Names;
+use crate::system_lines::SystemLines;
 
 /// A model that answers.
 pub struct Model {
@@ -23,6 +25,7 @@ pub struct Model {
     /// Answers that may be in the making or wait; one permit each.
     pub(crate) places: Arc<Semaphore>,
     pub(crate) n_places: usize,
+    pub(crate) system_lines: SystemLines,
     /// When it began to answer, in seconds since 1970.
     pub(crate) since: u64,
 }
@@ -51,10 +54,21 @@ impl Model {
             defaults: about.sampling_defaults()?,
             places: Arc::new(Semaphore::new(n_places)),
             n_places,
+            system_lines: SystemLines::default(),
             since: crate::openai::now(),
             scheduler: Scheduler::start(engine, limits)?,
             about,
         })
+    }
+
+    /// The same, leaving out these lines of system messages.
+    pub fn without(self, system_lines: SystemLines) -> Model {
+        Model { system_lines, ..self }
+    }
+
+    /// What is left out of system messages.
+    pub fn system_lines(&self) -> &SystemLines {
+        &self.system_lines
     }
 
     /// What is known of the model.
@@ -76,13 +90,9 @@ impl Model {
 /// How long a step may take while others wait for their next token.
 const STEP_TIME: Duration = Duration::from_millis(200);
 
-/// Limits for a number of answers at a time: room for keys and values of as many whole contexts, but no more than half of the memory
-/// that is left, and no less than one context.
+/// Limits for a number of answers at a time, with room for keys and values as [`plan`] says.
 pub fn limits(engine: &Engine, n_parallel: usize, n_queue: usize) -> Limits {
     let block_bytes = engine.session.kv_bytes_of(1);
-    let n_whole = engine.session.kv_bytes_of(engine.n_ctx).div_ceil(block_bytes);
-    let n_wanted = n_whole.saturating_mul(n_parallel as u64);
-    let n_fit = memory::available().map_or(n_wanted, |bytes| bytes / 2 / block_bytes);
-    let n_kv_block = n_wanted.min(n_fit).max(n_whole) as usize;
+    let n_kv_block = plan::n_kv_block(block_bytes, engine.n_ctx, n_parallel, memory::available()) as usize;
     Limits { n_parallel, n_queue, n_kv_block, keep_prefixes: true, step_time: STEP_TIME }
 }

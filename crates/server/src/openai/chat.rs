@@ -71,7 +71,8 @@ impl Chat {
         let tools = Tools::read(&body)?;
         let sampling = Sampling::read(&body, model)?;
         let n_best = own.n_best()?;
-        let conversation = messages::read(body.get_mut("messages").map(Value::take))?;
+        let mut conversation = messages::read(body.get_mut("messages").map(Value::take))?;
+        model.system_lines.leave_out(&mut conversation.messages);
         let about = model.about.clone();
         let kwargs = own.chat_template_kwargs.unwrap_or_default();
         let (begun, declared) = (conversation.begun.clone().unwrap_or_default(), tools.clone());

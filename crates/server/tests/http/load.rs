@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use crate::support::*;
-use apr_server::{Server, Settings};
+use apr_server::{Model, Server, Settings, SystemLines};
 use serde_json::{Value, json};
 
 const CHAT: &str = "/v1/chat/completions";
@@ -149,4 +149,33 @@ fn answers_that_take_too_long_to_drain_are_ended_where_they_are() {
     server.stop();
     let reply = sent.join().unwrap();
     assert_eq!((reply.status, &reply.json()["choices"][0]["finish_reason"]), (200, &json!("abort")));
+}
+
+#[test]
+fn a_line_that_changes_keeps_nobody_from_sharing_once_it_is_left_out() {
+    let cached = |lines: &[&str]| {
+        let server = Server::bind("127.0.0.1", 0, Settings::default()).unwrap();
+        let patterns: Vec<String> = lines.iter().map(|line| line.to_string()).collect();
+        let engine = engine();
+        let limits = apr_server::limits(&engine, 4, 16);
+        let model = Model::start(engine, limits, Vec::new()).unwrap();
+        server.answer_with(model.without(SystemLines::matching(&patterns).unwrap()));
+        let ask = |id: usize| {
+            let system = format!("x-billing-header: {id}\n{}", "Many words that stay as they are. ".repeat(12));
+            let messages = json!([{"role": "system", "content": system}, {"role": "user", "content": "Hello"}]);
+            ok(&server, CHAT, &json!({"messages": messages, "max_tokens": 1}))["usage"].take()
+        };
+        let (_, second) = (ask(1), ask(2));
+        let n_dropped = server.model().unwrap().system_lines().n_dropped();
+        (
+            second["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap(),
+            second["prompt_tokens"].as_u64().unwrap(),
+            n_dropped,
+        )
+    };
+    let (n_cached, n_prompt, n_dropped) = cached(&[]);
+    assert!(n_cached < n_prompt / 2 && n_dropped == 0, "{n_cached} of {n_prompt}, as the prompts differ early");
+    let (n_cached, n_prompt, n_dropped) = cached(&["^x-billing-header:"]);
+    // Whole blocks of keys and values are shared.
+    assert!(n_cached + 64 >= n_prompt && n_dropped == 2, "{n_cached} of {n_prompt} shared, {n_dropped} lines left out");
 }
