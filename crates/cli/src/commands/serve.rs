@@ -1,14 +1,20 @@
-//! `apr serve`: answers over HTTP. stderr says where; nothing is written to stdout.
+//! `apr serve`: answers over HTTP. stderr says where, and has a line for each request; nothing is written to stdout.
 
-use std::net::SocketAddr;
+mod access;
+mod log;
+mod plan;
+mod supervisor;
+
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::time::Duration;
 
-use apr_server::{Keys, Model, Server, Settings, Tls, limits};
+use apr_server::{Model, Server, Settings, SystemLines, limits};
 
 use crate::failure::{Done, Result, usage};
 use crate::options::LoadArgs;
-use crate::print::say;
+use access::AccessArgs;
+use log::LogArgs;
+use supervisor::{News, tell};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -21,6 +27,9 @@ enum Command {
     /// Answer requests in OpenAI's form until the process is told to stop.
     #[command(after_help = crate::EXIT_CODES)]
     Run(RunArgs),
+    /// Say what memory and speed a server would have, from the model's header alone.
+    #[command(after_help = crate::EXIT_CODES)]
+    Plan(plan::PlanArgs),
 }
 
 #[derive(clap::Args)]
@@ -33,94 +42,104 @@ struct RunArgs {
     /// Address to listen on; any but this machine's own (127.0.0.1) needs --api-key-file or --insecure-no-auth
     #[arg(long, env = "APR_HOST", default_value = "127.0.0.1", value_name = "HOST")]
     host: String,
+    /// Another name by which clients may ask for the model; may be given several times
+    #[arg(long, env = "APR_ALIAS", value_name = "NAME", value_delimiter = ',')]
+    alias: Vec<String>,
+    /// Leave out lines of system messages that this regular expression matches, so that requests that differ in nothing else
+    /// share what was computed; may be given several times
+    #[arg(long, env = "APR_DROP_SYSTEM_LINE", value_name = "REGEX")]
+    drop_system_line: Vec<String>,
+    #[command(flatten)]
+    limits: LimitArgs,
+    #[command(flatten)]
+    access: AccessArgs,
+    #[command(flatten)]
+    log: LogArgs,
+}
+
+/// How much is taken on, and how long it may take.
+#[derive(clap::Args)]
+#[command(next_help_heading = "Limits")]
+struct LimitArgs {
     /// Answers in the making at a time
     #[arg(long, env = "APR_PARALLEL", default_value = "8", value_name = "N")]
     parallel: NonZeroUsize,
     /// Requests that wait for one of them to end; with more, clients are told to come back
     #[arg(long, env = "APR_QUEUE", default_value_t = 64, value_name = "N")]
     queue: usize,
-    /// Another name by which clients may ask for the model; may be given several times
-    #[arg(long, value_name = "NAME")]
-    alias: Vec<String>,
-    #[command(flatten)]
-    access: AccessArgs,
-}
-
-/// Who is answered.
-#[derive(clap::Args)]
-#[command(next_help_heading = "Access")]
-struct AccessArgs {
-    /// Keys of those who are answered, one a line; SIGHUP reads it again. Only /health and the page's own files need none
-    #[arg(long, env = "APR_API_KEY_FILE", value_name = "FILE")]
-    api_key_file: Option<PathBuf>,
-    /// Keys of those who may look inside (x-apr-trace), one a line; they may do all else too
-    #[arg(long, env = "APR_ADMIN_KEY_FILE", value_name = "FILE")]
-    admin_key_file: Option<PathBuf>,
-    /// Answer whoever reaches the address, without keys
-    #[arg(long, env = "APR_INSECURE_NO_AUTH", conflicts_with = "api_key_file")]
-    insecure_no_auth: bool,
-    /// Serve HTTPS with this certificate (PEM, those that vouch for it behind it); SIGHUP reads it again
-    #[arg(long, env = "APR_TLS_CERT", value_name = "FILE", requires = "tls_key")]
-    tls_cert: Option<PathBuf>,
-    /// The certificate's private key (PEM)
-    #[arg(long, env = "APR_TLS_KEY", value_name = "FILE", requires = "tls_cert")]
-    tls_key: Option<PathBuf>,
-}
-
-impl AccessArgs {
-    fn keys(&self) -> Result<Keys> {
-        Ok(Keys::read(self.api_key_file.as_deref(), self.admin_key_file.as_deref())?)
-    }
-
-    fn tls(&self) -> Result<Option<Tls>> {
-        let files = self.tls_cert.as_ref().zip(self.tls_key.as_ref());
-        Ok(files.map(|(cert, key)| Tls::read(cert, key)).transpose()?)
-    }
-
-    /// Refuses an address that others reach where nobody asks them for a key.
-    fn check(&self, addr: SocketAddr) -> Result<()> {
-        if addr.ip().to_canonical().is_loopback() || self.api_key_file.is_some() || self.insecure_no_auth {
-            return Ok(());
-        }
-        Err(usage(format_args!(
-            "{} can be reached from other machines, and there are no keys; give some with --api-key-file FILE, or answer \
-             everybody with --insecure-no-auth",
-            addr.ip()
-        )))
-    }
-
-    /// Reads files of secrets again. Those in use stay where one is no good.
-    fn reload(&self, server: &Server) {
-        match self.keys().and_then(|keys| Ok((keys, self.tls()?))) {
-            Ok((keys, tls)) => {
-                server.set_keys(keys);
-                tls.into_iter().for_each(|tls| server.set_tls(tls));
-                say("read keys and certificate again");
-            }
-            Err(e) => say(format_args!("warning: keys and certificate stay as they are: {}", e.error)),
-        }
-    }
+    /// Seconds that a request may take, waiting and answering; by default as long as it takes
+    #[arg(long, env = "APR_REQUEST_TIMEOUT", value_name = "SECONDS", value_parser = seconds)]
+    request_timeout: Option<Duration>,
+    /// Seconds that running answers are given after SIGTERM or Ctrl-C; what is left then is ended where it is
+    #[arg(long, env = "APR_SHUTDOWN_TIMEOUT", default_value = "30", value_name = "SECONDS", value_parser = seconds)]
+    shutdown_timeout: Duration,
 }
 
 pub fn run(args: Args) -> Result<Done> {
     match args.command {
         Command::Run(args) => serve(args),
+        Command::Plan(args) => plan::run(args),
     }
 }
 
 fn serve(args: RunArgs) -> Result<Done> {
-    let settings = Settings { keys: args.access.keys()?, tls: args.access.tls()?, ..Settings::default() };
-    let server = Server::bind(&args.host, args.port, settings)?;
+    args.log.start();
+    let system_lines =
+        SystemLines::matching(&args.drop_system_line).map_err(|e| usage(format_args!("--drop-system-line: {e}")))?;
+    let server = Server::bind(&args.host, args.port, args.settings()?)?;
     args.access.check(server.addr())?;
+    let plan = plan::check(&args.load, args.limits.parallel)?;
+    tracing::debug!(
+        kv_positions = plan.n_kv_position,
+        kv_bytes = plan.kv_bytes,
+        "room for keys and values, all answers together"
+    );
     let engine = args.load.load()?;
-    let limits = limits(&engine, args.parallel.get(), args.queue);
-    server.answer_with(Model::start(engine, limits, args.alias)?);
+    let limits = limits(&engine, args.limits.parallel.get(), args.limits.queue);
+    if !args.drop_system_line.is_empty() {
+        args.log.say(format_args!("lines of system messages that match {:?} are left out", args.drop_system_line));
+    }
+    server.answer_with(Model::start(engine, limits, args.alias)?.without(system_lines));
     let scheme = if args.access.tls_cert.is_some() { "https" } else { "http" };
-    say(format_args!("listening on {scheme}://{}", server.addr()));
-    let told = |n| match n {
-        0 => say("stopping"),
-        n => say(format_args!("stopping when {n} running requests have ended; a second signal ends them at once")),
+    args.log.say(format_args!("listening on {scheme}://{}", server.addr()));
+    tell(News::Ready);
+    let (access, log) = (&args.access, &args.log);
+    let told = |n| {
+        tell(News::Stopping);
+        match n {
+            0 => log.say(format_args!("stopping")),
+            n => log
+                .say(format_args!("stopping when {n} running requests have ended; a second signal ends them at once")),
+        }
     };
-    server.run(told, |server| args.access.reload(server))?;
+    let reload = |server: &Server| {
+        tell(News::Reloading);
+        access.reload(server, log);
+        tell(News::Ready);
+    };
+    server.run(told, reload)?;
     Ok(Done::Ok)
 }
+
+impl RunArgs {
+    fn settings(&self) -> Result<Settings> {
+        Ok(Settings {
+            keys: self.access.keys()?,
+            tls: self.access.tls()?,
+            cors_origins: self.access.cors_origin.clone(),
+            allowed_hosts: self.access.allowed_host.clone(),
+            request_time: self.limits.request_timeout,
+            drain_time: self.limits.shutdown_timeout,
+            ..Settings::default()
+        })
+    }
+}
+
+/// Seconds, or a part of one.
+fn seconds(text: &str) -> std::result::Result<Duration, String> {
+    let s = text.parse::<f64>().ok().filter(|s| *s >= 0.0).and_then(|s| Duration::try_from_secs_f64(s).ok());
+    s.filter(|s| *s < YEAR).ok_or_else(|| "expected a number of seconds".to_string())
+}
+
+/// More is taken for a mistake, and clocks could not add it.
+const YEAR: Duration = Duration::from_secs(365 * 86_400);
