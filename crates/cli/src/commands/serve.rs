@@ -26,7 +26,7 @@ pub struct Args {
 enum Command {
     /// Answer requests in OpenAI's form until the process is told to stop.
     #[command(after_help = crate::EXIT_CODES)]
-    Run(RunArgs),
+    Run(Box<RunArgs>),
     /// Say what memory and speed a server would have, from the model's header alone.
     #[command(after_help = crate::EXIT_CODES)]
     Plan(plan::PlanArgs),
@@ -77,7 +77,7 @@ struct LimitArgs {
 
 pub fn run(args: Args) -> Result<Done> {
     match args.command {
-        Command::Run(args) => serve(args),
+        Command::Run(args) => serve(*args),
         Command::Plan(args) => plan::run(args),
     }
 }
