@@ -104,15 +104,22 @@ impl Server {
     }
 
     /// Runs until the process is told to stop (SIGINT, SIGTERM), then as [`stop`](Server::stop) does. A second signal ends the
-    /// process at once, with 128 and the signal's number. `told` hears of the first; `reload` of every SIGHUP before it.
+    /// process at once, with 128 and the signal's number. `ready` is called once signals are listened for, `told` hears
+    /// of the first, `reload` of every SIGHUP before it.
     ///
     /// # Errors
     /// A system without signals.
-    pub fn run(mut self, told: impl FnOnce(usize), mut reload: impl FnMut(&Server)) -> std::io::Result<()> {
+    pub fn run(
+        mut self,
+        ready: impl FnOnce(),
+        told: impl FnOnce(usize),
+        mut reload: impl FnMut(&Server),
+    ) -> std::io::Result<()> {
         let mut signals = {
             let _in = self.runtime.enter();
             Signals::new()?
         };
+        ready();
         let mut is_told = false;
         while !is_told {
             is_told = self.runtime.block_on(async {

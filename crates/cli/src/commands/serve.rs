@@ -84,8 +84,8 @@ pub fn run(args: Args) -> Result<Done> {
 
 fn serve(args: RunArgs) -> Result<Done> {
     args.log.start();
-    let system_lines =
-        SystemLines::matching(&args.drop_system_line).map_err(|e| usage(format_args!("--drop-system-line: {e}")))?;
+    let system_lines = SystemLines::matching(&args.drop_system_line)
+        .map_err(|e| usage(format_args!("--drop-system-line: {}", last_line(&e.to_string()))))?;
     let server = Server::bind(&args.host, args.port, args.settings()?)?;
     args.access.check(server.addr())?;
     let plan = plan::check(&args.load, args.limits.parallel)?;
@@ -100,10 +100,12 @@ fn serve(args: RunArgs) -> Result<Done> {
         args.log.say(format_args!("lines of system messages that match {:?} are left out", args.drop_system_line));
     }
     server.answer_with(Model::start(engine, limits, args.alias)?.without(system_lines));
-    let scheme = if args.access.tls_cert.is_some() { "https" } else { "http" };
-    args.log.say(format_args!("listening on {scheme}://{}", server.addr()));
-    tell(News::Ready);
-    let (access, log) = (&args.access, &args.log);
+    let (access, log, addr) = (&args.access, &args.log, server.addr());
+    let ready = || {
+        let scheme = if access.tls_cert.is_some() { "https" } else { "http" };
+        log.say(format_args!("listening on {scheme}://{addr}"));
+        tell(News::Ready);
+    };
     let told = |n| {
         tell(News::Stopping);
         match n {
@@ -117,7 +119,7 @@ fn serve(args: RunArgs) -> Result<Done> {
         access.reload(server, log);
         tell(News::Ready);
     };
-    server.run(told, reload)?;
+    server.run(ready, told, reload)?;
     Ok(Done::Ok)
 }
 
@@ -133,6 +135,12 @@ impl RunArgs {
             ..Settings::default()
         })
     }
+}
+
+/// The reason at the end of an error that shows the whole expression first.
+fn last_line(error: &str) -> &str {
+    let line = error.lines().last().unwrap_or_default();
+    line.strip_prefix("error: ").unwrap_or(line)
 }
 
 /// Seconds, or a part of one.
