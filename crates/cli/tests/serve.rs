@@ -232,7 +232,7 @@ fn what_cannot_be_is_refused_by_the_option_that_asks_for_it() {
     run(&["--drop-system-line", "("]).fails(2, &["--drop-system-line"]);
     for args in [
         ["--request-timeout", "soon"],
-        ["--request-timeout", "-1"],
+        ["--request-timeout", "nan"],
         ["--shutdown-timeout", "1e30"],
         ["--cors-origin", "app.example"],
         ["--tls-cert", "only-a-certificate"],

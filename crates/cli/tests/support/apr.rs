@@ -51,9 +51,8 @@ impl Done {
 /// The command, without options from the environment.
 pub fn command(args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_apr"));
-    ["APR_CTX", "APR_KV", "APR_THREADS", "APR_ISA", "APR_DEVICE", "APR_HOST", "APR_PORT"].iter().for_each(|name| {
-        command.env_remove(name);
-    });
+    let is_ours = |name: &std::ffi::OsString| name.to_string_lossy().starts_with("APR_");
+    std::env::vars_os().map(|(name, _)| name).filter(is_ours).for_each(|name| _ = command.env_remove(name));
     command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command
 }
