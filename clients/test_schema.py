@@ -25,13 +25,18 @@ expected-statuses = ["2xx", 400]
 """
 
 
+def get(url):
+    with urllib.request.urlopen(url) as reply:
+        return json.load(reply)
+
+
 class Schema(unittest.TestCase):
     def test_answers_are_those_that_the_document_names(self):
         with Server("--parallel", "4") as server, tempfile.TemporaryDirectory() as folder:
-            with urllib.request.urlopen(server.url + "/openapi.json") as reply:
-                document = json.load(reply)
-            # Made-up names would all be those of no model.
+            document, models = (get(server.url + path) for path in ("/openapi.json", "/v1/models"))
+            # Made-up names would all be those of no model, and most tokens none of its.
             document["components"]["schemas"]["ModelName"] = {"enum": [server.model, None]}
+            document["components"]["schemas"]["Token"]["maximum"] = models["data"][0]["meta"]["n_vocab"] - 1
             document["paths"]["/v1/models/{id}"]["get"]["parameters"][0]["schema"] = {"enum": [server.model]}
             (Path(folder) / "openapi.json").write_text(json.dumps(document))
             (Path(folder) / "schemathesis.toml").write_text(CONFIG)
@@ -41,8 +46,7 @@ class Schema(unittest.TestCase):
             command += ["--request-timeout", "60", "--generation-database", "none", "--no-color"]
             done = subprocess.run(command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
             self.assertEqual(done.returncode, 0, done.stdout)
-            with urllib.request.urlopen(server.url + "/health") as reply:
-                self.assertEqual(json.load(reply), {"status": "ok"})
+            self.assertEqual(get(server.url + "/health"), {"status": "ok"})
 
 
 if __name__ == "__main__":

@@ -129,7 +129,6 @@ fn stop(stop: Option<Stop>) -> Result<Vec<String>, ApiError> {
         Some(Stop::One(text)) => vec![text],
         Some(Stop::Many(texts)) => texts,
     };
-    stop.retain(|text| !text.is_empty());
     if stop.len() > N_STOP_MAX {
         return Err(ApiError::field("stop", format_args!("{} strings; at most {N_STOP_MAX} are taken", stop.len())));
     }
@@ -138,7 +137,11 @@ fn stop(stop: Option<Stop>) -> Result<Vec<String>, ApiError> {
             let message = format!("a string of {} bytes; at most {STOP_BYTES_MAX} are taken", text.len());
             Err(ApiError::field("stop", message))
         }
-        None => Ok(stop),
+        None => {
+            // Every text has the empty one in it.
+            stop.retain(|text| !text.is_empty());
+            Ok(stop)
+        }
     }
 }
 

@@ -94,6 +94,7 @@ impl Tools {
             if tool["function"]["name"].as_str().is_none_or(str::is_empty) {
                 return Err(ApiError::field(&format!("tools[{i}].function.name"), "expected a name"));
             }
+            check_described(&format!("tools[{i}].function"), &tool["function"])?;
         }
         let list = match given(body, "tool_choice") {
             None => list,
@@ -143,6 +144,19 @@ impl Tools {
         let held_from = last.map_or(0, |last| begun.rfind(last).map_or(begun.len(), |at| at + last.len()));
         Outlet { parser, parallel: self.parallel, id, n_call: 0, held: begun[held_from..].to_string() }
     }
+}
+
+/// Refuses a description that is no text, and parameters that no schema of an object describes.
+fn check_described(path: &str, function: &Value) -> Result<(), ApiError> {
+    let expected: [(&str, fn(&Value) -> bool, &str); 2] =
+        [("description", Value::is_string, "a string"), ("parameters", Value::is_object, "an object")];
+    for (name, is_right, what) in expected {
+        if let Some(wrong) = given(function, name).filter(|value| !is_right(value)) {
+            let message = format_args!("expected {what}, got {}", kind_of(wrong));
+            return Err(ApiError::field(&format!("{path}.{name}"), message));
+        }
+    }
+    Ok(())
 }
 
 /// Writes calls and their results as text, for a template that knows neither.
@@ -368,6 +382,10 @@ mod tests {
         assert_eq!(param(json!({"tools": {}})), "tools");
         assert_eq!(param(json!({"tools": [{"type": "web"}]})), "tools[0].type");
         assert_eq!(param(json!({"tools": [{"type": "function"}]})), "tools[0].function.name");
+        for (name, wrong) in [("description", json!(5)), ("parameters", json!("{}"))] {
+            let tool = json!({"type": "function", "function": {"name": "f", name: wrong}});
+            assert_eq!(param(json!({"tools": [tool]})), format!("tools[0].function.{name}"));
+        }
         assert_eq!(param(json!({"tools": [weather()], "tool_choice": "required"})), "tool_choice");
         assert_eq!(param(json!({"parallel_tool_calls": 1})), "parallel_tool_calls");
         assert_eq!(param(json!({"functions": []})), "functions");

@@ -53,6 +53,7 @@ fn fields_that_are_wrong_are_named() {
         ("stop", json!({"a": 1})),
         ("stop", json!([1])),
         ("stop", json!(vec!["x"; 17])),
+        ("stop", json!(vec![""; 17])),
         ("stop", json!("x".repeat(257))),
         ("top_logprobs", json!(3)),
         ("chat_template_kwargs", json!([])),
