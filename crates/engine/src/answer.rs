@@ -6,6 +6,7 @@
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
+use crate::constraint::Constraint;
 use crate::generate::{Finish, GenerateError, Generated, Request};
 use crate::onlook::{Experts, Onlooker};
 use crate::sampler::{Ranked, Sampler, SamplerError, ranked};
@@ -154,7 +155,7 @@ impl Answer {
         self.draft.clear();
         if self.is_decoding() && may_guess {
             let n_left = self.max_tokens - self.out.tokens.len();
-            self.draft = self.speculator.draft(n_left - 1);
+            self.draft = self.guess(n_left - 1);
             self.feed.extend_from_slice(&self.draft);
             self.out.speculation.count(self.draft.len());
         }
@@ -164,6 +165,14 @@ impl Answer {
             (true, false) => Logits::All,
         };
         (Part { sequence: &mut self.sequence, tokens: &self.feed, logits }, self.onlooker.as_mut())
+    }
+
+    /// Guesses of the tokens after the newest, as far as they are allowed.
+    fn guess(&mut self, n_max: usize) -> Vec<u32> {
+        let Some(constraint) = &mut self.request.constraint else { return self.speculator.draft(n_max) };
+        let mut draft = self.speculator.draft(n_max);
+        draft.truncate(constraint.n_allowed(&draft));
+        draft
     }
 
     /// Rows of logits that the last part wanted.
@@ -200,8 +209,11 @@ impl Answer {
         let (mut logits, mut n_right) = (Vec::new(), 0);
         while !self.is_done {
             session.logits(first + n_right, &mut logits)?;
-            let token = self.sampler.sample(&logits)?;
-            self.take((session, tokenizer), token, (n_right, &logits), on_piece);
+            let token = match &mut self.request.constraint {
+                Some(constraint) => self.sampler.sample(constraint.mask(&logits, self.request.ignore_eos)?)?,
+                None => self.sampler.sample(&logits)?,
+            };
+            self.take((session, tokenizer), token, (n_right, &logits), on_piece)?;
             if self.draft.get(n_right) != Some(&token) {
                 break;
             }
@@ -214,19 +226,26 @@ impl Answer {
     }
 
     /// Takes a token into the answer that was sampled from `logits`, those of the `row`-th row of the part that wanted any.
+    ///
+    /// # Errors
+    /// A constraint whose next step would cost too much.
     fn take(
         &mut self,
         (session, tokenizer): (&dyn Session, &Tokenizer),
         token: u32,
         (row, logits): (usize, &[f32]),
         on_piece: &mut dyn FnMut(Piece) -> ControlFlow<()>,
-    ) {
+    ) -> Result<(), GenerateError> {
         self.sampler.accept(token);
         self.speculator.push(token);
         self.out.n_decode_token += 1;
-        if !self.request.ignore_eos && tokenizer.end_of_turn().contains(&token) {
-            return self.finish(session, Finish::Stop, on_piece);
+        // A constraint lets such a token pass only where the answer may end.
+        let goes_on = self.request.ignore_eos && self.request.constraint.is_none();
+        if !goes_on && tokenizer.end_of_turn().contains(&token) {
+            self.finish(session, Finish::Stop, on_piece);
+            return Ok(());
         }
+        self.request.constraint.as_mut().map_or(Ok(()), |c| c.advance(token))?;
         self.tokens.push(token);
         self.out.tokens.push(token);
         let mut bytes = Vec::new();
@@ -236,14 +255,18 @@ impl Answer {
         let standing = self.request.n_best.map(|n| standing(logits, token, n));
         let experts = self.onlooker.as_ref().and_then(|o| o.experts(row));
         let flow = on_piece(Piece { token: Some(token), text: delta.text, standing, experts });
+        let is_complete = self.request.constraint.as_ref().is_some_and(Constraint::is_complete);
         if let Some(index) = delta.stopped {
             self.out.stopped = Some(self.request.stop[index].clone());
+            self.finish(session, Finish::Stop, on_piece);
+        } else if is_complete && flow.is_continue() {
             self.finish(session, Finish::Stop, on_piece);
         } else if flow.is_break() {
             self.finish(session, Finish::Cancelled, on_piece);
         } else if self.out.tokens.len() == self.max_tokens {
             self.finish(session, Finish::Length, on_piece);
         }
+        Ok(())
     }
 
     /// Ends the answer, unless it has ended.

@@ -12,6 +12,7 @@ use apr_core::models::LoadError;
 use apr_cpu::CpuError;
 
 use crate::chat_template::{ChatInput, ChatTemplate, RenderedPiece, TemplateError};
+use crate::constraint::Constraints;
 use crate::device::{self, Device, DeviceInfo};
 use crate::generate::PREFILL_CHUNK;
 use crate::loading::Loading;
@@ -46,8 +47,10 @@ pub struct Engine {
 pub struct About {
     pub file: ModelFile,
     pub hparams: Hparams,
-    pub tokenizer: Tokenizer,
+    pub tokenizer: Arc<Tokenizer>,
     pub template: Option<ChatTemplate>,
+    /// What answers can be held to.
+    pub constraints: Constraints,
     pub device: DeviceInfo,
     /// Positions that a sequence may have.
     pub n_ctx: usize,
@@ -152,7 +155,9 @@ impl Engine {
         if let Some(n_ctx) = options.n_ctx {
             check_memory(&*session, n_ctx)?;
         }
-        let about = Arc::new(About { file, hparams, tokenizer, template, device, n_ctx });
+        let tokenizer = Arc::new(tokenizer);
+        let constraints = Constraints::new(tokenizer.clone());
+        let about = Arc::new(About { file, hparams, tokenizer, template, constraints, device, n_ctx });
         Ok(Engine { about, session, loading })
     }
 }

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::answer::{Answer, Piece};
+use crate::constraint::{Constraint, ConstraintError};
 use crate::engine::Engine;
 use crate::memory;
 use crate::onlook;
@@ -33,6 +34,8 @@ pub struct Request {
     pub show_control: bool,
     /// Guesses tokens from the text itself where that promises to be faster. The answer is the same.
     pub speculate: bool,
+    /// What the answer may be. Its end ends the answer, `ignore_eos` or not.
+    pub constraint: Option<Constraint>,
     /// Tells of every token where it stands among the model's, and so many of the best.
     pub n_best: Option<usize>,
     /// Tells of every token which experts the position that gave it went to.
@@ -117,6 +120,8 @@ pub enum GenerateError {
     Busy { n_waiting: usize },
     #[error("the engine has been stopped")]
     Stopped,
+    #[error("the format of the answer {0}")]
+    Constraint(#[from] ConstraintError),
     #[error(transparent)]
     Sampler(#[from] SamplerError),
     #[error(transparent)]

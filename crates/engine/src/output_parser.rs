@@ -30,7 +30,6 @@ use serde_json::Value;
 
 use hermes::{JsonCall, Progress};
 use markup::{Miss, Parsed, Reader, first_of};
-use schema::Tools;
 use sink::Sink;
 use xml::XmlCall;
 
@@ -45,6 +44,7 @@ mod tests;
 mod xml;
 
 pub use prompt::{ToolForm, hermes_system_text};
+pub(crate) use schema::{Kinds, Tools};
 
 /// What the parser gives out. Texts and deltas of a kind that follow one another are to be joined; none is empty.
 #[derive(Debug, Clone, PartialEq, Eq)]

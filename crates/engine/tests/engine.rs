@@ -31,6 +31,7 @@ fn request(n: usize) -> Request {
         ignore_eos: true,
         show_control: false,
         speculate: true,
+        constraint: None,
         n_best: None,
         show_experts: false,
     }

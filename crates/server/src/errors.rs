@@ -215,6 +215,7 @@ impl From<GenerateError> for ApiError {
             GenerateError::Memory { .. } => ApiError::unavailable(e.to_string()),
             GenerateError::Busy { .. } => ApiError::busy(),
             GenerateError::Stopped => ApiError::unavailable("the server is stopping"),
+            GenerateError::Constraint(_) => ApiError::invalid("invalid_schema", e.to_string()),
             GenerateError::Sampler(e) => e.into(),
             GenerateError::Step(e) => ApiError::engine("engine_error", e.to_string()),
         }

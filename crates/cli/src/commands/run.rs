@@ -129,6 +129,7 @@ pub fn run(args: Args) -> Result<Done> {
         ignore_eos: args.ignore_eos,
         show_control: args.special,
         speculate: !args.no_speculate,
+        constraint: None,
         n_best: None,
         show_experts: false,
     };

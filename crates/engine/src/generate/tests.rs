@@ -61,6 +61,7 @@ fn greedy(n: usize) -> Request {
         ignore_eos: true,
         show_control: false,
         speculate: false,
+        constraint: None,
         n_best: None,
         show_experts: false,
     }

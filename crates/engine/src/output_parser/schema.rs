@@ -74,6 +74,10 @@ impl Kinds {
         self == Self::TEXT
     }
 
+    pub fn allow_text(self) -> bool {
+        self.has(Self::TEXT)
+    }
+
     pub fn text_or_null(self) -> bool {
         self == Self::TEXT_OR_NULL
     }

@@ -9,6 +9,7 @@ use apr_cpu::CpuBackend;
 use proptest::prelude::*;
 
 use super::*;
+use crate::constraint::{Form, Grammar, Thought};
 use crate::device::Device;
 use crate::engine::EngineOptions;
 use crate::generate::generate;
@@ -39,6 +40,7 @@ fn request(prompt: Vec<u32>, n: usize, seed: u64) -> Request {
         ignore_eos: true,
         show_control: false,
         speculate: true,
+        constraint: None,
         n_best,
         show_experts: false,
     }
@@ -139,10 +141,15 @@ fn answers_do_not_depend_on_who_else_is_answered() {
     let requests: Vec<Request> = (0..9)
         .map(|i| {
             let prompt = (0..20 + 37 * i).map(|t| 100 + (t * 7 + i / 3) % 900).collect();
-            request(prompt, 5 + 7 * (i as usize % 4), u64::from(i))
+            // A third of them are held to something.
+            let form = Form::Json(serde_json::json!({"type": "array", "items": {"enum": ["a", "bc", 17]}}));
+            let grammar = Grammar { thought: Thought::None, forms: vec![form] };
+            let constraint = (i % 3 == 1).then(|| engine.constraints.compile(&grammar, "").unwrap());
+            Request { constraint, ..request(prompt, 5 + 7 * (i as usize % 4), u64::from(i)) }
         })
         .collect();
     let want: Vec<Generated> = requests.iter().map(|r| alone(&mut engine, r)).collect();
+    assert!(want.iter().skip(1).step_by(3).all(|w| w.text.starts_with('[')));
     // With room for all, and with so little that answers are set back again and again.
     for n_kv_block in [1000, 8] {
         let mut batcher = Batcher::new(limits(4, n_kv_block));

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use apr_engine::constraint::Constraint;
 use apr_engine::generate::Request;
 use apr_engine::sampler::SamplerConfig;
 use serde::Deserialize;
@@ -59,6 +60,8 @@ pub(super) struct Sampling {
     stop: Vec<String>,
     ignore_eos: bool,
     sampler: SamplerConfig,
+    /// What the answers may be.
+    pub(super) constraint: Option<Constraint>,
 }
 
 impl Sampling {
@@ -83,6 +86,7 @@ impl Sampling {
             show_experts: f.apr_experts.unwrap_or(false),
             ignore_eos: f.ignore_eos.unwrap_or(false),
             sampler: sampler(f, model)?,
+            constraint: None,
         })
     }
 
@@ -97,6 +101,7 @@ impl Sampling {
             ignore_eos: self.ignore_eos,
             show_control: false,
             speculate: true,
+            constraint: self.constraint.clone(),
             n_best,
             show_experts: self.show_experts,
         })
