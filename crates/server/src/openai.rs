@@ -8,8 +8,8 @@ mod messages;
 pub(crate) mod models;
 pub(crate) mod responses;
 mod sampling;
+mod structured;
 pub(crate) mod tools;
-mod unsupported;
 mod usage;
 
 use std::sync::Arc;

@@ -3,6 +3,7 @@
 
 use apr_engine::About;
 use apr_engine::chat_template::{ChatInput, RenderedPiece};
+use apr_engine::constraint::Thought;
 use apr_engine::generate::GenerateError;
 use apr_engine::output_parser::Thinking;
 
@@ -24,6 +25,8 @@ pub(crate) struct Prompt {
     pub(crate) tokens: Vec<u32>,
     /// Whether the answer begins in the middle of a thought.
     pub(crate) thinking: Thinking,
+    /// Whether a thought comes before what an answer is held to.
+    pub(crate) thought: Thought,
 }
 
 /// The prompt of a conversation. With `begun` the assistant's answer begins with that text, and goes on from there.
@@ -36,8 +39,15 @@ pub(crate) fn chat(about: &About, input: &ChatInput, begun: Option<&str>) -> Res
     let texts = rendered.iter().map(|piece| match piece {
         RenderedPiece::Control(text) | RenderedPiece::Text(text) => text.as_str(),
     });
-    let thinking = Thinking::of_prompt(&texts.collect::<String>());
-    Ok(Prompt { tokens: about.rendered_tokens(&rendered, begun), thinking })
+    let text = texts.collect::<String>();
+    let thinking = Thinking::of_prompt(&text);
+    let thought = match thinking {
+        Thinking::Opened => Thought::Opened,
+        // The template of a model that may think knows the tag; a thought that it has closed was there to leave it out.
+        _ if template.source().contains("<think>") && !text.trim_end().ends_with("</think>") => Thought::May,
+        _ => Thought::None,
+    };
+    Ok(Prompt { tokens: about.rendered_tokens(&rendered, begun), thinking, thought })
 }
 
 /// Refuses what can never be answered, before it waits for anything.

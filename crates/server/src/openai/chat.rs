@@ -18,7 +18,7 @@ use super::logprobs::ChatToken;
 use super::sampling::{Sampling, n_best};
 use super::tools::{self, Call, Outlet, Tools};
 use super::usage::{Timings, Usage};
-use super::{Completion, Frame, Head, StreamOptions, check_model, error_event, finish_reason, messages, unsupported};
+use super::{Completion, Frame, Head, StreamOptions, check_model, error_event, finish_reason, messages, structured};
 use crate::errors::ApiError;
 use crate::extract::{JsonBody, fields};
 use crate::job::{self, Answers, Whole};
@@ -67,9 +67,9 @@ impl Chat {
     /// As [`read`](Self::read), without looking whether it fits.
     pub(crate) async fn of_any_length(model: &Model, JsonBody { mut body, room }: JsonBody) -> Result<Chat, ApiError> {
         let own: Fields = fields(&body)?;
-        unsupported::refuse(&body)?;
+        let format = structured::read(&body)?;
         let tools = Tools::read(&body)?;
-        let sampling = Sampling::read(&body, model)?;
+        let mut sampling = Sampling::read(&body, model)?;
         let n_best = own.n_best()?;
         let mut conversation = messages::read(body.get_mut("messages").map(Value::take))?;
         model.system_lines.leave_out(&mut conversation.messages);
@@ -82,6 +82,9 @@ impl Chat {
             prompt::chat(&about, &input, conversation.begun.as_deref())
         });
         let prompt = prompt.await?;
+        let template = model.about.template.as_ref().map_or("", |t| t.source());
+        sampling.constraint =
+            structured::constraint(model, prompt.thought, tools.forms(template, format), &begun).await?;
         drop(room);
         Ok(Chat { prompt, n_best, sampling, tools, begun })
     }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use apr_engine::About;
 use apr_engine::answer::Piece;
+use apr_engine::constraint::Thought;
 use apr_engine::generate::{Generated, Request};
 use axum::Json;
 use axum::extract::State as Shared;
@@ -15,7 +16,7 @@ use super::inside::{Shown, TokenExperts};
 use super::logprobs::Columns;
 use super::sampling::{Sampling, n_best};
 use super::usage::{Timings, Usage};
-use super::{Completion, Frame, Head, StreamOptions, check_model, error_event, finish_reason, given, unsupported};
+use super::{Completion, Frame, Head, StreamOptions, check_model, error_event, finish_reason, given, structured};
 use crate::errors::ApiError;
 use crate::extract::{JsonBody, fields};
 use crate::job::{self, Whole};
@@ -82,7 +83,7 @@ pub(crate) async fn create(
     check_model(&model, own.model.as_deref())?;
     let is_stream = own.stream.unwrap_or(false);
     StreamOptions::check(own.stream_options.as_ref(), is_stream)?;
-    unsupported::refuse(&body)?;
+    let format = structured::read(&body)?;
     let mut sampling = Sampling::read(&body, &model)?;
     if given(&body, "max_tokens").or(given(&body, "max_completion_tokens")).is_none() {
         sampling.max_tokens = Some(MAX_TOKENS_DEFAULT);
@@ -93,6 +94,7 @@ pub(crate) async fn create(
     let prompts = own.prompt.ok_or_else(|| ApiError::field("prompt", "is missing"))?;
     let (about, max_tokens) = (model.about.clone(), sampling.max_tokens);
     let prompts = prompt::elsewhere(move || read_prompts(&about, prompts, echo, max_tokens)).await?;
+    sampling.constraint = structured::constraint(&model, Thought::None, format.into_iter().collect(), "").await?;
     drop(room);
     let requests: Vec<Request> = prompts.iter().flat_map(|p| sampling.requests(&p.tokens, n_best)).collect();
     let answers = job::submit(&state.settings, (&model, active), requests)?;

@@ -1,6 +1,7 @@
 //! Tools of a chat: what a request declares, how the model is told, and what becomes of the calls it writes.
 
 use apr_engine::chat_template::ChatInput;
+use apr_engine::constraint::{Calls, Form};
 use apr_engine::output_parser::{Event, OutputParser, Thinking, ToolForm, hermes_system_text};
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -14,6 +15,8 @@ use crate::extract::kind_of;
 pub(crate) struct Tools {
     /// As they were declared: `{"type": "function", "function": {…}}`.
     list: Vec<Value>,
+    /// Those of which one has to be called.
+    forced: Option<Vec<Value>>,
     /// Whether one answer may call several.
     parallel: bool,
 }
@@ -71,7 +74,7 @@ impl Tools {
     /// Reads `tools`, `tool_choice` and `parallel_tool_calls`.
     ///
     /// # Errors
-    /// What is no tool, named by its path; a choice that would force a call.
+    /// What is no tool, named by its path.
     pub(crate) fn read(body: &Value) -> Result<Tools, ApiError> {
         for name in ["functions", "function_call"] {
             if given(body, name).is_some() {
@@ -96,12 +99,7 @@ impl Tools {
             }
             check_described(&format!("tools[{i}].function"), &tool["function"])?;
         }
-        let list = match given(body, "tool_choice") {
-            None => list,
-            Some(choice) if choice == "auto" => list,
-            Some(choice) if choice == "none" => Vec::new(),
-            Some(_) => return Err(ApiError::unsupported("tool_choice", "only auto and none are supported yet")),
-        };
+        let (list, forced) = choose(list, given(body, "tool_choice"))?;
         let parallel = match given(body, "parallel_tool_calls") {
             None => true,
             Some(Value::Bool(parallel)) => *parallel,
@@ -110,7 +108,21 @@ impl Tools {
                 return Err(ApiError::field("parallel_tool_calls", message));
             }
         };
-        Ok(Tools { list, parallel })
+        // Who names a tool wants it called once.
+        let is_named = body.pointer("/tool_choice/type").is_some_and(|kind| kind == "function");
+        Ok(Tools { list, forced, parallel: parallel && !is_named })
+    }
+
+    /// The forms that an answer has to have, in one of which it may be what `format` says.
+    pub(super) fn forms(&self, template: &str, format: Option<Form>) -> Vec<Form> {
+        let form = ToolForm::of_template(template).unwrap_or(ToolForm::Hermes);
+        let calls = |tools: &[Value]| Form::Calls(Calls { form, tools: tools.to_vec(), only_one: !self.parallel });
+        match (&self.forced, format) {
+            (Some(forced), _) => vec![calls(forced)],
+            (None, Some(format)) if self.list.is_empty() => vec![format],
+            (None, Some(format)) => vec![format, calls(&self.list)],
+            (None, None) => Vec::new(),
+        }
     }
 
     /// Tells the model: through its template, or in the system message where the template has no place for tools.
@@ -157,6 +169,44 @@ fn check_described(path: &str, function: &Value) -> Result<(), ApiError> {
         }
     }
     Ok(())
+}
+
+/// The tools that the model is told of, and those of which it has to call one.
+///
+/// # Errors
+/// A choice that is none, or names a tool that is not declared.
+fn choose(list: Vec<Value>, choice: Option<&Value>) -> Result<(Vec<Value>, Option<Vec<Value>>), ApiError> {
+    let wrong = |message: String| Err(ApiError::field("tool_choice", message));
+    let named = |choices: &[&Value]| -> Result<Vec<Value>, ApiError> {
+        let find = |choice: &&Value| {
+            let name = &choice["function"]["name"];
+            let found = list.iter().find(|tool| name.is_string() && tool["function"]["name"] == *name);
+            found.cloned().ok_or_else(|| ApiError::field("tool_choice", format_args!("there is no tool {name}")))
+        };
+        choices.iter().map(find).collect()
+    };
+    let Some(choice) = choice else { return Ok((list, None)) };
+    let allowed = match choice.get("type").and_then(Value::as_str) {
+        Some("function") => {
+            let forced = named(&[choice])?;
+            return Ok((list, Some(forced)));
+        }
+        // Chats have the list in a field of its own, responses beside the type.
+        Some("allowed_tools") => Some(choice.get("allowed_tools").unwrap_or(choice)),
+        _ => None,
+    };
+    let list = match allowed.map(|a| a.get("tools").and_then(Value::as_array)) {
+        None => list,
+        Some(Some(tools)) => named(&tools.iter().collect::<Vec<_>>())?,
+        Some(None) => return wrong("allowed_tools needs a list of tools".to_string()),
+    };
+    match allowed.map_or(Some(choice), |a| a.get("mode")).and_then(Value::as_str) {
+        Some("auto") => Ok((list, None)),
+        Some("none") => Ok((Vec::new(), None)),
+        Some("required") if list.is_empty() => wrong("a call is required, and there are no tools".to_string()),
+        Some("required") => Ok((list.clone(), Some(list))),
+        _ => wrong(format!("expected auto, none, required or a function, got {choice}")),
+    }
 }
 
 /// Writes calls and their results as text, for a template that knows neither.
@@ -386,7 +436,10 @@ mod tests {
             let tool = json!({"type": "function", "function": {"name": "f", name: wrong}});
             assert_eq!(param(json!({"tools": [tool]})), format!("tools[0].function.{name}"));
         }
-        assert_eq!(param(json!({"tools": [weather()], "tool_choice": "required"})), "tool_choice");
+        for choice in [json!("some"), json!({"type": "function", "function": {"name": "none"}}), json!(1)] {
+            assert_eq!(param(json!({"tools": [weather()], "tool_choice": choice})), "tool_choice");
+        }
+        assert_eq!(param(json!({"tool_choice": "required"})), "tool_choice");
         assert_eq!(param(json!({"parallel_tool_calls": 1})), "parallel_tool_calls");
         assert_eq!(param(json!({"functions": []})), "functions");
     }

@@ -10,5 +10,6 @@ mod metrics;
 mod openai;
 mod openapi;
 mod responses;
+mod structured;
 mod support;
 mod tls;

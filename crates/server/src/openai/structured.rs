@@ -1,0 +1,154 @@
+//! What an answer may be: `response_format`, and the fields in which clients of llama.cpp and vLLM say the same.
+
+use std::time::Duration;
+
+use apr_engine::constraint::{Constraint, ConstraintError, Form, Grammar, Thought};
+use serde_json::{Value, json};
+
+use super::given;
+use crate::errors::ApiError;
+use crate::extract::kind_of;
+use crate::model::Model;
+use crate::prompt::elsewhere;
+
+/// What a constraint may take to compile.
+const COMPILE_TIME: Duration = Duration::from_millis(900);
+
+/// Reads what the answer may be; none is any text.
+///
+/// # Errors
+/// A format that is not known, lacks something, or is asked for twice.
+pub(super) fn read(body: &Value) -> Result<Option<Form>, ApiError> {
+    let mut found: Vec<(String, Form)> = Vec::new();
+    if let Some(format) = given(body, "response_format") {
+        found.extend(response_format(format)?.map(|form| ("response_format".to_string(), form)));
+    }
+    let nested = given(body, "structured_outputs").unwrap_or(&Value::Null);
+    for (param, value, read) in [
+        ("json_schema", given(body, "json_schema"), schema as Read),
+        ("grammar", given(body, "grammar"), lark),
+        ("guided_json", given(body, "guided_json"), schema),
+        ("guided_regex", given(body, "guided_regex"), regex),
+        ("guided_choice", given(body, "guided_choice"), choice),
+        ("guided_grammar", given(body, "guided_grammar"), lark),
+        ("structured_outputs.json", given(nested, "json"), schema),
+        ("structured_outputs.regex", given(nested, "regex"), regex),
+        ("structured_outputs.choice", given(nested, "choice"), choice),
+        ("structured_outputs.grammar", given(nested, "grammar"), lark),
+        ("structured_outputs.json_object", given(nested, "json_object").filter(|v| **v != false), any_object),
+    ] {
+        // llama.cpp's clients leave fields empty that they do not use.
+        if let Some(value) = value.filter(|v| **v != "") {
+            found.push((param.to_string(), read(param, value)?));
+        }
+    }
+    match found.get(1) {
+        Some((param, _)) => Err(ApiError::field(param, format_args!("{} says what the answer is already", found[0].0))),
+        None => Ok(found.pop().map(|(_, form)| form)),
+    }
+}
+
+/// Compiles forms of which an answer has one; none is any text.
+///
+/// # Errors
+/// What is malformed, not supported, or too large.
+pub(super) async fn constraint(
+    model: &Model,
+    thought: Thought,
+    forms: Vec<Form>,
+    begun: &str,
+) -> Result<Option<Constraint>, ApiError> {
+    if forms.is_empty() {
+        return Ok(None);
+    }
+    let param = match forms[..] {
+        [Form::Calls(_)] => "tools",
+        _ => "response_format",
+    };
+    let refused = |e: ConstraintError| {
+        let e = ApiError::invalid("invalid_schema", format!("{param}: {e}"));
+        ApiError { param: Some(param.to_string()), ..e }
+    };
+    let about = model.about.clone();
+    elsewhere(move || Ok(about.constraints.prepare())).await?;
+    let (about, begun) = (model.about.clone(), begun.to_string());
+    let compiling = elsewhere(move || Ok(about.constraints.compile(&Grammar { thought, forms }, &begun)));
+    match tokio::time::timeout(COMPILE_TIME, compiling).await {
+        Ok(compiled) => compiled?.map(Some).map_err(refused),
+        Err(_) => {
+            let message = format!("takes more than {} s to compile", COMPILE_TIME.as_secs_f32());
+            Err(refused(ConstraintError::Refused(message)))
+        }
+    }
+}
+
+type Read = fn(&str, &Value) -> Result<Form, ApiError>;
+
+fn response_format(format: &Value) -> Result<Option<Form>, ApiError> {
+    let missing = |name: &str| ApiError::field(&format!("response_format.{name}"), "is missing");
+    let part = |name: &str| given(format, name).ok_or_else(|| missing(name));
+    match given(format, "type").and_then(Value::as_str) {
+        Some("text") => Ok(None),
+        // llama.cpp puts a schema beside this type.
+        Some("json_object") => match given(format, "schema") {
+            Some(value) => schema("response_format.schema", value).map(Some),
+            None => any_object("", format).map(Some),
+        },
+        // The schema stands within json_schema, where some clients of llama.cpp put it beside the type.
+        Some("json_schema") => match (given(format, "json_schema"), given(format, "schema")) {
+            (Some(inner), _) => {
+                let value = given(inner, "schema").ok_or_else(|| missing("json_schema.schema"))?;
+                schema("response_format.json_schema.schema", value).map(Some)
+            }
+            (None, Some(value)) => schema("response_format.schema", value).map(Some),
+            (None, None) => Err(missing("json_schema")),
+        },
+        Some("regex") => regex("response_format.regex", part("regex")?).map(Some),
+        Some("grammar") => lark("response_format.grammar", part("grammar")?).map(Some),
+        _ => {
+            let got = format.get("type").unwrap_or(&Value::Null);
+            let message = format_args!("expected text, json_object, json_schema, regex or grammar, got {got}");
+            Err(ApiError::field("response_format.type", message))
+        }
+    }
+}
+
+fn any_object(_: &str, _: &Value) -> Result<Form, ApiError> {
+    Ok(Form::Json(json!({"type": "object"})))
+}
+
+/// A schema, or its text.
+fn schema(param: &str, value: &Value) -> Result<Form, ApiError> {
+    match value {
+        Value::Object(_) | Value::Bool(_) => Ok(Form::Json(value.clone())),
+        Value::String(text) => match serde_json::from_str(text) {
+            Ok(schema) => Ok(Form::Json(schema)),
+            Err(e) => Err(ApiError::field(param, format_args!("is not JSON: {e}"))),
+        },
+        other => Err(ApiError::field(param, format_args!("expected a JSON schema, got {}", kind_of(other)))),
+    }
+}
+
+fn text<'a>(param: &str, value: &'a Value) -> Result<&'a str, ApiError> {
+    let message = format_args!("expected a string, got {}", kind_of(value));
+    value.as_str().filter(|text| !text.is_empty()).ok_or_else(|| ApiError::field(param, message))
+}
+
+fn regex(param: &str, value: &Value) -> Result<Form, ApiError> {
+    Ok(Form::Regex(text(param, value)?.to_string()))
+}
+
+fn lark(param: &str, value: &Value) -> Result<Form, ApiError> {
+    let text = text(param, value)?;
+    if text.contains("::=") {
+        let message = "this is GBNF or EBNF; grammars are read in Lark's syntax: `start: \"yes\" | \"no\"`";
+        return Err(ApiError::unsupported(param, message));
+    }
+    Ok(Form::Lark(text.to_string()))
+}
+
+fn choice(param: &str, value: &Value) -> Result<Form, ApiError> {
+    let texts = value.as_array().filter(|list| !list.is_empty());
+    let texts = texts.and_then(|list| list.iter().map(|t| t.as_str().map(str::to_string)).collect());
+    texts.map(Form::Choice).ok_or_else(|| ApiError::field(param, "expected a list of strings"))
+}
