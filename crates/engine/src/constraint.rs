@@ -136,7 +136,8 @@ impl Constraints {
     /// A grammar that is malformed, asks for what is not supported, or would cost too much; an answer that begins otherwise.
     pub fn compile(&self, grammar: &Grammar, begun: &str) -> Result<Constraint, ConstraintError> {
         let grammar = grammar.compose()?;
-        let parser = with_stack(|| self.factory().create_parser(grammar)).map_err(|e| refused(&e))?;
+        let compiled = with_stack(|| self.factory().create_parser(grammar));
+        let parser = compiled.map_err(|e| refused(&e))?.map_err(|e| refused(&e))?;
         let mut constraint = Constraint { matcher: Matcher::new(Ok(parser)), masked: Vec::new() };
         let tokens = self.tokenizer.encode_text(begun, false);
         match constraint.matcher.try_consume_tokens(&tokens) {
@@ -168,11 +169,14 @@ impl Constraints {
 }
 
 /// Does something on a thread with much stack.
-fn with_stack<T: Send>(f: impl FnOnce() -> T + Send) -> T {
+///
+/// # Errors
+/// A system that does not start one.
+fn with_stack<T: Send>(f: impl FnOnce() -> T + Send) -> std::io::Result<T> {
     std::thread::scope(|scope| {
         let thread = std::thread::Builder::new().name("constraint".into()).stack_size(STACK_BYTES);
-        let thread = thread.spawn_scoped(scope, f).expect("the system starts a thread");
-        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        let thread = thread.spawn_scoped(scope, f)?;
+        Ok(thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
     })
 }
 

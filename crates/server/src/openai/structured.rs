@@ -70,7 +70,11 @@ pub(super) async fn constraint(
         ApiError { param: Some(param.to_string()), ..e }
     };
     let about = model.about.clone();
-    elsewhere(move || Ok(about.constraints.prepare())).await?;
+    let prepare = move || {
+        about.constraints.prepare();
+        Ok(())
+    };
+    elsewhere(prepare).await?;
     let (about, begun) = (model.about.clone(), begun.to_string());
     let compiling = elsewhere(move || Ok(about.constraints.compile(&Grammar { thought, forms }, &begun)));
     match tokio::time::timeout(COMPILE_TIME, compiling).await {
