@@ -19,8 +19,8 @@ use crate::state::State;
 
 /// What may be had without a key: whether the server answers, and the page that asks for one. Nothing of the model and of anyone's
 /// requests is there.
-const OPEN: [&str; 2] = ["/health", "/"];
-const OPEN_BELOW: &str = "/ui/";
+const OPEN: [&str; 3] = ["/health", "/", "/favicon.ico"];
+const OPEN_BELOW: &str = "/page/";
 
 /// The keys of a server.
 #[derive(Clone, Default)]
@@ -176,11 +176,11 @@ mod tests {
 
     #[test]
     fn only_what_is_listed_is_open_and_only_to_be_read() {
-        for path in ["/health", "/", "/ui/app.js"] {
+        for path in ["/health", "/", "/favicon.ico", "/page/app.js"] {
             assert!(is_open(&Method::GET, path) && is_open(&Method::HEAD, path), "{path}");
             assert!(!is_open(&Method::POST, path) && !is_open(&Method::DELETE, path), "{path}");
         }
-        for path in ["/health/", "/v1/models", "/ui", "//", "/metrics", "/UI/app.js"] {
+        for path in ["/health/", "/v1/models", "/page", "//", "/metrics", "/PAGE/app.js"] {
             assert!(!is_open(&Method::GET, path), "{path}");
         }
     }

@@ -20,6 +20,7 @@ mod names;
 mod note;
 mod openai;
 mod openapi;
+mod page;
 mod patience;
 mod prompt;
 mod routes;

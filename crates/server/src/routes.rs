@@ -14,11 +14,12 @@ use tower_http::cors::{AllowHeaders, AllowMethods, AllowOrigin, CorsLayer};
 
 use crate::errors::ApiError;
 use crate::state::State;
-use crate::{anthropic, guard, health, keys, metrics, note, openai, openapi};
+use crate::{anthropic, guard, health, keys, metrics, note, openai, openapi, page};
 
 /// Everything that is answered.
 pub(crate) fn router(state: Arc<State>) -> Router {
     let routes = Router::new()
+        .merge(page::routes())
         .route("/health", get(health::health))
         .route("/metrics", get(metrics::metrics))
         .route("/openapi.json", get(openapi::openapi))

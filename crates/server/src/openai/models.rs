@@ -40,6 +40,8 @@ fn card(model: &Model, id: &str) -> Value {
             "n_ctx_train": about.hparams.n_ctx_train,
             "n_vocab": about.tokenizer.n_vocab(),
             "size": about.file.file_bytes,
+            "n_layer": about.hparams.n_layer,
+            "n_expert": about.hparams.experts.map(|e| e.n_expert),
         },
     })
 }

@@ -9,6 +9,7 @@ mod load;
 mod metrics;
 mod openai;
 mod openapi;
+mod page;
 mod responses;
 mod structured;
 mod support;
