@@ -7,13 +7,16 @@ use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use crate::constraint::Constraint;
+use crate::engine::Engine;
 use crate::generate::{Finish, GenerateError, Generated, Request};
 use crate::onlook::{Experts, Onlooker};
-use crate::sampler::{Ranked, Sampler, SamplerError, ranked};
+use crate::sampler::{Ranked, Sampler, ranked};
 use crate::session::{Logits, Part, Sequence, Session};
+use crate::shadow::{N_TOKENS_MAX, Served, Ticket};
 use crate::speculate::Speculate;
 use crate::text_stream::TextStream;
 use crate::tokenizer::Tokenizer;
+use crate::trace::served::{TRACED_CHUNK, Unfinished};
 
 /// What a token gave, or at the end what had been held back.
 #[derive(Clone, Debug, PartialEq)]
@@ -44,6 +47,8 @@ pub(crate) struct Answer {
     sampler: Sampler,
     speculator: Box<dyn Speculate + Send>,
     onlooker: Option<Onlooker>,
+    /// What tokens were sampled from, where that is to be kept.
+    kept: Option<(Ticket, Vec<Vec<f32>>)>,
     stream: TextStream,
     /// The prompt, then the answer.
     tokens: Vec<u32>,
@@ -62,12 +67,13 @@ pub(crate) struct Answer {
 
 impl Answer {
     /// # Errors
-    /// Sampler settings out of range.
+    /// Sampler settings out of range; a trace that cannot be taken.
     pub(crate) fn new(
+        engine: &Engine,
         request: Request,
         max_tokens: usize,
         speculator: Box<dyn Speculate + Send>,
-    ) -> Result<Answer, SamplerError> {
+    ) -> Result<Answer, GenerateError> {
         let mut sampler = Sampler::new(request.sampler.clone())?;
         request.prompt.iter().for_each(|&t| sampler.accept(t));
         let out = Generated::nothing(&request, sampler.seed());
@@ -76,7 +82,8 @@ impl Answer {
             max_tokens,
             sampler,
             speculator,
-            onlooker: Onlooker::of(&request),
+            onlooker: Onlooker::of(engine, &request, max_tokens)?,
+            kept: None,
             stream: TextStream::new(request.stop.clone()),
             tokens: request.prompt.clone(),
             draft: Vec::new(),
@@ -95,9 +102,24 @@ impl Answer {
         &self.tokens
     }
 
+    /// Tokens whose keys and values may be had from an earlier prompt. The logits after the last one are wanted, so that it is computed
+    /// in any case; of what is traced all is.
+    pub(crate) fn tokens_to_find(&self) -> &[u32] {
+        if self.is_traced() { &[] } else { &self.tokens[..self.tokens.len() - 1] }
+    }
+
+    fn is_traced(&self) -> bool {
+        self.onlooker.as_ref().is_some_and(Onlooker::is_tracing)
+    }
+
     /// Tokens that the sequence does not have yet.
     pub(crate) fn n_to_feed(&self) -> usize {
         self.tokens.len() - self.sequence.n_tokens()
+    }
+
+    /// How many of them one step may compute.
+    pub(crate) fn n_at_once(&self) -> usize {
+        if self.is_traced() { self.n_to_feed().min(TRACED_CHUNK) } else { self.n_to_feed() }
     }
 
     /// Whether the newest token is all that is missing.
@@ -148,18 +170,20 @@ impl Answer {
     /// What the next step computes: at most `n_max` tokens, and guesses where `may_guess`; and who looks on.
     pub(crate) fn part(&mut self, n_max: usize, may_guess: bool) -> (Part<'_>, Option<&mut Onlooker>) {
         self.began.get_or_insert_with(Instant::now);
+        let n_max = n_max.min(self.n_at_once());
         let rest = &self.tokens[self.sequence.n_tokens()..];
         self.feed.clear();
         self.feed.extend_from_slice(&rest[..rest.len().min(n_max)]);
         self.has_logits = self.feed.len() == rest.len();
         self.draft.clear();
-        if self.is_decoding() && may_guess {
+        if self.is_decoding() && may_guess && !self.is_traced() {
             let n_left = self.max_tokens - self.out.tokens.len();
             self.draft = self.guess(n_left - 1);
             self.feed.extend_from_slice(&self.draft);
             self.out.speculation.count(self.draft.len());
         }
         let logits = match (self.has_logits, self.draft.is_empty()) {
+            _ if self.is_traced() => Logits::All,
             (false, _) => Logits::None,
             (true, true) => Logits::Last,
             (true, false) => Logits::All,
@@ -177,7 +201,11 @@ impl Answer {
 
     /// Rows of logits that the last part wanted.
     pub(crate) fn n_rows(&self) -> usize {
-        if self.has_logits { 1 + self.draft.len() } else { 0 }
+        match self.has_logits {
+            _ if self.is_traced() => self.feed.len(),
+            true => 1 + self.draft.len(),
+            false => 0,
+        }
     }
 
     /// Goes on with what a step gave; its logits begin at row `first`. `time` is that of the step where it computed nothing
@@ -193,9 +221,11 @@ impl Answer {
         time: Option<Duration>,
         on_piece: &mut dyn FnMut(Piece) -> ControlFlow<()>,
     ) -> Result<(), GenerateError> {
+        self.onlooker.iter_mut().for_each(Onlooker::stepped);
         if !self.has_logits {
             return Ok(());
         }
+        let n_before = self.n_rows() - (1 + self.draft.len());
         match (self.prefilled, time) {
             (None, _) => self.prefilled = Some((Instant::now(), session.read_bytes())),
             (Some(_), Some(time)) if self.feed.len() == 1 + self.draft.len() => {
@@ -208,12 +238,14 @@ impl Answer {
         }
         let (mut logits, mut n_right) = (Vec::new(), 0);
         while !self.is_done {
-            session.logits(first + n_right, &mut logits)?;
+            let row = n_before + n_right;
+            session.logits(first + row, &mut logits)?;
             let token = match &mut self.request.constraint {
                 Some(constraint) => self.sampler.sample(constraint.mask(&logits, self.request.ignore_eos)?)?,
                 None => self.sampler.sample(&logits)?,
             };
-            self.take((session, tokenizer), token, (n_right, &logits), on_piece)?;
+            self.keep_logits(&logits);
+            self.take((session, tokenizer), token, (row, &logits), on_piece)?;
             if self.draft.get(n_right) != Some(&token) {
                 break;
             }
@@ -294,6 +326,30 @@ impl Answer {
             self.out.decode_read_bytes = session.read_bytes().zip(read_before).map(|(after, before)| after - before);
         }
         self.out.kv_bytes = session.kv_bytes();
+    }
+
+    /// From now on logits are kept, until the answer is too long for a shadow.
+    pub(crate) fn keep(&mut self, ticket: Ticket) {
+        self.kept = Some((ticket, Vec::new()));
+    }
+
+    fn keep_logits(&mut self, logits: &[f32]) {
+        match &mut self.kept {
+            Some((_, rows)) if self.tokens.len() < N_TOKENS_MAX => rows.push(logits.to_vec()),
+            _ => self.kept = None,
+        }
+    }
+
+    /// What was served, where logits were kept.
+    pub(crate) fn take_served(&mut self) -> Option<Served> {
+        let (ticket, logits) = self.kept.take()?;
+        let n = (self.request.prompt.len() + logits.len()).saturating_sub(1);
+        (!logits.is_empty()).then(|| Served { tokens: self.tokens[..n].to_vec(), logits, _ticket: ticket })
+    }
+
+    /// What was traced.
+    pub(crate) fn take_trace(&mut self) -> Option<Unfinished> {
+        self.onlooker.as_mut()?.take_trace(&self.tokens)
     }
 
     /// What was generated.

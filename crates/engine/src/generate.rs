@@ -15,6 +15,7 @@ use crate::onlook;
 use crate::sampler::{SamplerConfig, SamplerError};
 use crate::session::{Logits, Part, Sequence, StepError};
 use crate::speculate::{NoSpeculation, Speculate, Speculator};
+use crate::trace::served::{ServedTrace, TraceAsk, TraceAskError};
 
 /// Tokens of a prompt that go through the model together. More of them share each expert's weights, fewer keep buffers small.
 pub const PREFILL_CHUNK: usize = 512;
@@ -40,6 +41,8 @@ pub struct Request {
     pub n_best: Option<usize>,
     /// Tells of every token which experts the position that gave it went to.
     pub show_experts: bool,
+    /// Has all positions of the pass traced. Such a request neither guesses tokens nor uses what is kept of earlier prompts.
+    pub trace: Option<TraceAsk>,
 }
 
 /// Why generation ended.
@@ -88,6 +91,8 @@ pub struct Generated {
     pub decode_read_bytes: Option<u64>,
     /// Bytes of keys and values at the end.
     pub kv_bytes: usize,
+    /// Where [`Request::trace`] asks for it.
+    pub trace: Option<Box<ServedTrace>>,
 }
 
 /// What came of guessing tokens.
@@ -125,6 +130,8 @@ pub enum GenerateError {
     #[error(transparent)]
     Sampler(#[from] SamplerError),
     #[error(transparent)]
+    Trace(#[from] TraceAskError),
+    #[error(transparent)]
     Step(#[from] StepError),
 }
 
@@ -157,10 +164,11 @@ fn generate_with(
     on_text: &mut dyn FnMut(&str),
 ) -> Result<Generated, GenerateError> {
     let max_tokens = check_fits(engine, request.prompt.len(), request.max_tokens)?;
-    let mut answer = Answer::new(request.clone(), max_tokens, speculator)?;
+    let mut answer = Answer::new(engine, request.clone(), max_tokens, speculator)?;
     let result = run(engine, &mut answer, cancel, on_text);
     engine.session.release(&mut answer.sequence);
-    result.map(|()| answer.into_generated())
+    let trace = answer.take_trace().map(|trace| Box::new(trace.finish()));
+    result.map(|()| Generated { trace, ..answer.into_generated() })
 }
 
 /// Steps until the answer has ended.
@@ -251,6 +259,7 @@ impl Generated {
             speculation: SpeculationCounts::default(),
             decode_read_bytes: None,
             kv_bytes: 0,
+            trace: None,
         }
     }
 }

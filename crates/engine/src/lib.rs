@@ -22,6 +22,7 @@ pub mod prefix_cache;
 pub mod sampler;
 pub mod scheduler;
 pub mod session;
+pub mod shadow;
 pub mod speculate;
 pub mod text_stream;
 pub mod threads;

@@ -11,8 +11,10 @@ use apr_core::probe::{StageValue, Watch};
 use apr_core::stage::Stage;
 use apr_core::stats::RowStats;
 
+use crate::engine::Engine;
 use crate::generate::Request;
 use crate::session::{Look, Part, Session, StepError};
+use crate::trace::served::{ServedWatch, TraceAskError, Unfinished};
 
 /// The experts that one position went to.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -23,32 +25,65 @@ pub struct Experts {
 
 /// What looks on for one request.
 pub(crate) struct Onlooker {
-    experts: ExpertsWatch,
+    experts: Option<ExpertsWatch>,
+    trace: Option<ServedWatch>,
 }
 
 impl Onlooker {
-    /// The onlooker that a request asks for.
-    pub(crate) fn of(request: &Request) -> Option<Onlooker> {
-        request.show_experts.then(|| Onlooker { experts: ExpertsWatch::default() })
+    /// The onlooker that a request asks for; `max_tokens` may be decoded.
+    ///
+    /// # Errors
+    /// A trace that cannot be taken.
+    pub(crate) fn of(
+        engine: &Engine,
+        request: &Request,
+        max_tokens: usize,
+    ) -> std::result::Result<Option<Onlooker>, TraceAskError> {
+        let trace = request.trace.as_ref().map(|ask| ServedWatch::new(engine, ask, &request.prompt, max_tokens));
+        let (trace, experts) = (trace.transpose()?, request.show_experts.then(ExpertsWatch::default));
+        Ok((trace.is_some() || experts.is_some()).then_some(Onlooker { experts, trace }))
     }
 
     /// Experts of the `i`-th of the rows that wanted logits in the last step.
     pub(crate) fn experts(&self, i: usize) -> Option<Experts> {
-        self.experts.rows.get(i).cloned()
+        self.experts.as_ref()?.rows.get(i).cloned()
+    }
+
+    /// The last step has been run.
+    pub(crate) fn stepped(&mut self) {
+        self.trace.iter_mut().for_each(ServedWatch::stepped);
+    }
+
+    /// Whether all positions are to be seen.
+    pub(crate) fn is_tracing(&self) -> bool {
+        self.trace.is_some()
+    }
+
+    /// What was traced of these tokens.
+    pub(crate) fn take_trace(&mut self, tokens: &[u32]) -> Option<Unfinished> {
+        self.trace.take().map(|trace| trace.into_trace(tokens))
     }
 }
 
 impl Watch for Onlooker {
     fn begin(&mut self, batch: &Batch) {
-        self.experts.begin(batch);
+        self.experts.iter_mut().for_each(|w| w.begin(batch));
+        self.trace.iter_mut().for_each(|w| w.begin(batch));
     }
 
     fn wants(&self, stage: Stage, layer: usize) -> bool {
-        self.experts.wants(stage, layer)
+        self.experts.as_ref().is_some_and(|w| w.wants(stage, layer))
+            || self.trace.as_ref().is_some_and(|w| w.wants(stage, layer))
     }
 
     fn seen(&mut self, stage: Stage, layer: usize, value: &dyn StageValue) -> Result<()> {
-        self.experts.seen(stage, layer, value)
+        if let Some(experts) = self.experts.as_mut().filter(|w| w.wants(stage, layer)) {
+            experts.seen(stage, layer, value)?;
+        }
+        match self.trace.as_mut().filter(|w| w.wants(stage, layer)) {
+            Some(trace) => trace.seen(stage, layer, value),
+            None => Ok(()),
+        }
     }
 }
 
@@ -97,7 +132,7 @@ impl Watch for StepWatch<'_, '_> {
             let Some(onlooker) = onlooker.as_mut().filter(|o| o.wants(stage, layer)) else { continue };
             let rows = self.batch.rows_of(s as u32, n_rows);
             if !rows.is_empty() {
-                onlooker.seen(stage, layer, &Rows { value, rows })?;
+                onlooker.seen(stage, layer, &Rows::new(value, rows))?;
             }
         }
         Ok(())
@@ -105,12 +140,16 @@ impl Watch for StepWatch<'_, '_> {
 }
 
 /// Some rows of a stage's value.
-struct Rows<'a> {
+pub(crate) struct Rows<'a> {
     value: &'a dyn StageValue,
     rows: Range<usize>,
 }
 
-impl Rows<'_> {
+impl<'a> Rows<'a> {
+    pub(crate) fn new(value: &'a dyn StageValue, rows: Range<usize>) -> Rows<'a> {
+        Rows { value, rows }
+    }
+
     fn whole(&self, rows: Range<usize>) -> Range<usize> {
         assert!(rows.end <= self.rows.len(), "rows {rows:?} of {}", self.rows.len());
         self.rows.start + rows.start..self.rows.start + rows.end

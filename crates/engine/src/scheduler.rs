@@ -21,6 +21,8 @@ use crate::onlook;
 use crate::prefix_cache::PrefixCache;
 use crate::sampler::SamplerError;
 use crate::session::{KvBlock, StepError};
+use crate::shadow::Shadow;
+use crate::trace::served::Unfinished;
 
 /// What is told of a request, on the thread that steps. It must not wait for anything.
 pub trait Listener: Send {
@@ -85,6 +87,8 @@ pub struct Batcher {
     /// Those that were set back first, then in the order in which they came.
     waiting: VecDeque<Running>,
     kept: PrefixCache<KvBlock>,
+    /// Has some answers replayed.
+    shadow: Option<Shadow>,
     prefill_tok_per_s: Option<f64>,
     /// What was done so far; what goes on now is counted when somebody asks.
     counts: Load,
@@ -131,6 +135,7 @@ impl Batcher {
             running: Vec::new(),
             waiting: VecDeque::new(),
             kept: PrefixCache::default(),
+            shadow: None,
             prefill_tok_per_s: None,
             counts: Load { n_kv_block: limits.n_kv_block, ..Load::default() },
         }
@@ -143,7 +148,14 @@ impl Batcher {
         if self.running.len() + n_waiting >= self.limits.n_parallel + self.limits.n_queue {
             return listener.end(Err(GenerateError::Busy { n_waiting }));
         }
-        match begin(engine, request) {
+        let answer = begin(engine, request).map(|mut answer| {
+            if let Some(shadow) = &mut self.shadow {
+                shadow.set_busy(true);
+                shadow.ticket(answer.tokens().len()).into_iter().for_each(|ticket| answer.keep(ticket));
+            }
+            answer
+        });
+        match answer {
             Ok(answer) => self.waiting.push_back(Running { answer, listener, failed: None }),
             Err(e) => listener.end(Err(e)),
         }
@@ -184,6 +196,13 @@ impl Batcher {
         self.remove_done(engine);
     }
 
+    /// Tells the shadow whether it may go on.
+    fn tell_shadow(&self) {
+        if let Some(shadow) = &self.shadow {
+            shadow.set_busy(!self.is_idle());
+        }
+    }
+
     /// Ends everything that has begun or waits.
     pub fn cancel_all(&mut self, engine: &mut Engine) {
         for r in &mut self.running {
@@ -222,7 +241,7 @@ impl Batcher {
             let idle = self.n_idle(engine);
             let promised: usize = self.running.iter().map(Running::n_blocks_to_come).sum();
             let next = &self.waiting[0];
-            let need = next.n_blocks_to_come() - self.kept.n_found(next.answer.tokens());
+            let need = next.n_blocks_to_come() - self.kept.n_found(next.answer.tokens_to_find());
             if !self.running.is_empty()
                 && engine.session.n_kv_blocks() - idle + promised + need > self.limits.n_kv_block
             {
@@ -235,8 +254,7 @@ impl Batcher {
     /// Gives answers the blocks that are kept for their prompts, those that came of another's steps just now among them.
     fn use_kept(&mut self, engine: &mut Engine) {
         for r in self.running.iter_mut().filter(|r| !r.answer.is_decoding()) {
-            // The logits after the last token are wanted, so that it is computed in any case.
-            let tokens = &r.answer.tokens()[..r.answer.tokens().len() - 1];
+            let tokens = r.answer.tokens_to_find();
             if self.kept.n_found(tokens) * KV_BLOCK > r.answer.sequence.n_tokens() {
                 let found = engine.session.sequence_of(&self.kept.find(tokens));
                 engine.session.release(&mut r.answer.found(found));
@@ -286,7 +304,7 @@ impl Batcher {
             if Some(i) == first {
                 reserved = 0;
             }
-            let n_tokens = self.running[i].answer.n_to_feed().min(left.saturating_sub(reserved));
+            let n_tokens = self.running[i].answer.n_at_once().min(left.saturating_sub(reserved));
             if n_tokens > 0 {
                 shares.push(Share { i, n_tokens });
                 left -= n_tokens;
@@ -300,7 +318,7 @@ impl Batcher {
         let (a, b) = (&self.running[i].answer, &self.running[before].answer);
         let end = (a.sequence.n_tokens() / KV_BLOCK + 1) * KV_BLOCK;
         // Whole blocks before the last token are what will be found.
-        a.tokens().len() > end && b.tokens().len() >= end && a.tokens()[..end] == b.tokens()[..end]
+        a.tokens_to_find().len() >= end && b.tokens().len() >= end && a.tokens()[..end] == b.tokens()[..end]
     }
 
     /// Tokens of prompts in a step that others wait for.
@@ -371,13 +389,17 @@ impl Batcher {
     fn remove_done(&mut self, engine: &mut Engine) {
         for mut r in self.running.extract_if(.., |r| r.is_done()) {
             engine.session.release(&mut r.answer.sequence);
+            let trace = r.answer.take_trace();
+            if let Some(shadow) = &mut self.shadow {
+                shadow.ended(r.answer.tokens().len(), r.answer.take_served().filter(|_| r.failed.is_none()));
+            }
             let result = r.failed.map_or_else(|| Ok(r.answer.into_generated()), Err);
             match &result {
                 Ok(generated) => self.counts.n_cancelled += u64::from(generated.finish == Finish::Cancelled),
                 Err(GenerateError::Sampler(SamplerError::NotFinite { .. })) => self.counts.n_numerical_error += 1,
                 Err(_) => {}
             }
-            r.listener.end(result);
+            tell_end(r.listener, result, trace);
         }
     }
 }
@@ -386,7 +408,18 @@ impl Batcher {
 fn begin(engine: &Engine, request: Request) -> Result<Answer, GenerateError> {
     let max_tokens = check_fits(engine, request.prompt.len(), request.max_tokens)?;
     let speculator = speculator(&request);
-    Ok(Answer::new(request, max_tokens, speculator)?)
+    Answer::new(engine, request, max_tokens, speculator)
+}
+
+/// Tells the end of an answer. A trace is written to its end on a thread of its own, so that nobody else waits for the disk.
+fn tell_end(mut listener: Box<dyn Listener>, result: Result<Generated, GenerateError>, trace: Option<Unfinished>) {
+    let Some(trace) = trace else { return listener.end(result) };
+    let write = move || {
+        // Of an answer that failed nothing is kept.
+        listener.end(result.map(|generated| Generated { trace: Some(Box::new(trace.finish())), ..generated }));
+    };
+    // Where the system starts no thread the listener is dropped, which tells whoever waits as well.
+    _ = std::thread::Builder::new().name("trace".into()).spawn(write);
 }
 
 /// A batcher on a thread of its own, with the engine.
@@ -408,16 +441,25 @@ impl Scheduler {
     ///
     /// # Errors
     /// A system that does not start one.
-    pub fn start(mut engine: Engine, limits: Limits) -> std::io::Result<Scheduler> {
+    pub fn start(engine: Engine, limits: Limits) -> std::io::Result<Scheduler> {
+        Scheduler::start_with(engine, limits, None)
+    }
+
+    /// As [`start`](Self::start), with some answers replayed.
+    ///
+    /// # Errors
+    /// A system that does not start a thread.
+    pub fn start_with(mut engine: Engine, limits: Limits, shadow: Option<Shadow>) -> std::io::Result<Scheduler> {
         let n_whole = n_blocks(engine.session.n_ctx());
         assert!(limits.n_kv_block >= n_whole, "{} blocks hold a context of {n_whole}", limits.n_kv_block);
         let (commands, received) = channel();
         let load = Arc::new(Mutex::new(Load::default()));
         let told = load.clone();
         let thread = std::thread::Builder::new().name("scheduler".into()).spawn(move || {
-            let mut batcher = Batcher::new(limits);
+            let mut batcher = Batcher { shadow, ..Batcher::new(limits) };
             while follow(&received, &mut batcher, &mut engine, &told) {
                 batcher.step(&mut engine);
+                batcher.tell_shadow();
             }
             batcher.cancel_all(&mut engine);
         })?;

@@ -22,8 +22,10 @@ use stats::{Stats, StatsPlan, StatsWatch};
 
 pub mod anomalies;
 pub mod file;
+pub mod json;
 pub mod pass;
 pub mod save;
+pub mod served;
 pub mod stats;
 
 /// Best tokens that are reported of every position whose logits are.

@@ -34,6 +34,7 @@ fn request(n: usize) -> Request {
         constraint: None,
         n_best: None,
         show_experts: false,
+        trace: None,
     }
 }
 

@@ -217,6 +217,7 @@ impl From<GenerateError> for ApiError {
             GenerateError::Stopped => ApiError::unavailable("the server is stopping"),
             GenerateError::Constraint(_) => ApiError::invalid("invalid_schema", e.to_string()),
             GenerateError::Sampler(e) => e.into(),
+            GenerateError::Trace(e) => ApiError::invalid("invalid_trace", format!("x-apr-trace: {e}")),
             GenerateError::Step(e) => ApiError::engine("engine_error", e.to_string()),
         }
     }

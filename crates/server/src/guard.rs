@@ -20,10 +20,15 @@ const ANTHROPIC_REQUEST_ID: HeaderName = HeaderName::from_static("request-id");
 /// Characters of a client's own request id.
 const REQUEST_ID_MAX: usize = 128;
 
+/// The id that a request's answer carries.
+#[derive(Clone)]
+pub(crate) struct RequestId(pub(crate) String);
+
 /// Passes a request on, or refuses it. The answer carries the client's request id, or a new one; an error is written in the form
 /// of the path's API, whoever raised it.
-pub(crate) async fn guard(Shared(state): Shared<Arc<State>>, request: Request, next: Next) -> Response {
+pub(crate) async fn guard(Shared(state): Shared<Arc<State>>, mut request: Request, next: Next) -> Response {
     let id = request_id(&state, request.headers());
+    request.extensions_mut().insert(RequestId(id.to_str().unwrap_or_default().to_string()));
     let form = ErrorForm::of_path(request.uri().path());
     let response = match check(&state, &request) {
         Ok(()) => next.run(request).await,

@@ -227,6 +227,7 @@ pub(crate) mod tests {
             speculation: SpeculationCounts::default(),
             decode_read_bytes: None,
             kv_bytes: 0,
+            trace: None,
         }
     }
 }

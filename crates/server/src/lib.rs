@@ -29,6 +29,7 @@ mod sse;
 mod state;
 mod system_lines;
 mod tls;
+mod trace;
 
 pub use keys::{KeyFileError, Keys};
 pub use model::{Model, ModelError, limits};

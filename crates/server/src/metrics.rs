@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use apr_engine::generate::{Finish, GenerateError, Generated};
 use apr_engine::scheduler::{Limits, Load};
+use apr_engine::shadow::ShadowCounts;
 use apr_engine::{KV_BLOCK, memory};
 use axum::extract::State as Shared;
 use axum::http::{StatusCode, header};
@@ -83,10 +84,34 @@ pub(crate) async fn metrics(Shared(state): Shared<Arc<State>>) -> Result<Respons
     let mut families = state.metrics.gather();
     if let Some(model) = state.loaded() {
         families.extend(model.metrics.gather(model.scheduler.load()));
+        families.extend(model.shadow().into_iter().flat_map(of_shadow));
     }
     let text = TextEncoder::new().encode_to_string(&families);
     let text = text.map_err(|e| ApiError::engine("internal_error", format!("the metrics cannot be written: {e}")))?;
     Ok(([(header::CONTENT_TYPE, TEXT_FORMAT)], text).into_response())
+}
+
+/// What replays on the reference found.
+fn of_shadow(c: ShadowCounts) -> Vec<MetricFamily> {
+    let r = &Registry::new();
+    for (name, help, value) in [
+        ("apr_shadow_replayed_total", "Answers that were computed once more on the reference.", c.n_replayed),
+        ("apr_shadow_skipped_total", "Answers whose turn it was while another was kept or replayed.", c.n_skipped),
+        ("apr_shadow_failed_total", "Replays that the reference could not make.", c.n_failed),
+        ("apr_shadow_positions_total", "Positions of replays that were compared.", c.n_positions),
+        ("apr_shadow_disagreements_total", "Those whose most likely token differs.", c.n_disagreeing),
+        ("apr_shadow_above_bound_total", "Replays that differ by more than the precision explains.", c.n_above),
+    ] {
+        counter(r, name, help).inc_by(value);
+    }
+    let mean = c.kld_sum / c.n_positions.max(1) as f64;
+    for (name, help, value) in [
+        ("apr_shadow_kl_divergence_mean", "Mean divergence of served next tokens from the reference, in nats.", mean),
+        ("apr_shadow_kl_divergence_max", "The largest of all positions.", c.kld_max),
+    ] {
+        add(r, Gauge::new(name, help)).set(value);
+    }
+    r.gather()
 }
 
 /// Adds a measure to those that are written.

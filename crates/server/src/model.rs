@@ -1,5 +1,6 @@
 //! The model that a server answers with: the engine on its scheduler, its names, and what requests leave out.
 
+use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -7,6 +8,7 @@ use apr_engine::memory;
 use apr_engine::plan;
 use apr_engine::sampler::SamplerConfig;
 use apr_engine::scheduler::{Limits, Scheduler};
+use apr_engine::shadow::{Replay, Shadow, ShadowCounts, ShadowMeter};
 use apr_engine::{About, Engine, EngineError};
 use tokio::sync::Semaphore;
 
@@ -18,6 +20,8 @@ use crate::system_lines::SystemLines;
 pub struct Model {
     pub(crate) about: Arc<About>,
     pub(crate) scheduler: Scheduler,
+    /// What replays found, where some answers are replayed.
+    pub(crate) shadow: Option<ShadowMeter>,
     pub(crate) names: Names,
     pub(crate) metrics: Arc<Metrics>,
     /// Sampling where a request says nothing: the file's, or greedy.
@@ -45,7 +49,22 @@ impl Model {
     /// # Errors
     /// Sampling defaults in the file that are out of range, and a system that starts no thread.
     pub fn start(engine: Engine, limits: Limits, aliases: Vec<String>) -> Result<Model, ModelError> {
+        Model::start_with(engine, limits, aliases, None)
+    }
+
+    /// As [`start`](Self::start). Where `shadow_every` is given, every so manieth short answer is replayed on the reference when nobody
+    /// is answered, and what is found is counted and, where it is more than rounding, logged.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    pub fn start_with(
+        engine: Engine,
+        limits: Limits,
+        aliases: Vec<String>,
+        shadow_every: Option<NonZeroU64>,
+    ) -> Result<Model, ModelError> {
         let about = engine.about.clone();
+        let shadow = shadow_every.map(|every| Shadow::start(&engine, every.get(), log_replay)).transpose()?;
         let n_places = limits.n_parallel + limits.n_queue;
         let names = Names::of(&about, aliases);
         Ok(Model {
@@ -56,7 +75,8 @@ impl Model {
             n_places,
             system_lines: SystemLines::default(),
             since: crate::openai::now(),
-            scheduler: Scheduler::start(engine, limits)?,
+            shadow: shadow.as_ref().map(Shadow::meter),
+            scheduler: Scheduler::start_with(engine, limits, shadow)?,
             about,
         })
     }
@@ -76,6 +96,11 @@ impl Model {
         &self.about
     }
 
+    /// What replays on the reference found, where some answers are replayed.
+    pub fn shadow(&self) -> Option<ShadowCounts> {
+        self.shadow.as_ref().map(ShadowMeter::counts)
+    }
+
     /// Where it is computed.
     pub fn scheduler(&self) -> &Scheduler {
         &self.scheduler
@@ -84,6 +109,21 @@ impl Model {
     /// Answers that could be taken on now.
     pub fn n_free_places(&self) -> usize {
         self.places.available_permits()
+    }
+}
+
+/// Says what a replay found where that is more than rounding.
+fn log_replay(replay: Result<Replay, EngineError>) {
+    match replay {
+        Ok(replay) if replay.is_above() => tracing::warn!(
+            median_kld = replay.median_kld,
+            bound = replay.bound,
+            same_top_percent = replay.served.same_top_p,
+            n_positions = replay.served.n_positions,
+            "what was served differs from the reference by more than its precision explains; run apr verify on this machine"
+        ),
+        Ok(_) => {}
+        Err(e) => tracing::warn!("the reference cannot replay an answer: {e}"),
     }
 }
 

@@ -25,6 +25,7 @@ use serde_json::Value;
 use crate::errors::{ApiError, ErrorForm};
 use crate::model::Model;
 use crate::state::State;
+use crate::trace;
 use usage::{Timings, Usage};
 
 /// What streaming answers may be asked to add.
@@ -75,6 +76,8 @@ struct Completion<C> {
     choices: Vec<C>,
     usage: Usage,
     timings: Timings,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    apr_trace: Option<Value>,
 }
 
 /// What a streamed answer has beside its choices.
@@ -86,6 +89,8 @@ struct Frame {
     /// Counts so far, where every chunk is to tell them.
     running: Option<Usage>,
     timings: Option<Timings>,
+    /// Of the one answer that is traced.
+    trace: Option<Value>,
 }
 
 #[derive(Serialize)]
@@ -98,6 +103,8 @@ struct Chunk<'a, C> {
     usage: Option<Option<Usage>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     timings: Option<Timings>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    apr_trace: Option<&'a Value>,
 }
 
 impl Frame {
@@ -105,7 +112,15 @@ impl Frame {
         let with_usage = options.as_ref().and_then(|o| o.include_usage).unwrap_or(false);
         let is_continuous = with_usage && options.and_then(|o| o.continuous_usage_stats).unwrap_or(false);
         let running = is_continuous.then(|| Usage::of_prompt(n_prompt));
-        Frame { head, about: model.about.clone(), usage: Usage::default(), with_usage, running, timings: None }
+        Frame {
+            head,
+            about: model.about.clone(),
+            usage: Usage::default(),
+            with_usage,
+            running,
+            timings: None,
+            trace: None,
+        }
     }
 
     /// Counts a piece of an answer.
@@ -119,6 +134,7 @@ impl Frame {
     fn end(&mut self, generated: &Generated, is_first_of_prompt: bool) {
         self.usage.add(generated, is_first_of_prompt);
         self.timings = Some(Timings::of(generated));
+        self.trace = generated.trace.as_deref().map(trace::told);
     }
 
     fn chunk(&self, choice: impl Serialize) -> Event {
@@ -136,15 +152,22 @@ impl Frame {
             choices: vec![choice],
             usage: self.with_usage.then_some(self.running),
             timings,
+            apr_trace: None,
         })
     }
 
     /// What ends a stream.
     fn finish(&self) -> Vec<Event> {
+        let (none, head) = (Vec::new, &self.head);
+        let with_trace = |apr_trace| {
+            let usage = self.with_usage.then_some(None);
+            event(&Chunk::<()> { head, choices: none(), usage, timings: None, apr_trace: Some(apr_trace) })
+        };
         let (usage, timings) = (Some(Some(self.usage)), self.timings);
-        let usage = Chunk::<()> { head: &self.head, choices: Vec::new(), usage, timings };
+        let usage = Chunk::<()> { head, choices: none(), usage, timings, apr_trace: None };
         let usage = self.with_usage.then(|| event(&usage));
-        usage.into_iter().chain([Event::default().data("[DONE]")]).collect()
+        let trace = self.trace.as_ref().map(with_trace);
+        trace.into_iter().chain(usage).chain([Event::default().data("[DONE]")]).collect()
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::hash::{BuildHasher, RandomState};
 use std::net::IpAddr;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, RwLock};
 use std::time::Duration;
@@ -46,6 +47,10 @@ pub struct Settings {
     pub n_backlog: usize,
     /// How often a comment keeps a silent stream alive.
     pub keep_alive: Duration,
+    /// Where traces of requests are saved; none are without it.
+    pub trace_dir: Option<PathBuf>,
+    /// Bytes of values that one of them may have.
+    pub trace_bytes: u64,
     /// How long answers may go on after the server was asked to stop.
     pub drain_time: Duration,
 }
@@ -68,6 +73,8 @@ impl Default for Settings {
             write_time: Duration::from_secs(30),
             n_backlog: 4096,
             keep_alive: Duration::from_secs(15),
+            trace_dir: None,
+            trace_bytes: 4 << 30,
             drain_time: Duration::from_secs(30),
         }
     }

@@ -132,6 +132,7 @@ pub fn run(args: Args) -> Result<Done> {
         constraint: None,
         n_best: None,
         show_experts: false,
+        trace: None,
     };
     if args.verify {
         verify::or_refuse(&mut engine)?;

@@ -5,7 +5,8 @@ mod log;
 mod plan;
 mod supervisor;
 
-use std::num::NonZeroUsize;
+use std::num::{NonZeroU64, NonZeroUsize};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use apr_server::{Model, Server, Settings, SystemLines, limits};
@@ -52,6 +53,8 @@ struct RunArgs {
     #[command(flatten)]
     limits: LimitArgs,
     #[command(flatten)]
+    inside: InsideArgs,
+    #[command(flatten)]
     access: AccessArgs,
     #[command(flatten)]
     log: LogArgs,
@@ -73,6 +76,22 @@ struct LimitArgs {
     /// Seconds that running answers are given after SIGTERM or Ctrl-C; what is left then is ended where it is
     #[arg(long, env = "APR_SHUTDOWN_TIMEOUT", default_value = "30", value_name = "SECONDS", value_parser = seconds)]
     shutdown_timeout: Duration,
+}
+
+/// What of the passes that serve is looked at.
+#[derive(clap::Args)]
+#[command(next_help_heading = "Looking inside")]
+struct InsideArgs {
+    /// Folder for the traces that requests with x-apr-trace: save ask for, with an administrator's key
+    #[arg(long, env = "APR_TRACE_DIR", value_name = "DIR", requires = "admin_key_file")]
+    trace_dir: Option<PathBuf>,
+    /// Largest such trace, in MiB
+    #[arg(long, env = "APR_TRACE_LIMIT", default_value_t = 4096, value_name = "MIB")]
+    trace_limit: u64,
+    /// Compute every N-th answer of at most 128 tokens, prompt included, once more on the reference while nobody is answered, and
+    /// count how far its next tokens are from what was served
+    #[arg(long, env = "APR_SHADOW_EVERY", value_name = "N")]
+    shadow_every: Option<NonZeroU64>,
 }
 
 pub fn run(args: Args) -> Result<Done> {
@@ -99,7 +118,8 @@ fn serve(args: RunArgs) -> Result<Done> {
     if !args.drop_system_line.is_empty() {
         args.log.say(format_args!("lines of system messages that match {:?} are left out", args.drop_system_line));
     }
-    server.answer_with(Model::start(engine, limits, args.alias)?.without(system_lines));
+    let model = Model::start_with(engine, limits, args.alias, args.inside.shadow_every)?;
+    server.answer_with(model.without(system_lines));
     let (access, log, addr) = (&args.access, &args.log, server.addr());
     let ready = || {
         let scheme = if access.tls_cert.is_some() { "https" } else { "http" };
@@ -125,11 +145,16 @@ fn serve(args: RunArgs) -> Result<Done> {
 
 impl RunArgs {
     fn settings(&self) -> Result<Settings> {
+        if let Some(dir) = &self.inside.trace_dir {
+            std::fs::create_dir_all(dir).map_err(|e| usage(format_args!("--trace-dir {}: {e}", dir.display())))?;
+        }
         Ok(Settings {
             keys: self.access.keys()?,
             tls: self.access.tls()?,
             cors_origins: self.access.cors_origin.clone(),
             allowed_hosts: self.access.allowed_host.clone(),
+            trace_dir: self.inside.trace_dir.clone(),
+            trace_bytes: self.inside.trace_limit.saturating_mul(1 << 20),
             request_time: self.limits.request_timeout,
             drain_time: self.limits.shutdown_timeout,
             ..Settings::default()

@@ -64,6 +64,7 @@ fn greedy(n: usize) -> Request {
         constraint: None,
         n_best: None,
         show_experts: false,
+        trace: None,
     }
 }
 

@@ -17,6 +17,7 @@ use crate::sampler::SamplerConfig;
 use crate::session::{Runner, SessionSettings};
 
 mod onlooking;
+mod shadowing;
 
 const TINY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../fixtures/tiny-qwen3moe.gguf");
 
@@ -43,6 +44,7 @@ fn request(prompt: Vec<u32>, n: usize, seed: u64) -> Request {
         constraint: None,
         n_best,
         show_experts: false,
+        trace: None,
     }
 }
 

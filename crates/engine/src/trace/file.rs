@@ -5,8 +5,8 @@
 //! ids I32. Format of the container: <https://github.com/huggingface/safetensors>.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{self, Seek, SeekFrom, Write};
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -157,6 +157,33 @@ impl TraceWriter {
         n_decode: usize,
         tensors: &[(Place, Vec<usize>)],
     ) -> Result<TraceWriter, TraceFileError> {
+        let mut options = File::options();
+        TraceWriter::begin(path, header, n_decode, tensors, options.create(true).truncate(true))
+    }
+
+    /// As [`create`](Self::create), where nothing may be written over.
+    ///
+    /// # Errors
+    /// A trace of this name that is there, or is being written.
+    pub fn create_new(
+        path: &Path,
+        header: &TraceHeader,
+        n_decode: usize,
+        tensors: &[(Place, Vec<usize>)],
+    ) -> Result<TraceWriter, TraceFileError> {
+        if path.exists() {
+            return Err(TraceFileError::Io { path: path.to_path_buf(), source: io::ErrorKind::AlreadyExists.into() });
+        }
+        TraceWriter::begin(path, header, n_decode, tensors, File::options().create_new(true))
+    }
+
+    fn begin(
+        path: &Path,
+        header: &TraceHeader,
+        n_decode: usize,
+        tensors: &[(Place, Vec<usize>)],
+        options: &mut OpenOptions,
+    ) -> Result<TraceWriter, TraceFileError> {
         let (mut at, mut places) = (0, BTreeMap::new());
         for (place, shape) in tensors {
             let dtype = if place.stage == Stage::MoeRouterIndices { Dtype::I32 } else { Dtype::F32 };
@@ -168,7 +195,7 @@ impl TraceWriter {
         let header_bytes = (header_json(header, &places).len() + 11 * n_decode).next_multiple_of(64);
         let partial = path.with_extension("safetensors.partial");
         let io = |source| TraceFileError::Io { path: partial.clone(), source };
-        let file = File::options().read(true).write(true).create(true).truncate(true).open(&partial).map_err(io)?;
+        let file = options.read(true).write(true).open(&partial).map_err(io)?;
         let positions = header.positions.clone();
         let writer = TraceWriter { file, path: path.to_path_buf(), partial, header_bytes, tensors: places, positions };
         // From here on a failure takes the file away again.
@@ -213,15 +240,45 @@ impl TraceWriter {
         Ok(())
     }
 
-    /// Ends the trace: writes the final header, which may name decoded tokens, and gives the file its name.
+    /// Ends the trace: writes the final header, which may name decoded tokens, and gives the file its name. Where the header has fewer
+    /// positions than were planned, the first ones, the file has no others.
     ///
     /// # Errors
     /// What the system says.
-    pub fn finish(self, header: &TraceHeader) -> Result<PathBuf, TraceFileError> {
+    pub fn finish(mut self, header: &TraceHeader) -> Result<PathBuf, TraceFileError> {
+        assert!(self.positions.starts_with(&header.positions), "the positions that were planned, or the first of them");
+        if header.positions.len() < self.positions.len() {
+            self.shorten(header.positions.len()).map_err(|source| self.io(source))?;
+        }
         self.write_header(header)?;
         self.file.sync_data().map_err(|source| self.io(source))?;
         std::fs::rename(&self.partial, &self.path).map_err(|source| self.io(source))?;
         Ok(self.path.clone())
+    }
+
+    /// Keeps the first `n` positions of every tensor, moving each towards the front of the file.
+    fn shorten(&mut self, n: usize) -> io::Result<()> {
+        const PIECE: usize = 1 << 20;
+        let (mut file, start, mut at) = (&self.file, 8 + self.header_bytes, 0);
+        let mut piece = Vec::new();
+        let mut in_order: Vec<&mut Saved> = self.tensors.values_mut().collect();
+        in_order.sort_by_key(|t| t.bytes.start);
+        for saved in in_order {
+            let kept = saved.bytes.start..saved.bytes.start + n * saved.row_bytes();
+            let moved = at..at + kept.len();
+            for done in (0..kept.len()).step_by(PIECE).filter(|_| moved != kept) {
+                piece.resize(PIECE.min(kept.len() - done), 0);
+                file.seek(SeekFrom::Start((start + kept.start + done) as u64))?;
+                file.read_exact(&mut piece)?;
+                file.seek(SeekFrom::Start((start + moved.start + done) as u64))?;
+                file.write_all(&piece)?;
+            }
+            at = moved.end;
+            saved.bytes = moved;
+        }
+        file.set_len((start + at) as u64)?;
+        self.positions.truncate(n);
+        Ok(())
     }
 
     fn write_header(&self, header: &TraceHeader) -> Result<(), TraceFileError> {
@@ -389,6 +446,31 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         drop(TraceWriter::create(&dir.path().join("t.safetensors"), &header(&[1, 2, 3], &[0]), 0, &[]).unwrap());
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_trace_that_ends_early_has_the_positions_that_were() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("trace.safetensors");
+        let places = [Place::new(0, Stage::Embedding), Place::new(0, Stage::AttnNorm), Place::new(1, Stage::AttnNorm)];
+        let plan = places.map(|place| (place, vec![3]));
+        let mut w = TraceWriter::create_new(&path, &header(&[5, 6, 7], &[0, 1, 2, 3, 4, 5]), 4, &plan).unwrap();
+        let refused = TraceWriter::create_new(&path, &header(&[5, 6, 7], &[0]), 0, &plan);
+        assert!(refused.is_err(), "it is being written");
+        let row = |i: usize, p: u32| vec![(10 * i) as f32 + p as f32; 3];
+        for (i, place) in places.into_iter().enumerate() {
+            w.write(place, &[0, 1, 2, 3], &(0..4).flat_map(|p| row(i, p)).collect::<Vec<_>>()).unwrap();
+        }
+        w.finish(&header(&[5, 6, 7, 8], &[0, 1, 2, 3])).unwrap();
+        assert!(TraceWriter::create_new(&path, &header(&[5, 6, 7], &[0]), 0, &plan).is_err(), "it is there");
+        let t = SavedTrace::open(&path).unwrap();
+        assert_eq!(t.header, header(&[5, 6, 7, 8], &[0, 1, 2, 3]));
+        let mut got = Vec::new();
+        for (i, place) in places.into_iter().enumerate() {
+            for p in 0..4 {
+                assert!(t.read(place, p, &mut got) && got == row(i, p), "{place} at {p}");
+            }
+        }
     }
 
     #[test]

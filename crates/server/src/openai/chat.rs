@@ -26,6 +26,7 @@ use crate::model::Model;
 use crate::prompt::{self, Prompt};
 use crate::sse::{self, Chunks};
 use crate::state::{Active, State};
+use crate::trace;
 
 /// How a chat is to be answered.
 #[derive(Deserialize)]
@@ -48,6 +49,8 @@ pub(crate) struct Chat {
     pub(crate) prompt: Prompt,
     /// Alternatives that are told of each token.
     pub(crate) n_best: Option<usize>,
+    /// What is to be traced.
+    pub(crate) trace: trace::Asked,
     sampling: Sampling,
     tools: Tools,
     begun: String,
@@ -86,7 +89,7 @@ impl Chat {
         sampling.constraint =
             structured::constraint(model, prompt.thought, tools.forms(template, format), &begun).await?;
         drop(room);
-        Ok(Chat { prompt, n_best, sampling, tools, begun })
+        Ok(Chat { prompt, n_best, trace: trace::Asked::default(), sampling, tools, begun })
     }
 
     /// Refuses a conversation that does not fit.
@@ -113,7 +116,8 @@ impl Chat {
         model: &Model,
         active: Active,
     ) -> Result<(Answers, Vec<Outlet>), ApiError> {
-        let requests = self.sampling.requests(&self.prompt.tokens, self.n_best).collect();
+        let mut requests: Vec<_> = self.sampling.requests(&self.prompt.tokens, self.n_best).collect();
+        self.trace.put_in(&mut requests)?;
         let answers = job::submit(&state.settings, (model, active), requests)?;
         let outlet = |_| self.tools.outlet(self.prompt.thinking, &self.begun, state.unique());
         Ok((answers, (0..self.sampling.n).map(outlet).collect()))
@@ -176,13 +180,17 @@ struct Begin {
 }
 
 /// Answers a conversation.
-pub(crate) async fn create(Shared(state): Shared<Arc<State>>, body: JsonBody) -> Result<Response, ApiError> {
+pub(crate) async fn create(
+    Shared(state): Shared<Arc<State>>,
+    trace: trace::Asked,
+    body: JsonBody,
+) -> Result<Response, ApiError> {
     let (model, active) = state.begin()?;
     let wire: Wire = fields(&body.body)?;
     check_model(&model, wire.model.as_deref())?;
     let is_stream = wire.stream.unwrap_or(false);
     StreamOptions::check(wire.stream_options.as_ref(), is_stream)?;
-    let chat = Chat::read(&model, body).await?;
+    let chat = Chat { trace, ..Chat::read(&model, body).await? };
     let shown = Shown { logprobs: chat.n_best.is_some(), experts: chat.sampling.show_experts };
     let n_prompt = chat.prompt.tokens.len();
     let (answers, outlets) = chat.submit(&state, &model, active)?;
@@ -200,6 +208,7 @@ fn completion(head: Head, about: &About, whole: Vec<Whole>, outlets: Vec<Outlet>
     let mut usage = Usage::default();
     whole.iter().enumerate().for_each(|(i, w)| usage.add(&w.generated, i == 0));
     let timings = Timings::of(&whole[0].generated);
+    let apr_trace = whole[0].generated.trace.as_deref().map(trace::told);
     let logprobs = |w: &Whole| Logprobs { content: w.standings.iter().map(|s| ChatToken::new(about, s)).collect() };
     let choice = |(index, (w, mut outlet)): (usize, (Whole, Outlet))| {
         let tools::Fields { content, reasoning_content, tool_calls } = outlet.message(&w.generated.text);
@@ -213,7 +222,7 @@ fn completion(head: Head, about: &About, whole: Vec<Whole>, outlets: Vec<Outlet>
         }
     };
     let choices = whole.into_iter().zip(outlets).enumerate().map(choice).collect();
-    Completion { head, choices, usage, timings }
+    Completion { head, choices, usage, timings, apr_trace }
 }
 
 fn why_ended(generated: &Generated, outlet: &Outlet) -> &'static str {
@@ -324,7 +333,8 @@ mod tests {
         let mut events: Vec<(usize, Told)> = ANSWER.chars().map(|c| (0, piece(c))).collect();
         events.push((0, Told::End(Ok(generated(ANSWER)))));
         let usage = Usage::default();
-        let frame = Frame { head: head(), about: about(), usage, with_usage: false, running: None, timings: None };
+        let frame =
+            Frame { head: head(), about: about(), usage, with_usage: false, running: None, timings: None, trace: None };
         let chunks = ChatChunks { frame, outlets: vec![outlet()] };
         let response = sse::respond(answers(1, events), chunks, Duration::from_secs(60)).await.unwrap();
         let body = String::from_utf8(to_bytes(response.into_body(), 1 << 20).await.unwrap().to_vec()).unwrap();

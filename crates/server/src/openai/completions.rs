@@ -23,6 +23,7 @@ use crate::job::{self, Whole};
 use crate::prompt;
 use crate::sse::{self, Chunks};
 use crate::state::State;
+use crate::trace;
 
 /// Tokens where a request names no limit. It is what OpenAI's API says.
 const MAX_TOKENS_DEFAULT: usize = 16;
@@ -76,6 +77,7 @@ struct Prompt {
 /// Goes on with texts.
 pub(crate) async fn create(
     Shared(state): Shared<Arc<State>>,
+    trace: trace::Asked,
     JsonBody { body, room }: JsonBody,
 ) -> Result<Response, ApiError> {
     let (model, active) = state.begin()?;
@@ -96,7 +98,8 @@ pub(crate) async fn create(
     let prompts = prompt::elsewhere(move || read_prompts(&about, prompts, echo, max_tokens)).await?;
     sampling.constraint = structured::constraint(&model, Thought::None, format.into_iter().collect(), "").await?;
     drop(room);
-    let requests: Vec<Request> = prompts.iter().flat_map(|p| sampling.requests(&p.tokens, n_best)).collect();
+    let mut requests: Vec<Request> = prompts.iter().flat_map(|p| sampling.requests(&p.tokens, n_best)).collect();
+    trace.put_in(&mut requests)?;
     let answers = job::submit(&state.settings, (&model, active), requests)?;
     let head = Head::new(&state, &model, "cmpl", "text_completion");
     let n_prompt = prompts.iter().map(|p| p.tokens.len()).sum();
@@ -175,6 +178,7 @@ fn completion(
     let mut usage = Usage::default();
     whole.iter().enumerate().for_each(|(i, w)| usage.add(&w.generated, i.is_multiple_of(n)));
     let timings = Timings::of(&whole[0].generated);
+    let apr_trace = whole[0].generated.trace.as_deref().map(trace::told);
     let choice = |(index, w): (usize, Whole)| {
         let logprobs = shown.logprobs.then(|| {
             let (mut columns, mut offset) = (Columns::default(), 0);
@@ -185,7 +189,7 @@ fn completion(
         let apr_experts = shown.experts(w.experts).map(ApiExperts::All);
         Choice { index, text, logprobs, apr_experts, finish_reason: Some(finish_reason(w.generated.finish)) }
     };
-    Completion { head, choices: whole.into_iter().enumerate().map(choice).collect(), usage, timings }
+    Completion { head, choices: whole.into_iter().enumerate().map(choice).collect(), usage, timings, apr_trace }
 }
 
 /// Completions as they come.

@@ -104,6 +104,7 @@ impl Sampling {
             constraint: self.constraint.clone(),
             n_best,
             show_experts: self.show_experts,
+            trace: None,
         })
     }
 }

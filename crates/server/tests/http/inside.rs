@@ -1,6 +1,13 @@
-//! Looking inside while it talks: experts of tokens, on the steps that serve.
+//! Looking inside while it talks: experts of tokens, and traces, of the steps that serve.
+
+use std::path::Path;
 
 use crate::support::*;
+use apr_engine::device::Device;
+use apr_engine::diff::verdict::Rule;
+use apr_engine::diff::{DiffOptions, ModelSource, Source, diff};
+use apr_engine::{EngineOptions, KvType};
+use apr_server::{Keys, Server, Settings};
 use serde_json::{Value, json};
 
 const CHAT: &str = "/v1/chat/completions";
@@ -52,4 +59,121 @@ fn each_token_has_its_experts_where_a_request_asks() {
     }
     let refused = post(&server, CHAT, &chat(json!({"apr_experts": "yes"})));
     assert_eq!((refused.status, &refused.json()["error"]["param"]), (400, &json!("apr_experts")));
+}
+
+/// A server whose administrator's key is `root`, and which saves traces in a folder.
+fn start_for_traces(dir: &Path, trace_bytes: u64) -> Server {
+    let file = dir.join("keys");
+    std::fs::write(&file, "root\n").unwrap();
+    let keys = Keys::read(None, Some(&file)).unwrap();
+    start_with(Settings { keys, trace_dir: Some(dir.to_path_buf()), trace_bytes, ..Settings::default() }, |_| ())
+}
+
+fn send(server: &Server, path: &str, headers: &[&str], body: &Value) -> Reply {
+    let mut client = Client::connect(server.addr());
+    let headers = [&["content-type: application/json"], headers].concat();
+    client.request("POST", path, &headers, body.to_string().as_bytes());
+    client.reply()
+}
+
+const ROOT: &str = "authorization: Bearer root";
+
+#[test]
+fn statistics_come_with_the_answer_and_change_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = start_for_traces(dir.path(), 1 << 30);
+    let text = json!({"prompt": "Hello", "max_tokens": 12, "ignore_eos": true});
+    for (path, body) in [(CHAT, chat(json!({"temperature": 1.0, "seed": 3}))), (TEXT, text)] {
+        let plain = ok(&server, path, &body);
+        assert!(plain.get("apr_trace").is_none(), "nobody asked");
+        let whole = send(&server, path, &[ROOT, "x-apr-trace: stats"], &body).json();
+        assert_eq!(whole["choices"], plain["choices"]);
+        let trace = &whole["apr_trace"];
+        let n = whole["usage"]["prompt_tokens"].as_u64().unwrap() + 11;
+        assert_eq!((&trace["schema"], &trace["positions"]), (&json!("apr.trace/1"), &json!([0, n])));
+        let layers = trace["layers"].as_array().unwrap();
+        assert_eq!((layers.len(), &trace["saved"], &trace["error"]), (4, &Value::Null, &Value::Null));
+        for layer in layers {
+            let width = layer["output"]["count"].as_u64().unwrap() / n;
+            assert!(width > 1 && layer["output"]["count"] == width * n, "all positions, in every layer: {layer}");
+            assert!(layer["moe_router"]["std_dev"].is_f64() && layer["output"]["nan_count"] == 0);
+        }
+        let mut streamed = body.clone();
+        streamed["stream"] = true.into();
+        streamed["stream_options"] = json!({"include_usage": true});
+        let mut events = send(&server, path, &[ROOT, "x-apr-trace: stats"], &streamed).events();
+        assert!(events.pop().unwrap()["usage"].is_object(), "usage comes last");
+        let last = events.pop().unwrap();
+        assert_eq!((&last["choices"], &last["apr_trace"]["layers"]), (&json!([]), &trace["layers"]));
+        assert!(events.iter().all(|e| e.get("apr_trace").is_none()));
+    }
+}
+
+#[test]
+fn a_trace_that_was_saved_while_others_were_answered_is_that_of_its_tokens_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = start_for_traces(dir.path(), 1 << 30);
+    let body = chat(json!({"temperature": 1.0, "seed": 5, "max_tokens": 30}));
+    let reply = std::thread::scope(|scope| {
+        for i in 0..3 {
+            let other = chat(json!({"max_tokens": 60, "temperature": 1.0, "seed": i}));
+            let server = &server;
+            scope.spawn(move || ok(server, CHAT, &other));
+        }
+        send(&server, CHAT, &[ROOT, "x-apr-trace: save"], &body)
+    });
+    let path = dir.path().join(format!("{}.safetensors", reply.header("x-request-id").unwrap()));
+    assert_eq!(reply.json()["apr_trace"]["saved"], json!(path.display().to_string()));
+    let device = Device::Cpu { n_threads: Some(1), isa: None };
+    let options = EngineOptions { device, kv_type: KvType::F16, n_ctx: Some(1024) };
+    let model = ModelSource { path: TINY.into(), options, unfused: false };
+    let scratch = tempfile::tempdir().unwrap();
+    let options = DiffOptions {
+        a: Source::Trace(path),
+        b: Source::Model(model),
+        prompt: None,
+        threshold: 3.0,
+        model: None,
+        scratch: scratch.path().to_path_buf(),
+    };
+    let report = diff(&options).unwrap();
+    assert_eq!(report.rule, Rule::Bits, "the two must be the same to the bit");
+    assert!(report.findings.is_empty(), "{:?}", report.findings);
+    assert!(report.places.len() > 40 && report.positions.len() == report.tokens.len());
+}
+
+#[test]
+fn whose_trace_is_refused_is_told_why() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = start_for_traces(dir.path(), 100_000);
+    let refused = |headers: &[&str], body: &Value| {
+        let reply = send(&server, CHAT, headers, body);
+        (reply.status, reply.json()["error"]["message"].as_str().unwrap().to_string())
+    };
+    let body = chat(json!({}));
+    for headers in [&["x-apr-trace: stats"][..], &["x-apr-trace: stats", "authorization: Bearer other"]] {
+        let (status, message) = refused(headers, &body);
+        assert!(status == 403 && message.contains("--admin-key-file"), "{message}");
+    }
+    for (value, word) in [
+        ("everything", "stats, save"),
+        ("save=attn_nrm", "attn_norm"),
+        ("save=ffn_out", "no stage 'ffn_out'"),
+        ("save", "100000 are allowed"),
+    ] {
+        let (status, message) = refused(&[ROOT, &format!("x-apr-trace: {value}")], &body);
+        assert!(status == 400 && message.contains(word), "{value}: {message}");
+    }
+    let (status, message) = refused(&[ROOT, "x-apr-trace: stats"], &chat(json!({"n": 2})));
+    assert!(status == 400 && message.contains("one answer"), "{message}");
+    let some = send(&server, CHAT, &[ROOT, "x-apr-trace: save=moe_router", "x-request-id: ../../x"], &body);
+    let name = dir.path().join("______x.safetensors");
+    assert_eq!(some.json()["apr_trace"]["saved"], json!(name.display().to_string()));
+    let again = send(&server, CHAT, &[ROOT, "x-apr-trace: save=moe_router", "x-request-id: ../../x"], &body).json();
+    assert!(again["apr_trace"]["error"].as_str().unwrap().contains("exists"), "nothing is written over");
+    assert!(again["choices"][0]["message"]["content"].is_string(), "the answer does not suffer");
+    // A server without administrators traces nothing.
+    let open = start();
+    assert_eq!(send(&open, CHAT, &["x-apr-trace: stats"], &body).status, 403);
+    assert_eq!(send(&open, CHAT, &[ROOT, "x-apr-trace: stats"], &body).status, 403);
 }

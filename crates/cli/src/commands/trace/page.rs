@@ -3,8 +3,8 @@
 use apr_engine::bench::read_gb_per_s;
 use apr_engine::sampler::Ranked;
 use apr_engine::stage::Stage;
-use apr_engine::trace::N_BEST;
 use apr_engine::trace::stats::{Followed, RouterStats, Stats};
+use apr_engine::trace::{N_BEST, json};
 use serde_json::{Value, json};
 
 use super::report::{self, N_TOP, View};
@@ -15,7 +15,7 @@ use crate::print::command_line;
 pub fn data(v: &View<'_>, n_threads: usize) -> Value {
     let (h, t) = (&v.engine.hparams, v.traced);
     let s = &t.stats;
-    let global = |stage| s.of(0, stage).map_or(Value::Null, report::stats);
+    let global = |stage| s.of(0, stage).map_or(Value::Null, json::stats);
     let tokens = v.request.prompt.iter().copied().chain(v.decoded());
     let mut time = report::time(v);
     time["machine_gb_per_s"] = v.engine.session.read_bytes().map(|_| read_gb_per_s(n_threads)).into();
@@ -56,7 +56,7 @@ pub fn data(v: &View<'_>, n_threads: usize) -> Value {
 
 fn json_layer(s: &Stats, layer: usize) -> Value {
     let of_layer = s.stages.iter().filter(|(place, _)| place.layer() == Some(layer));
-    let stage = of_layer.map(|(place, s)| json!({"stage": place.stage.name(), "stats": report::stats(&s.stats)}));
+    let stage = of_layer.map(|(place, s)| json!({"stage": place.stage.name(), "stats": json::stats(&s.stats)}));
     json!({"layer_idx": layer, "stages": stage.collect::<Vec<_>>()})
 }
 

@@ -2,12 +2,13 @@
 
 use std::path::Path;
 
+use apr_engine::Engine;
 use apr_engine::stage::Stage;
 use apr_engine::trace::anomalies::{self, Anomaly};
-use apr_engine::trace::stats::{Cost, Stats};
+use apr_engine::trace::json::{global, layers, stats};
+use apr_engine::trace::stats::Cost;
 use apr_engine::trace::{Output, TraceRequest, Traced};
-use apr_engine::{Engine, RowStats};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 /// Tokens that are listed where logits are.
 pub const N_TOP: usize = 5;
@@ -58,7 +59,7 @@ impl View<'_> {
 /// The report of a pass.
 pub fn json(v: &View<'_>) -> Value {
     let (h, t) = (&v.engine.hparams, v.traced);
-    let global = |stage| t.stats.of(0, stage).map_or(Value::Null, stats);
+    let global = |stage| global(&t.stats, stage);
     json!({
         "schema": "apr.trace/1",
         "format": format!("GGUF ({})", h.arch),
@@ -77,7 +78,7 @@ pub fn json(v: &View<'_>) -> Value {
         "encoded_tokens": v.request.prompt,
         "positions": [v.request.positions.start, v.request.positions.end],
         "embedding": global(Stage::Embedding),
-        "layers": (0..t.stats.n_layer()).map(|layer| json_layer(&t.stats, layer)).collect::<Vec<_>>(),
+        "layers": layers(&t.stats),
         "final_norm": global(Stage::FinalNorm),
         "logits_stats": global(Stage::LmHead),
         "logits": {
@@ -89,33 +90,6 @@ pub fn json(v: &View<'_>) -> Value {
         "time": time(v),
         "saved": t.saved.as_ref().map(|path| path.display().to_string()),
     })
-}
-
-/// One block of statistics. What is no number, as the mean of nothing, is null.
-pub fn stats(s: &RowStats) -> Value {
-    json!({
-        "min": s.min, "max": s.max, "mean": s.mean(), "std_dev": s.std_dev(), "l2": s.l2(),
-        "nan_count": s.n_nan, "inf_count": s.n_inf, "zero_count": s.n_zero, "count": s.count,
-    })
-}
-
-/// A layer by the names of the seed, then by those of the stages.
-fn json_layer(all: &Stats, layer: usize) -> Value {
-    let mut out = Map::new();
-    out.insert("layer_idx".to_string(), layer.into());
-    let mut put = |name: &str, either: &[Stage]| {
-        if let Some(s) = either.iter().find_map(|&stage| all.of(layer, stage)) {
-            out.entry(name).or_insert_with(|| stats(s));
-        }
-    };
-    put("attn_norm", &[Stage::AttnNorm]);
-    put("qkv", &[Stage::QkvBias, Stage::QkvMatmul]);
-    put("attn_out", &[Stage::AttnOut]);
-    put("ffn_norm", &[Stage::FfnNorm]);
-    put("ffn_out", &[Stage::FfnOut, Stage::MoeFfnOut]);
-    put("output", &[Stage::PostFfnResidual]);
-    Stage::all().filter(|stage| !stage.is_global()).for_each(|stage| put(stage.name(), &[stage]));
-    Value::Object(out)
 }
 
 fn json_step(v: &View<'_>, step: &apr_engine::trace::DecodeStep) -> Value {
