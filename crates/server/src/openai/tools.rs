@@ -160,13 +160,15 @@ impl Tools {
 
 /// Refuses a description that is no text, and parameters that no schema of an object describes.
 fn check_described(path: &str, function: &Value) -> Result<(), ApiError> {
-    let expected: [(&str, fn(&Value) -> bool, &str); 2] =
-        [("description", Value::is_string, "a string"), ("parameters", Value::is_object, "an object")];
-    for (name, is_right, what) in expected {
-        if let Some(wrong) = given(function, name).filter(|value| !is_right(value)) {
-            let message = format_args!("expected {what}, got {}", kind_of(wrong));
-            return Err(ApiError::field(&format!("{path}.{name}"), message));
-        }
+    let wrong = |name: &str, what: &str, got: &Value| {
+        let message = format_args!("expected {what}, got {}", kind_of(got));
+        Err(ApiError::field(&format!("{path}.{name}"), message))
+    };
+    if let Some(got) = given(function, "description").filter(|value| !value.is_string()) {
+        return wrong("description", "a string", got);
+    }
+    if let Some(got) = given(function, "parameters").filter(|value| !value.is_object()) {
+        return wrong("parameters", "an object", got);
     }
     Ok(())
 }
