@@ -87,7 +87,10 @@ impl From<GenerateError> for Failure {
 
 fn generate_code(e: &GenerateError) -> u8 {
     match e {
-        GenerateError::EmptyPrompt | GenerateError::ContextOverflow { .. } | GenerateError::Trace(_) => USAGE,
+        GenerateError::EmptyPrompt
+        | GenerateError::ContextOverflow { .. }
+        | GenerateError::Trace(_)
+        | GenerateError::Constraint(_) => USAGE,
         GenerateError::Memory { .. } => RESOURCE,
         GenerateError::Sampler(SamplerError::NotFinite { .. } | SamplerError::NothingLeft { .. }) => FAILED,
         GenerateError::Busy { .. } | GenerateError::Stopped => FAILED,
