@@ -10,6 +10,7 @@ use crate::constraint::Constraint;
 use crate::engine::Engine;
 use crate::generate::{Finish, GenerateError, Generated, Request};
 use crate::onlook::{Experts, Onlooker};
+use crate::prefix_cache::n_equal;
 use crate::sampler::{Ranked, Sampler, ranked};
 use crate::session::{Logits, Part, Sequence, Session};
 use crate::shadow::{N_TOKENS_MAX, Served, Ticket};
@@ -104,7 +105,7 @@ impl Answer {
 
     /// Tokens whose keys and values may be had from an earlier prompt. The logits after the last one are wanted, so that it is computed
     /// in any case; of what is traced all is.
-    pub(crate) fn tokens_to_find(&self) -> &[u32] {
+    pub(crate) fn needed(&self) -> &[u32] {
         if self.is_traced() { &[] } else { &self.tokens[..self.tokens.len() - 1] }
     }
 
@@ -120,6 +121,12 @@ impl Answer {
     /// How many of them one step may compute.
     pub(crate) fn n_at_once(&self) -> usize {
         if self.is_traced() { self.n_to_feed().min(TRACED_CHUNK) } else { self.n_to_feed() }
+    }
+
+    /// How many of `tokens` the sequence begins with; none while it is about to have more of them.
+    pub(crate) fn n_in_common(&self, tokens: &[u32]) -> usize {
+        let n = n_equal(tokens, &self.tokens);
+        if n <= self.sequence.n_tokens() { n } else { 0 }
     }
 
     /// Whether the newest token is all that is missing.

@@ -127,6 +127,8 @@ pub enum GenerateError {
     Stopped,
     #[error("the format of the answer {0}")]
     Constraint(#[from] ConstraintError),
+    #[error("the engine has failed and answers nothing more; start the program again")]
+    Failed,
     #[error(transparent)]
     Sampler(#[from] SamplerError),
     #[error(transparent)]

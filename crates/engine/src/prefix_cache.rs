@@ -1,9 +1,10 @@
 //! Keys and values that outlive their request, so that a prompt that begins like an earlier one is not computed again.
 //!
-//! A tree of KV blocks: every node is one full block, its path from the root the tokens that the block's keys and values
-//! depend on. A block is found only where every token before it and in it is equal, so what a request computes does not
-//! depend on what is found. Which block is forgotten first is decided by use: the leaf that was looked up or added longest
-//! ago.
+//! A tree of KV blocks: every node is one block, its path from the root the tokens that the block's keys and values
+//! depend on. A token's keys and values are found only where it and every token before it are equal, so what a request
+//! computes does not depend on what is found. A block that is equal in its beginning only, or is not full because its request
+//! ended there, is found too, as the last; whoever finds it copies it. Which block is forgotten first is decided by use: the
+//! leaf that was looked up or added longest ago.
 
 use std::collections::HashMap;
 
@@ -30,6 +31,14 @@ struct Node<B> {
     used: u64,
 }
 
+/// What is held of a prompt.
+#[derive(Debug, PartialEq)]
+pub struct Found<'a, B> {
+    pub blocks: Vec<&'a B>,
+    /// Tokens that are equal; those of all blocks but the last, and one of it at least.
+    pub n_tokens: usize,
+}
+
 impl<B> Default for PrefixCache<B> {
     fn default() -> Self {
         PrefixCache { nodes: Vec::new(), free: Vec::new(), roots: Children::new(), clock: 0 }
@@ -47,18 +56,26 @@ impl<B> PrefixCache<B> {
         self.len() == 0
     }
 
-    /// The blocks of the longest beginning of `tokens` that is held, whole blocks only. Counts as a use.
-    pub fn find(&mut self, tokens: &[u32]) -> Vec<&B> {
+    /// The longest beginning of `tokens` that is held. Counts as a use.
+    pub fn find(&mut self, tokens: &[u32]) -> Found<'_, B> {
         self.clock += 1;
-        let path = self.path(tokens);
+        let mut path = self.path(tokens);
+        let mut n_tokens = path.len() * KV_BLOCK;
+        let rest = &tokens[n_tokens..];
+        let children = self.children(path.last().copied()).iter();
+        let nearest = children.map(|(part, &i)| (n_equal(part, rest), i)).max();
+        if let Some((n, i)) = nearest.filter(|(n, _)| *n > 0) {
+            path.push(i);
+            n_tokens += n;
+        }
         for &i in &path {
             self.node_mut(i).used = self.clock;
         }
-        path.into_iter().map(|i| &self.node(i).block).collect()
+        Found { blocks: path.into_iter().map(|i| &self.node(i).block).collect(), n_tokens }
     }
 
-    /// How many blocks [`find`](Self::find) would give. No use.
-    pub fn n_found(&self, tokens: &[u32]) -> usize {
+    /// How many whole blocks [`find`](Self::find) would give. No use.
+    pub fn n_whole(&self, tokens: &[u32]) -> usize {
         self.path(tokens).len()
     }
 
@@ -67,13 +84,19 @@ impl<B> PrefixCache<B> {
         self.nodes.iter().flatten().filter(|n| is_such(&n.block)).count()
     }
 
-    /// Adds the whole blocks of `tokens` that are not held yet; `block(i)` gives the handle of the `i`-th.
+    /// Adds the blocks of `tokens` that are not held yet, a last one that is not full among them; `block(i)` gives the handle of
+    /// the `i`-th.
     pub fn add(&mut self, tokens: &[u32], mut block: impl FnMut(usize) -> B) {
         self.clock += 1;
         let mut parent = None;
-        for (i, part) in tokens.chunks_exact(KV_BLOCK).enumerate() {
-            let child = match self.children(parent).get(part) {
-                Some(&child) => child,
+        for (i, part) in tokens.chunks(KV_BLOCK).enumerate() {
+            let children = self.children(parent);
+            let held = match part.len() {
+                KV_BLOCK => children.get(part).copied(),
+                _ => children.iter().find(|(held, _)| held.starts_with(part)).map(|(_, &child)| child),
+            };
+            let child = match held {
+                Some(child) => child,
                 None => self.insert(parent, part, block(i)),
             };
             self.node_mut(child).used = self.clock;
@@ -139,6 +162,11 @@ impl<B> PrefixCache<B> {
     }
 }
 
+/// Tokens with which both begin.
+pub(crate) fn n_equal(a: &[u32], b: &[u32]) -> usize {
+    a.iter().zip(b).take_while(|(a, b)| a == b).count()
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -155,19 +183,42 @@ mod tests {
         cache.add(&tokens(blocks, 0), |i| blocks[..=i].iter().map(|t| t.to_string()).collect());
     }
 
+    fn found(cache: &mut PrefixCache<String>, tokens: &[u32]) -> String {
+        let found = cache.find(tokens);
+        let names = found.blocks.iter().map(|b| b.to_string());
+        names.chain([found.n_tokens.to_string()]).collect::<Vec<_>>().join(" ")
+    }
+
     #[test]
-    fn only_whole_blocks_after_equal_tokens_are_found() {
+    fn what_follows_equal_tokens_is_found() {
         let mut cache = PrefixCache::default();
         added(&mut cache, &[1, 2, 3]);
         added(&mut cache, &[1, 4]);
         assert_eq!(cache.len(), 4);
-        assert_eq!(cache.find(&tokens(&[1, 2, 3, 4], 5)), ["1", "12", "123"]);
-        assert_eq!(cache.find(&tokens(&[1, 4, 3], 0)), ["1", "14"]);
-        assert_eq!(cache.find(&tokens(&[2, 3], 0)), [""; 0], "what comes before differs");
+        assert_eq!(found(&mut cache, &tokens(&[1, 2, 3, 4], 5)), "1 12 123 192");
+        assert_eq!(found(&mut cache, &tokens(&[1, 4, 3], 0)), "1 14 128");
+        assert_eq!(found(&mut cache, &tokens(&[2, 3], 0)), "0", "what comes before differs");
+        assert_eq!(cache.n_whole(&tokens(&[1, 4, 3], 0)), 2);
+    }
+
+    #[test]
+    fn a_block_is_found_as_far_as_it_is_equal() {
+        let mut cache = PrefixCache::default();
+        added(&mut cache, &[1, 2]);
         let mut almost = tokens(&[1, 2], 0);
         almost[KV_BLOCK + 63] = 7;
-        assert_eq!(cache.find(&almost), ["1"]);
-        assert_eq!(cache.find(&tokens(&[1], 0)[..63]), [""; 0]);
+        assert_eq!(found(&mut cache, &almost), "1 12 127");
+        assert_eq!(cache.n_whole(&almost), 1);
+        assert_eq!(found(&mut cache, &tokens(&[1], 0)[..63]), "1 63");
+        // One that is not full, and one beside it that is equal for longer.
+        let end: Vec<u32> = tokens(&[1], 0).into_iter().chain([5; 20]).collect();
+        cache.add(&end, |_| "end".to_string());
+        cache.add(&end[..80], |_| panic!("what is held for longer is not held again"));
+        let longer: Vec<u32> = end.iter().copied().chain([6; 20]).collect();
+        assert_eq!(found(&mut cache, &longer), "1 end 84");
+        cache.add(&longer, |_| "longer".to_string());
+        assert_eq!(found(&mut cache, &longer), "1 longer 104");
+        assert_eq!(cache.len(), 4);
     }
 
     #[test]
@@ -204,8 +255,8 @@ mod tests {
                 }
                 let name: String = blocks.iter().map(|t| t.to_string()).collect();
                 let want = (1..=name.len()).map(|n| &name[..n]).take_while(|p| paths.contains(*p)).count();
-                prop_assert_eq!(cache.n_found(&tokens(&blocks, 3)), want);
-                prop_assert_eq!(cache.find(&tokens(&blocks, 3)).len(), want);
+                prop_assert_eq!(cache.n_whole(&tokens(&blocks, 3)), want);
+                prop_assert_eq!(cache.find(&tokens(&blocks, 3)).n_tokens, want * KV_BLOCK);
                 prop_assert_eq!(cache.len(), paths.len());
             }
         }

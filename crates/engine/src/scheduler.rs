@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -18,7 +18,7 @@ use crate::answer::{Answer, Piece};
 use crate::engine::Engine;
 use crate::generate::{Finish, GenerateError, Generated, PREFILL_CHUNK, Request, check_fits, speculator};
 use crate::onlook;
-use crate::prefix_cache::PrefixCache;
+use crate::prefix_cache::{PrefixCache, n_equal};
 use crate::sampler::SamplerError;
 use crate::session::{KvBlock, StepError};
 use crate::shadow::Shadow;
@@ -47,9 +47,19 @@ pub struct Limits {
     pub n_kv_block: usize,
     /// Keeps keys and values for prompts that begin alike.
     pub keep_prefixes: bool,
-    /// How long a step with pieces of prompts may take while others wait for their next token.
+    /// How long a step with pieces of prompts may take while others wait for their next token. Five times as long where nobody
+    /// does, as long as whoever comes then waits.
     pub step_time: Duration,
 }
+
+/// Tokens of prompts in any step at least, however slow: fewer read nearly as many weights.
+const LEAST_PREFILL: usize = 32;
+/// The same where nobody waits for a token: from here on more are hardly faster each.
+const LEAST_QUIET_PREFILL: usize = 256;
+/// How many times as long a step may take that nobody waits for.
+const QUIET: u32 = 5;
+/// Fewer tokens than these are computed sooner than it is worth to copy them or to wait for them.
+const WORTH_SHARING: usize = 16;
 
 /// What goes on now, and what was done so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -116,7 +126,7 @@ impl Running {
 }
 
 /// Blocks of `n_tokens` positions.
-fn n_blocks(n_tokens: usize) -> usize {
+pub fn n_blocks(n_tokens: usize) -> usize {
     n_tokens.div_ceil(KV_BLOCK)
 }
 
@@ -241,7 +251,7 @@ impl Batcher {
             let idle = self.n_idle(engine);
             let promised: usize = self.running.iter().map(Running::n_blocks_to_come).sum();
             let next = &self.waiting[0];
-            let need = next.n_blocks_to_come() - self.kept.n_found(next.answer.tokens_to_find());
+            let need = next.n_blocks_to_come() - self.kept.n_whole(next.answer.needed());
             if !self.running.is_empty()
                 && engine.session.n_kv_blocks() - idle + promised + need > self.limits.n_kv_block
             {
@@ -251,13 +261,36 @@ impl Batcher {
         }
     }
 
-    /// Gives answers the blocks that are kept for their prompts, those that came of another's steps just now among them.
+    /// Gives answers the keys and values that are kept for their prompts, or that came of another's steps just now.
     fn use_kept(&mut self, engine: &mut Engine) {
-        for r in self.running.iter_mut().filter(|r| !r.answer.is_decoding()) {
-            let tokens = r.answer.tokens_to_find();
-            if self.kept.n_found(tokens) * KV_BLOCK > r.answer.sequence.n_tokens() {
-                let found = engine.session.sequence_of(&self.kept.find(tokens));
-                engine.session.release(&mut r.answer.found(found));
+        if !self.limits.keep_prefixes {
+            return;
+        }
+        for i in 0..self.running.len() {
+            let answer = &self.running[i].answer;
+            if answer.is_decoding() {
+                continue;
+            }
+            let (tokens, has) = (answer.needed(), answer.sequence.n_tokens());
+            let kept = self.kept.find(tokens);
+            let beside = self.running.iter().map(|r| (r.answer.n_in_common(tokens), &r.answer.sequence));
+            let beside = beside.max_by_key(|(n, _)| *n).filter(|(n, _)| *n > kept.n_tokens);
+            let n_tokens = beside.map_or(kept.n_tokens, |(n, _)| n);
+            // Part of a block is copied, which takes a block.
+            let has_room = engine.session.n_kv_blocks() < self.limits.n_kv_block;
+            let n_whole = n_tokens / KV_BLOCK * KV_BLOCK;
+            let is_worth_it = has_room && n_tokens - has.max(n_whole).min(n_tokens) >= WORTH_SHARING;
+            let n_tokens = if is_worth_it { n_tokens } else { n_whole };
+            if n_tokens <= has {
+                continue;
+            }
+            let mut whole = engine.session.sequence_of(&kept.blocks, kept.n_tokens);
+            let of = beside.map_or(&whole, |(_, sequence)| sequence);
+            // Without memory for a copy the tokens are computed.
+            let forked = engine.session.fork(of, n_tokens).or_else(|_| engine.session.fork(of, n_whole));
+            engine.session.release(&mut whole);
+            if let Ok(forked) = forked {
+                engine.session.release(&mut self.running[i].answer.found(forked));
             }
         }
     }
@@ -286,7 +319,7 @@ impl Batcher {
     }
 
     /// Who computes how many tokens. Everybody who has an answer gets its next token. What is left of the step goes to prompts: a
-    /// quarter of it to the one that came first, the rest to those that are nearest their end.
+    /// quarter of what is done in `step_time` to the one that came first, the rest to those that are nearest their end.
     fn shares(&self) -> Vec<Share> {
         let (decoding, mut prefilling): (Vec<usize>, Vec<usize>) =
             (0..self.running.len()).partition(|&i| self.running[i].answer.is_decoding());
@@ -295,10 +328,10 @@ impl Batcher {
             let all = prefilling.clone();
             prefilling.retain(|&i| !all.iter().any(|&before| before < i && self.comes_of(i, before)));
         }
-        let mut left = if self.running.len() > 1 { self.n_shared_prefill() } else { PREFILL_CHUNK };
-        let n_first = left.div_ceil(4);
         let first = prefilling.first().copied();
         prefilling.sort_by_key(|&i| self.running[i].answer.n_to_feed());
+        let n_first = self.n_prefill_in(1, LEAST_PREFILL).div_ceil(4);
+        let mut left = self.n_prefill(!decoding.is_empty(), &prefilling);
         let mut reserved = first.map_or(0, |i| n_first.min(self.running[i].answer.n_to_feed()));
         for i in prefilling {
             if Some(i) == first {
@@ -313,19 +346,39 @@ impl Batcher {
         shares
     }
 
-    /// Whether the next block of answer `i` is one that answer `before` is about to compute.
+    /// Whether answer `i` will take over tokens that answer `before` is about to compute.
     fn comes_of(&self, i: usize, before: usize) -> bool {
         let (a, b) = (&self.running[i].answer, &self.running[before].answer);
-        let end = (a.sequence.n_tokens() / KV_BLOCK + 1) * KV_BLOCK;
-        // Whole blocks before the last token are what will be found.
-        a.tokens_to_find().len() >= end && b.tokens().len() >= end && a.tokens()[..end] == b.tokens()[..end]
+        let n = n_equal(a.needed(), b.tokens());
+        b.sequence.n_tokens() < n && n >= a.sequence.n_tokens() + WORTH_SHARING
     }
 
-    /// Tokens of prompts in a step that others wait for.
-    fn n_shared_prefill(&self) -> usize {
-        const LEAST: usize = 32;
-        let n = self.prefill_tok_per_s.map_or(LEAST, |rate| (rate * self.limits.step_time.as_secs_f64()) as usize);
-        n.clamp(LEAST, PREFILL_CHUNK)
+    /// Tokens of prompts in the next step, where those of `prefilling` are sorted by what they lack. A step that somebody gets a
+    /// token of is short. One that nobody gets a token of may be longer, but not as long as that whoever comes now would
+    /// notice. Prompts that come together are computed together: the shortest waits for another that is to end in the same
+    /// step only while that at most doubles the step.
+    fn n_prefill(&self, is_waited_for: bool, prefilling: &[usize]) -> usize {
+        let short = self.n_prefill_in(1, LEAST_PREFILL);
+        if is_waited_for {
+            return short;
+        }
+        let quiet = self.n_prefill_in(QUIET, LEAST_QUIET_PREFILL);
+        let mut n_ending = 0;
+        for &i in prefilling {
+            let n = self.running[i].answer.n_to_feed();
+            let n_most = if n_ending == 0 { quiet } else { n_ending.max(short) };
+            if n > n_most || n_ending + n > PREFILL_CHUNK {
+                break;
+            }
+            n_ending += n;
+        }
+        if n_ending == 0 { quiet } else { (n_ending + short.div_ceil(4)).max(short) }
+    }
+
+    /// Tokens of prompts that are computed in so many step times.
+    fn n_prefill_in(&self, n_step_time: u32, least: usize) -> usize {
+        let time = (self.limits.step_time * n_step_time).as_secs_f64();
+        self.prefill_tok_per_s.map_or(least, |rate| (rate * time) as usize).clamp(least, PREFILL_CHUNK)
     }
 
     fn run(&mut self, engine: &mut Engine, shares: &[Share]) -> Result<(), StepError> {
@@ -372,7 +425,8 @@ impl Batcher {
         for r in shares.iter().map(|s| &self.running[s.i]).filter(|r| r.failed.is_none()) {
             let sequence = &r.answer.sequence;
             let tokens = &r.answer.tokens()[..sequence.n_tokens()];
-            if self.kept.n_found(tokens) < tokens.len() / KV_BLOCK {
+            let tokens = &tokens[..tokens.len() / KV_BLOCK * KV_BLOCK];
+            if self.kept.n_whole(tokens) * KV_BLOCK < tokens.len() {
                 self.kept.add(tokens, |i| engine.session.hold(sequence, i..i + 1).pop().expect("one block"));
             }
         }
@@ -388,6 +442,12 @@ impl Batcher {
 
     fn remove_done(&mut self, engine: &mut Engine) {
         for mut r in self.running.extract_if(.., |r| r.is_done()) {
+            if self.limits.keep_prefixes && r.failed.is_none() {
+                // The last block will not grow any more.
+                let sequence = &r.answer.sequence;
+                let tokens = &r.answer.tokens()[..sequence.n_tokens()];
+                self.kept.add(tokens, |i| engine.session.hold(sequence, i..i + 1).pop().expect("one block"));
+            }
             engine.session.release(&mut r.answer.sequence);
             let trace = r.answer.take_trace();
             if let Some(shadow) = &mut self.shadow {
@@ -472,7 +532,7 @@ impl Scheduler {
         if let Err(e) = self.commands.send(Command::Submit(Box::new(request), listener))
             && let Command::Submit(_, mut listener) = e.0
         {
-            listener.end(Err(GenerateError::Stopped));
+            listener.end(Err(GenerateError::Failed));
         }
     }
 
@@ -512,14 +572,26 @@ impl Drop for Scheduler {
     }
 }
 
+/// How long the first of several requests waits for one more. What is sent together comes some milliseconds apart, and who is
+/// computed first and alone keeps all others waiting for a step.
+const GATHER: Duration = Duration::from_millis(4);
+
 /// Does what was asked for since the last step, and waits where there is nothing else to do; false when nobody is left to ask.
 fn follow(received: &Receiver<Command>, batcher: &mut Batcher, engine: &mut Engine, told: &Mutex<Load>) -> bool {
+    let mut begins = false;
     loop {
         // Before the wait too, as nobody would correct it until something comes.
         *told.lock().unwrap_or_else(|e| e.into_inner()) = batcher.load(engine);
-        let command = match batcher.is_idle() {
-            true => received.recv().map_err(|_| TryRecvError::Disconnected),
-            false => received.try_recv(),
+        let command = if batcher.is_idle() {
+            begins = true;
+            received.recv().map_err(|_| TryRecvError::Disconnected)
+        } else if begins {
+            received.recv_timeout(GATHER).map_err(|e| match e {
+                RecvTimeoutError::Timeout => TryRecvError::Empty,
+                RecvTimeoutError::Disconnected => TryRecvError::Disconnected,
+            })
+        } else {
+            received.try_recv()
         };
         match command {
             Ok(Command::Submit(request, listener)) => batcher.submit(engine, *request, listener),

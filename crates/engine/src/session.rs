@@ -20,7 +20,7 @@ pub struct Sequence {
     n_tokens: usize,
 }
 
-/// A full block of keys and values that is held beside the sequence that computed it, or after it.
+/// A block of keys and values that is held beside the sequence that computed it, or after it.
 #[derive(Debug)]
 pub struct KvBlock(u32);
 
@@ -107,14 +107,21 @@ pub trait Session: Send {
     /// Gives a sequence's blocks back.
     fn release(&mut self, sequence: &mut Sequence);
 
-    /// Holds full blocks of a sequence, so that they stay when it is released.
+    /// Holds blocks of a sequence, so that they stay when it is released. One that is not full may not be written any more.
     fn hold(&mut self, sequence: &Sequence, blocks: Range<usize>) -> Vec<KvBlock>;
 
     /// Lets go of a block.
     fn let_go(&mut self, block: KvBlock);
 
-    /// A sequence that begins with these blocks, which it shares with whoever else has them.
-    fn sequence_of(&mut self, blocks: &[&KvBlock]) -> Sequence;
+    /// A sequence of `n_tokens` that are in these blocks, which it shares with whoever else has them. It is not stepped where its last
+    /// block is not full, only [forked](Self::fork).
+    fn sequence_of(&mut self, blocks: &[&KvBlock], n_tokens: usize) -> Sequence;
+
+    /// A sequence of the first `n_tokens` of another. Whole blocks are shared, the rest of them is copied.
+    ///
+    /// # Errors
+    /// No memory for the copy.
+    fn fork(&mut self, of: &Sequence, n_tokens: usize) -> Result<Sequence, StepError>;
 
     /// Whether a sequence uses a block, or somebody else holds it too.
     fn is_used(&self, block: &KvBlock) -> bool;
@@ -360,8 +367,8 @@ where
 
     fn hold(&mut self, sequence: &Sequence, blocks: Range<usize>) -> Vec<KvBlock> {
         assert!(
-            blocks.end * KV_BLOCK <= sequence.n_tokens,
-            "blocks {blocks:?} of {} tokens are full",
+            blocks.end <= sequence.n_tokens.div_ceil(KV_BLOCK),
+            "blocks {blocks:?} of {} tokens have some",
             sequence.n_tokens
         );
         sequence.blocks[blocks].iter().map(|&block| KvBlock(self.blocks.share(block))).collect()
@@ -371,9 +378,30 @@ where
         self.blocks.give_back(block.0);
     }
 
-    fn sequence_of(&mut self, blocks: &[&KvBlock]) -> Sequence {
-        let blocks: Vec<u32> = blocks.iter().map(|block| self.blocks.share(block.0)).collect();
-        Sequence { n_tokens: blocks.len() * KV_BLOCK, blocks }
+    fn sequence_of(&mut self, blocks: &[&KvBlock], n_tokens: usize) -> Sequence {
+        assert!(n_tokens.div_ceil(KV_BLOCK) == blocks.len(), "{n_tokens} tokens are in {} blocks", blocks.len());
+        let blocks = blocks.iter().map(|block| self.blocks.share(block.0)).collect();
+        Sequence { n_tokens, blocks }
+    }
+
+    fn fork(&mut self, of: &Sequence, n_tokens: usize) -> Result<Sequence, StepError> {
+        assert!(n_tokens <= of.n_tokens, "{n_tokens} of {} tokens", of.n_tokens);
+        let n_whole = n_tokens / KV_BLOCK;
+        let blocks = of.blocks[..n_whole].iter().map(|&block| self.blocks.share(block)).collect();
+        let mut sequence = Sequence { blocks, n_tokens: n_whole * KV_BLOCK };
+        if sequence.n_tokens < n_tokens {
+            let mut bytes = Vec::new();
+            let copied = self.grow(&mut sequence, n_tokens).and_then(|()| {
+                self.backend.kv_save(&self.kv, of.blocks[n_whole], &mut bytes)?;
+                Ok(self.backend.kv_restore(&mut self.kv, sequence.blocks[n_whole], &bytes)?)
+            });
+            if let Err(e) = copied {
+                self.release(&mut sequence);
+                return Err(e);
+            }
+            sequence.n_tokens = n_tokens;
+        }
+        Ok(sequence)
     }
 
     fn is_used(&self, block: &KvBlock) -> bool {

@@ -216,6 +216,7 @@ impl From<GenerateError> for ApiError {
             GenerateError::Busy { .. } => ApiError::busy(),
             GenerateError::Stopped => ApiError::unavailable("the server is stopping"),
             GenerateError::Constraint(_) => ApiError::invalid("invalid_schema", e.to_string()),
+            GenerateError::Failed => ApiError::unavailable(e.to_string()),
             GenerateError::Sampler(e) => e.into(),
             GenerateError::Trace(e) => ApiError::invalid("invalid_trace", format!("x-apr-trace: {e}")),
             GenerateError::Step(e) => ApiError::engine("engine_error", e.to_string()),

@@ -43,6 +43,7 @@ fn request(constraint: Constraint, temperature: f32, seed: u64) -> Request {
         constraint: Some(constraint),
         n_best: None,
         show_experts: false,
+        trace: None,
     }
 }
 

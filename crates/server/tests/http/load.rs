@@ -179,3 +179,25 @@ fn a_line_that_changes_keeps_nobody_from_sharing_once_it_is_left_out() {
     // Whole blocks of keys and values are shared.
     assert!(n_cached + 64 >= n_prompt && n_dropped == 2, "{n_cached} of {n_prompt} shared, {n_dropped} lines left out");
 }
+
+#[test]
+fn an_engine_that_fails_ends_what_it_was_to_answer_and_is_unhealthy() {
+    let server = start_with(Settings::default(), |limits| limits.n_parallel = 1);
+    let mut clients: Vec<Client> = (0..2).map(|_| Client::connect(server.addr())).collect();
+    for client in &mut clients {
+        client.request("POST", CHAT, &[], long(false).to_string().as_bytes());
+    }
+    soon("both have been taken", || server.model().unwrap().n_free_places() == 1 + 16 - 2);
+    let model = server.model().unwrap();
+    let answer: Option<()> = model.scheduler().with_engine(|_| panic!("a fault of the engine"));
+    assert!(answer.is_none());
+    for client in &mut clients {
+        let reply = client.reply();
+        assert_eq!((reply.status, &reply.json()["error"]["code"]), (500, &json!("engine_error")));
+    }
+    soon("the server is unhealthy", || get(&server, "/health").status == 503);
+    assert_eq!(get(&server, "/health").json(), json!({"status": "failed"}));
+    let refused = post(&server, CHAT, &question(0));
+    assert_eq!(refused.status, 503);
+    assert!(refused.text().contains("the engine has failed"), "{}", refused.text());
+}
