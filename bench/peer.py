@@ -2,7 +2,7 @@
 
     python peer.py MODEL '{"kind": "tg", "n": 64, "batch": 1, "depth": 0, "threads": 2, "repack": true, "fa": 0, ...}'
 
-bench/compare starts it. stdout is one JSON object; what llama.cpp says goes to stderr.
+bench/compare and bench/serve-load start it. stdout is one JSON object, or nothing where it serves; what llama.cpp says goes to stderr.
 """
 
 import json
@@ -36,6 +36,19 @@ def start_server(xl, model, job):
     # Prompts are kept in the slots that had them, not copied beside.
     p.cache_ram_mib = 0
     return xl.Server(p)
+
+
+def serve(xl, model, job):
+    """Answers over HTTP, with llama.cpp's own defaults, until the process is ended."""
+    p = xl.CommonParams()
+    p.model.path = model
+    p.n_parallel, p.n_ctx, p.port = job["parallel"], job["parallel"] * job["ctx"], job["port"]
+    p.cpuparams.n_threads = p.cpuparams_batch.n_threads = job["threads"]
+    # What looks for room on GPUs.
+    p.fit_params = False
+    server = xl.Server(p)
+    print(server.listening_address, file=sys.stderr)
+    threading.Event().wait()
 
 
 def complete(server, prompt, n, keep):
@@ -86,6 +99,8 @@ def main():
     os.dup2(2, 1)
     import xllamacpp as xl
 
+    if job["kind"] == "serve":
+        return serve(xl, model, job)
     rng = random.Random(1)
     tokens = lambda n: [rng.randrange(job["n_vocab"]) for _ in range(n)]
     start = time.monotonic()
