@@ -277,19 +277,24 @@ impl Batcher {
             let beside = beside.max_by_key(|(n, _)| *n).filter(|(n, _)| *n > kept.n_tokens);
             let n_tokens = beside.map_or(kept.n_tokens, |(n, _)| n);
             // Part of a block is copied, which takes a block.
-            let has_room = engine.session.n_kv_blocks() < self.limits.n_kv_block;
             let n_whole = n_tokens / KV_BLOCK * KV_BLOCK;
-            let is_worth_it = has_room && n_tokens - has.max(n_whole).min(n_tokens) >= WORTH_SHARING;
-            let n_tokens = if is_worth_it { n_tokens } else { n_whole };
-            if n_tokens <= has {
+            let is_copied = n_tokens >= has.max(n_whole) + WORTH_SHARING;
+            if !is_copied && n_whole <= has {
                 continue;
             }
-            let mut whole = engine.session.sequence_of(&kept.blocks, kept.n_tokens);
-            let of = beside.map_or(&whole, |(_, sequence)| sequence);
+            let mut found = engine.session.sequence_of(&kept.blocks, kept.n_tokens);
+            if is_copied && engine.session.n_kv_blocks() >= self.limits.n_kv_block {
+                // What was found is in use by now, and does not go.
+                let gone = self.kept.forget_one(|block| !engine.session.is_used(block));
+                gone.into_iter().for_each(|block| engine.session.let_go(block));
+            }
+            let has_room = engine.session.n_kv_blocks() < self.limits.n_kv_block;
+            let of = beside.map_or(&found, |(_, sequence)| sequence);
             // Without memory for a copy the tokens are computed.
-            let forked = engine.session.fork(of, n_tokens).or_else(|_| engine.session.fork(of, n_whole));
-            engine.session.release(&mut whole);
-            if let Ok(forked) = forked {
+            let copied = (is_copied && has_room).then(|| engine.session.fork(of, n_tokens)).and_then(Result::ok);
+            let forked = copied.or_else(|| (n_whole > has).then(|| engine.session.fork(of, n_whole))?.ok());
+            engine.session.release(&mut found);
+            if let Some(forked) = forked {
                 engine.session.release(&mut self.running[i].answer.found(forked));
             }
         }

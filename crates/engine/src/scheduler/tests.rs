@@ -321,6 +321,24 @@ fn who_begins_alike_computes_only_what_differs() {
 }
 
 #[test]
+fn room_for_a_copy_is_made_of_what_is_kept() {
+    let mut engine = load(400);
+    let ask = |i: u32| request((100..200).chain([50 + i; 20]).collect(), 20, 7);
+    let want = alone(&mut engine, &ask(1));
+    let mut batcher = Batcher::new(limits(2, 8));
+    for asked in [ask(0), request((700..1000).collect(), 4, 1)] {
+        submit(&mut batcher, &engine, &asked);
+        run(&mut batcher, &mut engine);
+    }
+    assert_eq!(engine.session.n_kv_blocks(), 8, "all that may be had");
+    let told = submit(&mut batcher, &engine, &ask(1));
+    assert_eq!(step_tokens(&mut batcher, &mut engine, 50), [20]);
+    run(&mut batcher, &mut engine);
+    check_same(&told, &want);
+    check_empty(&mut batcher, &mut engine);
+}
+
+#[test]
 fn a_thread_that_fails_ends_what_it_was_to_answer() {
     let scheduler = Scheduler::start(load(400), limits(1, 100)).unwrap();
     let told: Vec<Arc<Told>> = (0..2).map(|_| Told::new()).collect();
