@@ -10,6 +10,7 @@ use crate::engine::{EngineError, context};
 use crate::generate::PREFILL_CHUNK;
 use crate::memory;
 use crate::model_file::ModelFile;
+use crate::scheduler::n_blocks;
 
 /// Memory of a server, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,7 +50,7 @@ impl Plan {
             n_ctx,
             n_parallel,
             weight_bytes: file.file_bytes,
-            context_bytes: block_bytes.saturating_mul(n_ctx.div_ceil(KV_BLOCK) as u64),
+            context_bytes: block_bytes.saturating_mul(n_blocks(n_ctx) as u64),
             kv_bytes: block_bytes.saturating_mul(n_block),
             n_kv_position: n_block.saturating_mul(KV_BLOCK as u64),
             buffer_bytes: memory::buffer_bytes(h, n_ctx.min(PREFILL_CHUNK)),
@@ -86,7 +87,7 @@ impl Plan {
 /// Blocks of keys and values that a server keeps: as many whole contexts as answers in the making, but no more than half of the memory
 /// that is left, and no less than one context.
 pub fn n_kv_block(block_bytes: u64, n_ctx: usize, n_parallel: usize, available: Option<u64>) -> u64 {
-    let n_whole = n_ctx.div_ceil(KV_BLOCK) as u64;
+    let n_whole = n_blocks(n_ctx) as u64;
     let n_wanted = n_whole.saturating_mul(n_parallel as u64);
     let n_fit = available.map_or(n_wanted, |bytes| bytes / 2 / block_bytes.max(1));
     n_wanted.min(n_fit).max(n_whole)

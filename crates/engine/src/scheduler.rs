@@ -126,7 +126,7 @@ impl Running {
 }
 
 /// Blocks of `n_tokens` positions.
-pub fn n_blocks(n_tokens: usize) -> usize {
+pub(crate) fn n_blocks(n_tokens: usize) -> usize {
     n_tokens.div_ceil(KV_BLOCK)
 }
 
