@@ -91,6 +91,9 @@ type Read = fn(&str, &Value) -> Result<Form, ApiError>;
 fn response_format(format: &Value) -> Result<Option<Form>, ApiError> {
     let missing = |name: &str| ApiError::field(&format!("response_format.{name}"), "is missing");
     let part = |name: &str| given(format, name).ok_or_else(|| missing(name));
+    if !format.is_object() {
+        return Err(ApiError::field("response_format", format_args!("expected an object, got {}", kind_of(format))));
+    }
     match given(format, "type").and_then(Value::as_str) {
         Some("text") => Ok(None),
         // llama.cpp puts a schema beside this type.

@@ -182,7 +182,7 @@ fn what_cannot_be_kept_is_refused_and_harms_nobody() {
         (json!({"grammar": "root ::= \"a\""}), "unsupported_value", "Lark"),
         (json!({"response_format": {"type": "xml"}}), "invalid_value", "json_schema"),
         (json!({"response_format": {"type": "json_schema"}}), "invalid_value", "json_schema: is missing"),
-        (json!({"response_format": "json"}), "invalid_value", "expected text"),
+        (json!({"response_format": "json"}), "invalid_value", "expected an object"),
         (json!({"guided_json": "{", "max_tokens": 3}), "invalid_value", "not JSON"),
         (json!({"guided_choice": []}), "invalid_value", "list of strings"),
         (json!({"guided_choice": ["a"], "guided_regex": "a"}), "invalid_value", "already"),
