@@ -93,7 +93,8 @@ fn generate_code(e: &GenerateError) -> u8 {
         | GenerateError::Constraint(_) => USAGE,
         GenerateError::Memory { .. } => RESOURCE,
         GenerateError::Sampler(SamplerError::NotFinite { .. } | SamplerError::NothingLeft { .. }) => FAILED,
-        GenerateError::Busy { .. } | GenerateError::Stopped | GenerateError::Failed => FAILED,
+        GenerateError::Busy { .. } | GenerateError::NoEmbedding => FAILED,
+        GenerateError::Stopped | GenerateError::Failed => FAILED,
         GenerateError::Sampler(_) => USAGE,
         GenerateError::Step(e) => step_code(e),
     }

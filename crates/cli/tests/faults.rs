@@ -7,7 +7,7 @@ use std::sync::Arc;
 use apr_core::backend::fed::{Fed, Feed, Feeding};
 use apr_core::backend::reference::Reference;
 use apr_core::backend::{Backend, KvShape, KvType, Result};
-use apr_core::batch::{Batch, Row};
+use apr_core::batch::{Batch, Row, Wants};
 use apr_core::gguf;
 use apr_core::hparams::Hparams;
 use apr_core::models;
@@ -243,7 +243,7 @@ fn pass(model: &Model, tokens: &[u32], feed: Option<&Seen>) -> Seen {
     let shape = KvShape { n_layer: h.n_layer, n_head_kv: h.heads.n_head_kv, head_dim: h.heads.head_dim, kv_type };
     let mut kv = Reference.kv_cache(shape);
     Reference.kv_reserve(&mut kv, 1).expect("a block of keys and values fits");
-    let row = |(i, &token): (usize, &u32)| Row { token, position: i as u32, sequence: 0, wants_logits: true };
+    let row = |(i, &token): (usize, &u32)| Row { token, position: i as u32, sequence: 0, wants: Wants::Logits };
     let batch = Batch::new(tokens.iter().enumerate().map(row).collect(), vec![vec![0]]);
     let mut seen = Recorder::all();
     let done = match feed {

@@ -357,8 +357,8 @@ pub trait Backend: Sized {
         probe: &mut P,
     ) -> Result<()>;
 
-    /// Drops the rows that want no logits.
-    fn keep_rows(&self, x: &mut Self::Tensor, batch: &Batch) -> Result<()>;
+    /// Drops all rows but these, whose indices ascend.
+    fn keep_rows(&self, x: &mut Self::Tensor, rows: &[u32]) -> Result<()>;
 
     /// Softmax over the router's logits, the largest experts by weight (lower id first on ties), weights renormalised to sum 1.
     fn route(&self, routing: &mut Routing<Self::Tensor, Self::Ids>) -> Result<()>;

@@ -15,8 +15,17 @@ pub struct Row {
     pub position: u32,
     /// Index into the batch's block tables.
     pub sequence: u32,
-    /// Whether the row reaches the output: others are dropped after the last layer's attention.
-    pub wants_logits: bool,
+    pub wants: Wants,
+}
+
+/// How far a row goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd)]
+pub enum Wants {
+    /// Its keys and values: it is dropped after the last layer's attention.
+    Nothing,
+    /// The final norm: it is dropped before the output matrix.
+    FinalNorm,
+    Logits,
 }
 
 /// The rows of one step and the block tables of the sequences they belong to.
@@ -25,15 +34,22 @@ pub struct Batch {
     rows: Vec<Row>,
     tables: Vec<Vec<u32>>,
     kept: Vec<u32>,
+    /// Of the kept rows, where there are others too.
+    kept_for_logits: Option<Vec<u32>>,
 }
 
 impl Batch {
     /// `tables[s]` lists the KV blocks of sequence `s`. Rows of one sequence stand together, in ascending position, and every
     /// position has a block.
     pub fn new(rows: Vec<Row>, tables: Vec<Vec<u32>>) -> Batch {
-        let mut batch = Batch { rows, tables, kept: Vec::new() };
+        let mut batch = Batch { rows, tables, kept: Vec::new(), kept_for_logits: None };
         batch.check();
-        batch.kept.extend((0..batch.rows.len() as u32).filter(|&r| batch.rows[r as usize].wants_logits));
+        let wants = |r: u32| batch.rows[r as usize].wants;
+        let kept: Vec<u32> = (0..batch.rows.len() as u32).filter(|&r| wants(r) > Wants::Nothing).collect();
+        let for_logits: Vec<u32> =
+            (0..kept.len() as u32).filter(|&i| wants(kept[i as usize]) == Wants::Logits).collect();
+        batch.kept_for_logits = (for_logits.len() < kept.len()).then_some(for_logits);
+        batch.kept = kept;
         batch
     }
 
@@ -65,26 +81,42 @@ impl Batch {
         &self.tables
     }
 
-    /// Indices of the rows that want logits, ascending.
+    /// Indices of the rows that remain after the last layer's attention, ascending.
     pub fn kept(&self) -> &[u32] {
         &self.kept
     }
 
-    /// The absolute positions of a stage's rows, of which there are `n_rows`: all, or those that want logits.
+    /// Indices into [`kept`](Self::kept) of the rows that want logits, ascending; `None` where all of them do.
+    pub fn kept_for_logits(&self) -> Option<&[u32]> {
+        self.kept_for_logits.as_deref()
+    }
+
+    /// Rows that want logits.
+    pub fn n_logits(&self) -> usize {
+        self.kept_for_logits.as_ref().map_or(self.kept.len(), Vec::len)
+    }
+
+    /// The absolute positions of a stage's rows, of which there are `n_rows`: all, those that are kept, or those that want logits.
     pub fn positions_of(&self, n_rows: usize) -> impl ExactSizeIterator<Item = u32> {
-        let all = n_rows == self.rows.len();
-        assert!(all || n_rows == self.kept.len(), "a stage has all rows or those that want logits");
-        (0..n_rows).map(move |i| self.rows[if all { i } else { self.kept[i] as usize }].position)
+        (0..n_rows).map(move |i| self.row_of(i, n_rows).position)
+    }
+
+    /// The `i`-th row of a stage that has `n_rows`.
+    fn row_of(&self, i: usize, n_rows: usize) -> &Row {
+        let kept = |i: usize| &self.rows[self.kept[i] as usize];
+        match &self.kept_for_logits {
+            _ if n_rows == self.rows.len() => &self.rows[i],
+            _ if n_rows == self.kept.len() => kept(i),
+            Some(rows) if n_rows == rows.len() => kept(rows[i] as usize),
+            _ => panic!("a stage has all rows, those kept or those that want logits, not {n_rows}"),
+        }
     }
 
     /// Which of a stage's `n_rows` rows are those of sequence `s`.
     pub fn rows_of(&self, s: u32, n_rows: usize) -> Range<usize> {
-        let all = n_rows == self.rows.len();
-        assert!(all || n_rows == self.kept.len(), "a stage has all rows or those that want logits");
         let (mut first, mut n) = (None, 0);
         for i in 0..n_rows {
-            let row = &self.rows[if all { i } else { self.kept[i] as usize }];
-            if row.sequence == s {
+            if self.row_of(i, n_rows).sequence == s {
                 first.get_or_insert(i);
                 n += 1;
             }

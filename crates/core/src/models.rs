@@ -197,7 +197,7 @@ pub fn output_of<B: Backend>(
         Model::Dense(m) => (&m.frame, m.layers.len()),
     };
     b.write(&mut s.x, residual)?;
-    parts::output(b, frame, s, n_layer, &mut NoProbe)
+    parts::output(b, frame, s, n_layer, None, &mut NoProbe)
 }
 
 /// The stages that a model computes, in order.

@@ -315,13 +315,13 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn keep_rows(&self, x: &mut CpuTensor, batch: &Batch) -> Result<()> {
+    fn keep_rows(&self, x: &mut CpuTensor, rows: &[u32]) -> Result<()> {
         let n = x.n_cols();
-        for (to, &from) in batch.kept().iter().enumerate() {
+        for (to, &from) in rows.iter().enumerate() {
             let from = from as usize * n;
             x.values_mut().copy_within(from..from + n, to * n);
         }
-        x.set_rows(batch.kept().len());
+        x.set_rows(rows.len());
         self.write_rows(x, &|_, _| {});
         Ok(())
     }

@@ -1,7 +1,7 @@
 //! Attention is causal also for values that are not finite, and NaN is not lost in the cache.
 
 use apr_core::backend::{Backend, Heads, KvShape, KvType};
-use apr_core::batch::{Batch, Row};
+use apr_core::batch::{Batch, Row, Wants};
 use apr_core::probe::NoProbe;
 use apr_core::stats::RowStats;
 use apr_cpu::CpuBackend;
@@ -13,7 +13,8 @@ const HEADS: Heads = Heads { n_head: 1, n_head_kv: 1, head_dim: 32 };
 /// The attention of rows `from..` of `qkv` in one step.
 fn attend(b: &CpuBackend, kv: &mut KvCache, qkv: &[f32], from: u32) -> Vec<f32> {
     let n = HEADS.n_qkv();
-    let rows = (0..qkv.len() / n).map(|i| Row { token: 0, position: from + i as u32, sequence: 0, wants_logits: true });
+    let rows =
+        (0..qkv.len() / n).map(|i| Row { token: 0, position: from + i as u32, sequence: 0, wants: Wants::Logits });
     let batch = Batch::new(rows.collect(), vec![vec![0]]);
     let (mut x, mut out, mut read) = (b.tensor(n, &[]), b.tensor(HEADS.head_dim, &[]), Vec::new());
     b.write(&mut x, qkv).unwrap();

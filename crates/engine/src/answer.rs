@@ -104,9 +104,9 @@ impl Answer {
     }
 
     /// Tokens whose keys and values may be had from an earlier prompt. The logits after the last one are wanted, so that it is computed
-    /// in any case; of what is traced all is.
+    /// in any case; of what is traced or embedded all is.
     pub(crate) fn needed(&self) -> &[u32] {
-        if self.is_traced() { &[] } else { &self.tokens[..self.tokens.len() - 1] }
+        if self.is_traced() || self.is_embedding() { &[] } else { &self.tokens[..self.tokens.len() - 1] }
     }
 
     fn is_traced(&self) -> bool {
@@ -132,6 +132,11 @@ impl Answer {
     /// Whether the newest token is all that is missing.
     pub(crate) fn is_decoding(&self) -> bool {
         self.prefilled.is_some() && self.n_to_feed() == 1
+    }
+
+    /// Whether the embedding of its prompt is all that is asked for.
+    pub(crate) fn is_embedding(&self) -> bool {
+        self.request.embed
     }
 
     pub(crate) fn is_done(&self) -> bool {
@@ -181,7 +186,7 @@ impl Answer {
         let rest = &self.tokens[self.sequence.n_tokens()..];
         self.feed.clear();
         self.feed.extend_from_slice(&rest[..rest.len().min(n_max)]);
-        self.has_logits = self.feed.len() == rest.len();
+        self.has_logits = self.feed.len() == rest.len() && !self.is_embedding();
         self.draft.clear();
         if self.is_decoding() && may_guess && !self.is_traced() {
             let n_left = self.max_tokens - self.out.tokens.len();
@@ -191,6 +196,7 @@ impl Answer {
         }
         let logits = match (self.has_logits, self.draft.is_empty()) {
             _ if self.is_traced() => Logits::All,
+            (false, _) if self.is_embedding() => Logits::OnlyNorm,
             (false, _) => Logits::None,
             (true, true) => Logits::Last,
             (true, false) => Logits::All,
@@ -229,6 +235,9 @@ impl Answer {
         on_piece: &mut dyn FnMut(Piece) -> ControlFlow<()>,
     ) -> Result<(), GenerateError> {
         self.onlooker.iter_mut().for_each(Onlooker::stepped);
+        if self.is_embedding() {
+            return self.embedded(session);
+        }
         if !self.has_logits {
             return Ok(());
         }
@@ -261,6 +270,17 @@ impl Answer {
         }
         // Guesses that were wrong are in the sequence, the newest token is not.
         self.sequence.truncate(self.tokens.len() - 1);
+        Ok(())
+    }
+
+    /// Ends an embedding when all of its text has been computed.
+    fn embedded(&mut self, session: &dyn Session) -> Result<(), GenerateError> {
+        if self.n_to_feed() == 0 {
+            let embedding = self.onlooker.as_ref().and_then(Onlooker::embedding);
+            self.out.embedding = Some(embedding.ok_or(GenerateError::NoEmbedding)?);
+            self.prefilled = Some((Instant::now(), session.read_bytes()));
+            self.finish(session, Finish::Stop, &mut |_| ControlFlow::Continue(()));
+        }
         Ok(())
     }
 

@@ -43,6 +43,28 @@ pub struct Request {
     pub show_experts: bool,
     /// Has all positions of the pass traced. Such a request neither guesses tokens nor uses what is kept of earlier prompts.
     pub trace: Option<TraceAsk>,
+    /// Asks for no answer, but for the prompt's [embedding](Generated::embedding).
+    pub embed: bool,
+}
+
+impl Request {
+    /// Asks for the embedding of a text.
+    pub fn embedding(prompt: Vec<u32>) -> Request {
+        Request {
+            prompt,
+            max_tokens: Some(0),
+            sampler: SamplerConfig::default(),
+            stop: Vec::new(),
+            ignore_eos: false,
+            show_control: false,
+            speculate: false,
+            n_best: None,
+            show_experts: false,
+            constraint: None,
+            trace: None,
+            embed: true,
+        }
+    }
 }
 
 /// Why generation ended.
@@ -93,6 +115,8 @@ pub struct Generated {
     pub kv_bytes: usize,
     /// Where [`Request::trace`] asks for it.
     pub trace: Option<Box<ServedTrace>>,
+    /// Where the request asks for it: the mean of the final norm over the prompt's positions, at length 1.
+    pub embedding: Option<Vec<f32>>,
 }
 
 /// What came of guessing tokens.
@@ -129,6 +153,8 @@ pub enum GenerateError {
     Constraint(#[from] ConstraintError),
     #[error("the engine has failed and answers nothing more; start the program again")]
     Failed,
+    #[error("the text has no embedding: the mean of the model's final norm is zero or not finite")]
+    NoEmbedding,
     #[error(transparent)]
     Sampler(#[from] SamplerError),
     #[error(transparent)]
@@ -262,6 +288,7 @@ impl Generated {
             decode_read_bytes: None,
             kv_bytes: 0,
             trace: None,
+            embedding: None,
         }
     }
 }

@@ -11,6 +11,7 @@ use apr_core::probe::{StageValue, Watch};
 use apr_core::stage::Stage;
 use apr_core::stats::RowStats;
 
+use crate::embedding::Mean;
 use crate::engine::Engine;
 use crate::generate::Request;
 use crate::session::{Look, Part, Session, StepError};
@@ -27,6 +28,8 @@ pub struct Experts {
 pub(crate) struct Onlooker {
     experts: Option<ExpertsWatch>,
     trace: Option<ServedWatch>,
+    /// Of the final norm, where the request asks for an embedding.
+    mean: Option<Mean>,
 }
 
 impl Onlooker {
@@ -41,7 +44,9 @@ impl Onlooker {
     ) -> std::result::Result<Option<Onlooker>, TraceAskError> {
         let trace = request.trace.as_ref().map(|ask| ServedWatch::new(engine, ask, &request.prompt, max_tokens));
         let (trace, experts) = (trace.transpose()?, request.show_experts.then(ExpertsWatch::default));
-        Ok((trace.is_some() || experts.is_some()).then_some(Onlooker { experts, trace }))
+        let mean = request.embed.then(Mean::default);
+        let is_any = trace.is_some() || experts.is_some() || mean.is_some();
+        Ok(is_any.then_some(Onlooker { experts, trace, mean }))
     }
 
     /// Experts of the `i`-th of the rows that wanted logits in the last step.
@@ -63,25 +68,35 @@ impl Onlooker {
     pub(crate) fn take_trace(&mut self, tokens: &[u32]) -> Option<Unfinished> {
         self.trace.take().map(|trace| trace.into_trace(tokens))
     }
+
+    /// The embedding of what has been computed so far.
+    pub(crate) fn embedding(&self) -> Option<Vec<f32>> {
+        self.mean.as_ref()?.unit()
+    }
 }
 
 impl Watch for Onlooker {
     fn begin(&mut self, batch: &Batch) {
         self.experts.iter_mut().for_each(|w| w.begin(batch));
         self.trace.iter_mut().for_each(|w| w.begin(batch));
+        self.mean.iter_mut().for_each(|w| w.begin(batch));
     }
 
     fn wants(&self, stage: Stage, layer: usize) -> bool {
         self.experts.as_ref().is_some_and(|w| w.wants(stage, layer))
             || self.trace.as_ref().is_some_and(|w| w.wants(stage, layer))
+            || self.mean.as_ref().is_some_and(|w| w.wants(stage, layer))
     }
 
     fn seen(&mut self, stage: Stage, layer: usize, value: &dyn StageValue) -> Result<()> {
         if let Some(experts) = self.experts.as_mut().filter(|w| w.wants(stage, layer)) {
             experts.seen(stage, layer, value)?;
         }
-        match self.trace.as_mut().filter(|w| w.wants(stage, layer)) {
-            Some(trace) => trace.seen(stage, layer, value),
+        if let Some(trace) = self.trace.as_mut().filter(|w| w.wants(stage, layer)) {
+            trace.seen(stage, layer, value)?;
+        }
+        match self.mean.as_mut().filter(|w| w.wants(stage, layer)) {
+            Some(mean) => mean.seen(stage, layer, value),
             None => Ok(()),
         }
     }

@@ -427,7 +427,9 @@ impl Batcher {
         if !self.limits.keep_prefixes {
             return;
         }
-        for r in shares.iter().map(|s| &self.running[s.i]).filter(|r| r.failed.is_none()) {
+        // Texts that are embedded are as many as they are different: they would drive out what is asked for again.
+        let is_kept = |r: &&Running| r.failed.is_none() && !r.answer.is_embedding();
+        for r in shares.iter().map(|s| &self.running[s.i]).filter(is_kept) {
             let sequence = &r.answer.sequence;
             let tokens = &r.answer.tokens()[..sequence.n_tokens()];
             let tokens = &tokens[..tokens.len() / KV_BLOCK * KV_BLOCK];
@@ -447,7 +449,7 @@ impl Batcher {
 
     fn remove_done(&mut self, engine: &mut Engine) {
         for mut r in self.running.extract_if(.., |r| r.is_done()) {
-            if self.limits.keep_prefixes && r.failed.is_none() {
+            if self.limits.keep_prefixes && r.failed.is_none() && !r.answer.is_embedding() {
                 // The last block will not grow any more.
                 let sequence = &r.answer.sequence;
                 let tokens = &r.answer.tokens()[..sequence.n_tokens()];

@@ -5,7 +5,7 @@ use std::ops::Range;
 use apr_core::backend::fed::{Fed, Feed, Feeding};
 use apr_core::backend::unfused::Unfused;
 use apr_core::backend::{Backend, BackendError, KV_BLOCK, KvShape, KvType, Precision};
-use apr_core::batch::{Batch, Row};
+use apr_core::batch::{Batch, Row, Wants};
 use apr_core::hparams::Hparams;
 use apr_core::models::{self, LoadError, Model, StateOf};
 use apr_core::probe::{NoProbe, Watch};
@@ -38,6 +38,8 @@ pub enum Logits {
     None,
     Last,
     All,
+    /// All rows go as far as the final norm, where a watch sees them, and no logits are computed.
+    OnlyNorm,
 }
 
 /// New tokens of one sequence in a step.
@@ -273,10 +275,11 @@ impl<B: Backend> Runner<B> {
                 token,
                 position: (from + i) as u32,
                 sequence: tables.len() as u32,
-                wants_logits: match part.logits {
-                    Logits::None => false,
-                    Logits::Last => i + 1 == n,
-                    Logits::All => true,
+                wants: match part.logits {
+                    Logits::OnlyNorm => Wants::FinalNorm,
+                    Logits::All => Wants::Logits,
+                    Logits::Last if i + 1 == n => Wants::Logits,
+                    Logits::Last | Logits::None => Wants::Nothing,
                 },
             }));
             tables.push(part.sequence.blocks.clone());
@@ -286,7 +289,7 @@ impl<B: Backend> Runner<B> {
 
     /// Takes note of a step that has been run.
     fn done(&mut self, parts: &mut [Part<'_>], batch: &Batch) {
-        self.n_logits = batch.kept().len();
+        self.n_logits = batch.n_logits();
         parts.iter_mut().for_each(|p| p.sequence.n_tokens += p.tokens.len());
     }
 

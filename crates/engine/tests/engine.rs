@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use apr_engine::chat_template::ChatInput;
 use apr_engine::device::Device;
 use apr_engine::generate::{Finish, GenerateError, Generated, Request, generate};
+use apr_engine::probe::Recorder;
 use apr_engine::sampler::SamplerConfig;
 use apr_engine::session::{Logits, Look, Part, Sequence, StepError};
 use apr_engine::stage::{Place, Stage};
@@ -35,6 +36,7 @@ fn request(n: usize) -> Request {
         n_best: None,
         show_experts: false,
         trace: None,
+        embed: false,
     }
 }
 
@@ -211,6 +213,46 @@ fn the_reference_device_generates_the_same_greedy_text_where_it_is_clear() {
         EngineOptions { device: Device::Reference { activations: Precision::F32 }, kv_type: KvType::F32, n_ctx: None };
     let mut reference = Engine::load(&fixture("tiny-qwen3moe.gguf"), options).unwrap();
     assert_eq!(run(&mut reference, &r).0.tokens, run(&mut load(2, None, KvType::F32), &r).0.tokens);
+}
+
+/// The final norm of every position, `[n_tokens, n_embd]`, by a pass that is watched, in chunks.
+fn final_norms(engine: &mut Engine, tokens: &[u32], n_chunk: usize) -> Vec<f32> {
+    let (mut sequence, mut recorder) = (Sequence::default(), Recorder::of(&[Stage::FinalNorm]));
+    for tokens in tokens.chunks(n_chunk) {
+        let part = Part { sequence: &mut sequence, tokens, logits: Logits::All };
+        engine.session.step_watched(&mut [part], Look { watch: &mut recorder, unfused: false, feed: None }).unwrap();
+    }
+    engine.session.release(&mut sequence);
+    let (_, recorded) = recorder.seen.pop_first().unwrap();
+    assert!(recorded.positions.iter().copied().eq(0..tokens.len() as u32));
+    recorded.values
+}
+
+#[test]
+fn an_embedding_is_the_mean_of_the_final_norm() {
+    let tokens: Vec<u32> = (0..700).map(|i| (i * 37) % 2000).collect();
+    let mut engine = load(2, None, KvType::F16);
+    let got = run(&mut engine, &Request::embedding(tokens.clone())).0;
+    assert_eq!((got.tokens.len(), got.n_prompt, got.finish), (0, 700, Finish::Stop));
+    let embedding = got.embedding.unwrap();
+    let n_embd = engine.hparams.n_embd;
+    // Chunks of another length than those of the embedding.
+    let norms = final_norms(&mut engine, &tokens, 97);
+    let mean = |i: usize| norms.chunks_exact(n_embd).map(|row| f64::from(row[i])).sum::<f64>();
+    let mean: Vec<f64> = (0..n_embd).map(mean).collect();
+    let length = mean.iter().map(|v| v * v).sum::<f64>().sqrt();
+    let unit: Vec<f32> = mean.iter().map(|v| (v / length) as f32).collect();
+    assert_eq!(embedding, unit, "the same sum, bit for bit");
+
+    let options =
+        EngineOptions { device: Device::Reference { activations: Precision::F32 }, kv_type: KvType::F32, n_ctx: None };
+    let mut reference = Engine::load(&fixture("tiny-qwen3moe.gguf"), options).unwrap();
+    for tokens in [&tokens[..80], &tokens[300..301]] {
+        let of = |engine: &mut Engine| run(engine, &Request::embedding(tokens.to_vec())).0.embedding.unwrap();
+        let (a, b) = (of(&mut engine), of(&mut reference));
+        let cosine: f64 = a.iter().zip(&b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+        assert!(cosine > 0.999, "{cosine} on {} tokens", tokens.len());
+    }
 }
 
 /// Logits of every position of a prompt in chunks of 50, watched or not.

@@ -214,6 +214,7 @@ impl From<GenerateError> for ApiError {
             GenerateError::ContextOverflow { .. } => ApiError::invalid("context_length_exceeded", e.to_string()),
             GenerateError::Memory { .. } => ApiError::unavailable(e.to_string()),
             GenerateError::Busy { .. } => ApiError::busy(),
+            GenerateError::NoEmbedding => ApiError::engine("numerical_error", e.to_string()),
             GenerateError::Stopped => ApiError::unavailable("the server is stopping"),
             GenerateError::Constraint(_) => ApiError::invalid("invalid_schema", e.to_string()),
             GenerateError::Failed => ApiError::unavailable(e.to_string()),

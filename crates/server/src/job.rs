@@ -228,6 +228,7 @@ pub(crate) mod tests {
             decode_read_bytes: None,
             kv_bytes: 0,
             trace: None,
+            embedding: None,
         }
     }
 }

@@ -7,6 +7,7 @@
 mod accept;
 mod anthropic;
 mod blocks;
+mod embed;
 mod errors;
 mod extract;
 mod guard;

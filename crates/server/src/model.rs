@@ -30,6 +30,8 @@ pub struct Model {
     pub(crate) places: Arc<Semaphore>,
     pub(crate) n_places: usize,
     pub(crate) system_lines: SystemLines,
+    /// Answers in the making at a time.
+    pub(crate) n_parallel: usize,
     /// When it began to answer, in seconds since 1970.
     pub(crate) since: u64,
 }
@@ -74,6 +76,7 @@ impl Model {
             places: Arc::new(Semaphore::new(n_places)),
             n_places,
             system_lines: SystemLines::default(),
+            n_parallel: limits.n_parallel,
             since: crate::openai::now(),
             shadow: shadow.as_ref().map(Shadow::meter),
             scheduler: Scheduler::start_with(engine, limits, shadow)?,

@@ -2,10 +2,12 @@
 
 pub(crate) mod chat;
 pub(crate) mod completions;
+pub(crate) mod embeddings;
 mod inside;
 mod logprobs;
 mod messages;
 pub(crate) mod models;
+pub(crate) mod prompts;
 pub(crate) mod responses;
 mod sampling;
 mod structured;

@@ -31,6 +31,7 @@ pub(crate) fn router(state: Arc<State>) -> Router {
         .route("/v1/responses/input_tokens", post(openai::responses::input_tokens))
         .route("/v1/messages", post(anthropic::messages))
         .route("/v1/messages/count_tokens", post(anthropic::count_tokens))
+        .route("/v1/embeddings", post(openai::embeddings::create))
         .fallback(async || ApiError::refused(StatusCode::NOT_FOUND, "unknown_path", "there is nothing at this path"))
         .method_not_allowed_fallback(async || {
             let message = "this path does not take this method; the Allow header names those it takes";

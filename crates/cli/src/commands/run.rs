@@ -133,6 +133,7 @@ pub fn run(args: Args) -> Result<Done> {
         n_best: None,
         show_experts: false,
         trace: None,
+        embed: false,
     };
     if args.verify {
         verify::or_refuse(&mut engine)?;

@@ -54,7 +54,7 @@ macro_rules! delegate {
         $crate::backend::decorator::delegate!(op kv_restore(kv: &mut Self::KvCache, block: u32, saved: &[u8]) -> ());
         $crate::backend::decorator::delegate!(op rms_norm(out: &mut Self::Tensor, x: &Self::Tensor, w: &Self::Weight, eps: f32) -> ());
         $crate::backend::decorator::delegate!(op rope(x: &mut Self::Tensor, cols: std::ops::Range<usize>, head_dim: usize, rope: &$crate::rope::Rope, batch: &$crate::batch::Batch) -> ());
-        $crate::backend::decorator::delegate!(op keep_rows(x: &mut Self::Tensor, batch: &$crate::batch::Batch) -> ());
+        $crate::backend::decorator::delegate!(op keep_rows(x: &mut Self::Tensor, rows: &[u32]) -> ());
         $crate::backend::decorator::delegate!(op head_norm(x: &mut Self::Tensor, cols: std::ops::Range<usize>, w: &Self::Weight, eps: f32) -> ());
         $crate::backend::decorator::delegate!(op route(r: &mut $crate::backend::Routing<Self::Tensor, Self::Ids>) -> ());
     };

@@ -230,8 +230,8 @@ impl<B: Backend> Backend for Faulty<B> {
         self.0.rope(x, cols, head_dim, &rope, batch)
     }
 
-    fn keep_rows(&self, x: &mut Self::Tensor, batch: &Batch) -> Result<()> {
-        if self.makes(Fault::KeepAllRows) { Ok(()) } else { self.0.keep_rows(x, batch) }
+    fn keep_rows(&self, x: &mut Self::Tensor, rows: &[u32]) -> Result<()> {
+        if self.makes(Fault::KeepAllRows) { Ok(()) } else { self.0.keep_rows(x, rows) }
     }
 
     fn route(&self, r: &mut Routing<Self::Tensor, Self::Ids>) -> Result<()> {

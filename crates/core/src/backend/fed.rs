@@ -316,8 +316,8 @@ impl<B: Backend> Backend for Fed<'_, B> {
         out.with_mut(|out| qkv.with(|qkv| self.inner.attention(out, qkv, kv, il, heads, batch, &mut NoProbe)))
     }
 
-    fn keep_rows(&self, x: &mut Self::Tensor, batch: &Batch) -> Result<()> {
-        x.with_mut(|x| self.inner.keep_rows(x, batch))
+    fn keep_rows(&self, x: &mut Self::Tensor, rows: &[u32]) -> Result<()> {
+        x.with_mut(|x| self.inner.keep_rows(x, rows))
     }
 
     fn route(&self, routing: &mut Routing<Self::Tensor, Self::Ids>) -> Result<()> {

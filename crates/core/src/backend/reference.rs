@@ -307,12 +307,12 @@ impl Backend for Reference {
         Ok(())
     }
 
-    fn keep_rows(&self, x: &mut HostTensor, batch: &Batch) -> Result<()> {
-        for (to, &from) in batch.kept().iter().enumerate() {
+    fn keep_rows(&self, x: &mut HostTensor, rows: &[u32]) -> Result<()> {
+        for (to, &from) in rows.iter().enumerate() {
             let from = from as usize * x.n_cols;
             x.data.copy_within(from..from + x.n_cols, to * x.n_cols);
         }
-        x.data.truncate(batch.kept().len() * x.n_cols);
+        x.data.truncate(rows.len() * x.n_cols);
         Ok(())
     }
 

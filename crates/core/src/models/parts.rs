@@ -104,7 +104,7 @@ impl<T, I> State<T, I> {
 }
 
 /// Norm, projections, rotation, attention and residual of layer `il`. After the last layer's attention only the rows that want
-/// logits remain.
+/// more than keys and values remain.
 pub fn attention_block<B: Backend, P: Probe<B>>(
     b: &B,
     f: &Frame<B::Weight>,
@@ -138,8 +138,8 @@ pub fn attention_block<B: Backend, P: Probe<B>>(
     b.attention(&mut s.attn, &s.qkv, kv, il, f.heads, batch, probe)?;
     seen(probe, b, Stage::Attention, il, &s.attn)?;
     if is_last {
-        b.keep_rows(&mut s.attn, batch)?;
-        b.keep_rows(&mut s.x, batch)?;
+        b.keep_rows(&mut s.attn, batch.kept())?;
+        b.keep_rows(&mut s.x, batch.kept())?;
     }
     b.matmul(&mut s.y, 0, &w.attn_output, &s.attn)?;
     seen(probe, b, Stage::AttnOut, il, &s.y)?;
@@ -147,16 +147,22 @@ pub fn attention_block<B: Backend, P: Probe<B>>(
     seen(probe, b, Stage::PostAttnResidual, il, &s.x)
 }
 
-/// The final norm and the logits of the rows that want them.
+/// The final norm, and the logits of rows `for_logits` or of all.
 pub fn output<B: Backend, P: Probe<B>>(
     b: &B,
     f: &Frame<B::Weight>,
     s: &mut StateOf<B>,
     il: usize,
+    for_logits: Option<&[u32]>,
     probe: &mut P,
 ) -> Result<()> {
     b.rms_norm(&mut s.xn, &s.x, &f.output_norm, f.rms_eps)?;
     seen(probe, b, Stage::FinalNorm, il, &s.xn)?;
+    match for_logits {
+        Some([]) => return Ok(()),
+        Some(rows) => b.keep_rows(&mut s.xn, rows)?,
+        None => {}
+    }
     b.matmul(&mut s.logits, 0, &f.output, &s.xn)?;
     seen(probe, b, Stage::LmHead, il, &s.logits)
 }

@@ -57,7 +57,7 @@ pub fn forward<B: Backend, P: Probe<B>>(
         b.add(&mut s.x, &s.y)?;
         seen(probe, b, Stage::PostFfnResidual, il, &s.x)?;
     }
-    parts::output(b, &m.frame, s, m.layers.len(), probe)
+    parts::output(b, &m.frame, s, m.layers.len(), batch.kept_for_logits(), probe)
 }
 
 /// Buffers for a step.

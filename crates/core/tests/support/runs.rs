@@ -8,7 +8,7 @@ use std::sync::Arc;
 use apr_core::backend::fed::{Fed, Feed, Feeding};
 use apr_core::backend::unfused::Unfused;
 use apr_core::backend::{Backend, KvShape, KvType};
-use apr_core::batch::{Batch, Row};
+use apr_core::batch::{Batch, Row, Wants};
 use apr_core::gguf;
 use apr_core::hparams::Hparams;
 use apr_core::models;
@@ -118,7 +118,7 @@ impl<B: Backend> Run<B> {
                 token,
                 position: (from + k) as u32,
                 sequence: i as u32,
-                wants_logits: k + n_logits >= tokens.len(),
+                wants: if k + n_logits >= tokens.len() { Wants::Logits } else { Wants::Nothing },
             };
             rows.extend(tokens.iter().enumerate().map(row));
         }

@@ -40,6 +40,7 @@ fn request(constraint: Constraint, temperature: f32, seed: u64) -> Request {
         ignore_eos: false,
         show_control: false,
         speculate: true,
+        embed: false,
         constraint: Some(constraint),
         n_best: None,
         show_experts: false,

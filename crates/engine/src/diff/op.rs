@@ -5,7 +5,7 @@
 use std::ops::Range;
 
 use apr_core::backend::{Backend, Heads, KV_BLOCK, KvShape, KvType, Result, Routing, WeightData};
-use apr_core::batch::{Batch, Row};
+use apr_core::batch::{Batch, Row, Wants};
 use apr_core::probe::NoProbe;
 use apr_core::rope::Rope;
 
@@ -335,7 +335,7 @@ fn route<B: Backend>(b: &B, logits: B::Tensor, n_used: usize, wants_ids: bool) -
 }
 
 fn row(position: u32, sequence: u32) -> Row {
-    Row { token: 0, position, sequence, wants_logits: true }
+    Row { token: 0, position, sequence, wants: Wants::Logits }
 }
 
 /// A batch of one row of token 0.

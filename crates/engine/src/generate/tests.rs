@@ -65,6 +65,7 @@ fn greedy(n: usize) -> Request {
         n_best: None,
         show_experts: false,
         trace: None,
+        embed: false,
     }
 }
 

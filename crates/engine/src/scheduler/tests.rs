@@ -45,6 +45,7 @@ fn request(prompt: Vec<u32>, n: usize, seed: u64) -> Request {
         n_best,
         show_experts: false,
         trace: None,
+        embed: false,
     }
 }
 
@@ -192,6 +193,37 @@ fn answers_that_grow_into_each_other_s_room_are_set_back_and_end_the_same() {
     told.iter().zip(&want).for_each(|(told, want)| check_same(told, want));
     assert!(batcher.load(&engine).n_set_back > 0);
     check_empty(&mut batcher, &mut engine);
+}
+
+#[test]
+fn embeddings_ride_along_and_are_the_same() {
+    let mut engine = load(600);
+    let text = |i: u32| (0..150 + 110 * i).map(|t| 100 + (t * 7 + i) % 900).collect::<Vec<u32>>();
+    let chats: Vec<Request> = (0..3).map(|i| request(text(i), 30, u64::from(i))).collect();
+    let embeds: Vec<Request> = (0..3).map(|i| Request::embedding(text(i))).collect();
+    let requests: Vec<&Request> = chats.iter().zip(&embeds).flat_map(|(a, b)| [a, b]).collect();
+    let want: Vec<Generated> = requests.iter().map(|r| alone(&mut engine, r)).collect();
+    assert!(want[1].embedding.is_some() && want[0].embedding.is_none());
+    // The last embedding is set back once, when a part of its text has been summed.
+    for sets_back in [false, true] {
+        let mut batcher = Batcher::new(limits(6, 1000));
+        let told: Vec<_> = requests.iter().map(|r| submit(&mut batcher, &engine, r)).collect();
+        if sets_back {
+            while batcher.running.last().is_none_or(|r| r.answer.sequence.n_tokens() == 0) {
+                batcher.step(&mut engine);
+            }
+            assert!(batcher.running.last().unwrap().answer.n_to_feed() > 0, "it is in the middle");
+            batcher.set_back_last(&mut engine);
+        }
+        run(&mut batcher, &mut engine);
+        for (told, want) in told.iter().zip(&want) {
+            check_same(told, want);
+            let bits = |g: &Generated| g.embedding.as_ref().map(|e| e.iter().map(|v| v.to_bits()).collect::<Vec<_>>());
+            assert_eq!(bits(&told.generated()), bits(want));
+        }
+        assert_eq!(told[5].generated().n_cached, 0, "every position is computed, whatever is kept");
+        check_empty(&mut batcher, &mut engine);
+    }
 }
 
 #[test]

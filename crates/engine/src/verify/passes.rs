@@ -91,7 +91,7 @@ fn step_beside(
         }
     }
     let wanted = match logits {
-        Logits::None => 0..0,
+        Logits::None | Logits::OnlyNorm => 0..0,
         Logits::Last => tokens.len() - 1..tokens.len(),
         Logits::All => 0..tokens.len(),
     };

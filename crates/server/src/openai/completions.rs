@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::inside::{Shown, TokenExperts};
 use super::logprobs::Columns;
+use super::prompts::{Prompts, Written};
 use super::sampling::{Sampling, n_best};
 use super::usage::{Timings, Usage};
 use super::{Completion, Frame, Head, StreamOptions, check_model, error_event, finish_reason, given, structured};
@@ -39,15 +40,6 @@ struct Fields {
     echo: Option<bool>,
     best_of: Option<i64>,
     suffix: Option<String>,
-}
-
-#[derive(Clone, Deserialize)]
-#[serde(untagged, expecting = "a string, a list of strings, a list of token ids, or a list of those")]
-enum Prompts {
-    Text(String),
-    Tokens(Vec<u32>),
-    Texts(Vec<String>),
-    TokenLists(Vec<Vec<u32>>),
 }
 
 #[derive(Serialize)]
@@ -139,32 +131,13 @@ fn read_prompts(
     echo: bool,
     max_tokens: Option<usize>,
 ) -> Result<Vec<Prompt>, ApiError> {
-    let of_text = |text: String| {
-        let tokens = about.text_tokens(text.as_bytes(), false);
-        Prompt { tokens, echo: if echo { text } else { String::new() } }
+    let read = |written: Written| {
+        let tokens = written.tokens(about, "prompt")?;
+        prompt::check_fits(about, &tokens, max_tokens)?;
+        let echo = if echo { written.text(about) } else { String::new() };
+        Ok(Prompt { tokens, echo })
     };
-    let of_tokens = |tokens: Vec<u32>| {
-        let mut bytes = Vec::new();
-        tokens.iter().filter(|_| echo).for_each(|t| about.tokenizer.decode_bytes(*t, &mut bytes, true));
-        Prompt { tokens, echo: String::from_utf8_lossy(&bytes).into_owned() }
-    };
-    let prompts: Vec<Prompt> = match prompts {
-        Prompts::Text(text) => vec![of_text(text)],
-        Prompts::Tokens(tokens) => vec![of_tokens(tokens)],
-        Prompts::Texts(texts) => texts.into_iter().map(of_text).collect(),
-        Prompts::TokenLists(lists) => lists.into_iter().map(of_tokens).collect(),
-    };
-    let n_vocab = about.tokenizer.n_vocab();
-    for prompt in &prompts {
-        if let Some(id) = prompt.tokens.iter().find(|id| **id as usize >= n_vocab) {
-            return Err(ApiError::field(
-                "prompt",
-                format_args!("there is no token {id}; the vocabulary has {n_vocab}"),
-            ));
-        }
-        prompt::check_fits(about, &prompt.tokens, max_tokens)?;
-    }
-    Ok(prompts)
+    prompts.list().into_iter().map(read).collect()
 }
 
 fn completion(

@@ -105,6 +105,7 @@ impl Sampling {
             n_best,
             show_experts: self.show_experts,
             trace: None,
+            embed: false,
         })
     }
 }

@@ -2,6 +2,7 @@
 
 mod access;
 mod anthropic;
+mod embeddings;
 mod faults;
 mod inside;
 mod limits;
