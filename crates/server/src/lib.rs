@@ -15,6 +15,7 @@ mod health;
 mod job;
 mod json_text;
 mod keys;
+mod llama;
 mod metrics;
 mod model;
 mod names;

@@ -14,7 +14,7 @@ use tower_http::cors::{AllowHeaders, AllowMethods, AllowOrigin, CorsLayer};
 
 use crate::errors::ApiError;
 use crate::state::State;
-use crate::{anthropic, guard, health, keys, metrics, note, openai, openapi, page};
+use crate::{anthropic, guard, health, keys, llama, metrics, note, openai, openapi, page};
 
 /// Everything that is answered.
 pub(crate) fn router(state: Arc<State>) -> Router {
@@ -32,6 +32,10 @@ pub(crate) fn router(state: Arc<State>) -> Router {
         .route("/v1/messages", post(anthropic::messages))
         .route("/v1/messages/count_tokens", post(anthropic::count_tokens))
         .route("/v1/embeddings", post(openai::embeddings::create))
+        .route("/tokenize", post(llama::tokenize))
+        .route("/detokenize", post(llama::detokenize))
+        .route("/apply-template", post(llama::apply_template))
+        .route("/props", get(llama::props::props))
         .fallback(async || ApiError::refused(StatusCode::NOT_FOUND, "unknown_path", "there is nothing at this path"))
         .method_not_allowed_fallback(async || {
             let message = "this path does not take this method; the Allow header names those it takes";

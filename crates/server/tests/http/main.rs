@@ -6,6 +6,7 @@ mod embeddings;
 mod faults;
 mod inside;
 mod limits;
+mod llama;
 mod load;
 mod metrics;
 mod openai;
