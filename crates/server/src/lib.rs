@@ -20,6 +20,7 @@ mod metrics;
 mod model;
 mod names;
 mod note;
+mod ollama;
 mod openai;
 mod openapi;
 mod page;

@@ -32,6 +32,11 @@ impl Names {
         !asked.is_empty() && self.all().any(begins)
     }
 
+    /// As [`include`](Self::include); also with `:latest` at the end, which Ollama's clients add to every name.
+    pub(crate) fn include_tagged(&self, asked: &str) -> bool {
+        self.include(asked) || asked.strip_suffix(":latest").is_some_and(|name| self.include(name))
+    }
+
     fn all(&self) -> impl Iterator<Item = &str> {
         let others = self.general.iter().chain(&self.aliases).map(String::as_str);
         std::iter::once(self.id.as_str()).chain(others)

@@ -4,7 +4,7 @@ pub(crate) mod chat;
 pub(crate) mod completions;
 pub(crate) mod embeddings;
 mod inside;
-mod logprobs;
+pub(crate) mod logprobs;
 mod messages;
 pub(crate) mod models;
 pub(crate) mod prompts;

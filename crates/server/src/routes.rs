@@ -8,13 +8,13 @@ use axum::Router;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::middleware::{from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::{delete, get, post};
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::cors::{AllowHeaders, AllowMethods, AllowOrigin, CorsLayer};
 
 use crate::errors::ApiError;
 use crate::state::State;
-use crate::{anthropic, guard, health, keys, llama, metrics, note, openai, openapi, page};
+use crate::{anthropic, guard, health, keys, llama, metrics, note, ollama, openai, openapi, page};
 
 /// Everything that is answered.
 pub(crate) fn router(state: Arc<State>) -> Router {
@@ -36,6 +36,19 @@ pub(crate) fn router(state: Arc<State>) -> Router {
         .route("/detokenize", post(llama::detokenize))
         .route("/apply-template", post(llama::apply_template))
         .route("/props", get(llama::props::props))
+        .route("/api/chat", post(ollama::chat))
+        .route("/api/generate", post(ollama::generate))
+        .route("/api/embed", post(ollama::embed::embed))
+        .route("/api/embeddings", post(ollama::embed::embeddings))
+        .route("/api/tags", get(ollama::models::tags))
+        .route("/api/ps", get(ollama::models::ps))
+        .route("/api/show", post(ollama::models::show))
+        .route("/api/version", get(ollama::version))
+        .route("/api/pull", post(ollama::refuse))
+        .route("/api/push", post(ollama::refuse))
+        .route("/api/create", post(ollama::refuse))
+        .route("/api/copy", post(ollama::refuse))
+        .route("/api/delete", delete(ollama::refuse))
         .fallback(async || ApiError::refused(StatusCode::NOT_FOUND, "unknown_path", "there is nothing at this path"))
         .method_not_allowed_fallback(async || {
             let message = "this path does not take this method; the Allow header names those it takes";

@@ -1,4 +1,4 @@
-//! Answers as a stream of server-sent events, in whatever form an API writes them.
+//! Answers as a stream, of server-sent events or of lines of JSON, in whatever form an API writes them.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -6,10 +6,12 @@ use std::time::Duration;
 
 use apr_engine::answer::Piece;
 use apr_engine::generate::Generated;
-use axum::http::{HeaderName, HeaderValue};
+use axum::body::Body;
+use axum::http::{HeaderName, HeaderValue, header};
 use axum::response::sse::{Event as SseEvent, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
-use futures_util::stream;
+use futures_util::{Stream, TryStreamExt, stream};
+use serde_json::Value;
 
 use crate::errors::ApiError;
 use crate::job::{Answers, Event};
@@ -18,17 +20,17 @@ use crate::job::{Answers, Event};
 const EARLY: Duration = Duration::from_millis(50);
 
 /// How an API writes answers as they come.
-pub(crate) trait Chunks: Send + 'static {
+pub(crate) trait Chunks<E = SseEvent>: Send + 'static {
     /// Before anything is known of any answer.
-    fn begin(&mut self) -> Vec<SseEvent>;
+    fn begin(&mut self) -> Vec<E>;
     /// A token of an answer, or text that had been held back.
-    fn piece(&mut self, index: usize, piece: Piece) -> Vec<SseEvent>;
+    fn piece(&mut self, index: usize, piece: Piece) -> Vec<E>;
     /// An answer has ended.
-    fn end(&mut self, index: usize, generated: Generated) -> Vec<SseEvent>;
+    fn end(&mut self, index: usize, generated: Generated) -> Vec<E>;
     /// All have.
-    fn finish(&mut self) -> Vec<SseEvent>;
+    fn finish(&mut self) -> Vec<E>;
     /// Something failed, and nothing follows.
-    fn error(&mut self, e: &ApiError) -> Vec<SseEvent>;
+    fn error(&mut self, e: &ApiError) -> Vec<E>;
     /// Nothing has happened for a while.
     fn alive(&self) -> SseEvent {
         SseEvent::default().comment("keep-alive")
@@ -39,25 +41,9 @@ pub(crate) trait Chunks: Send + 'static {
 ///
 /// # Errors
 /// What fails at once.
-pub(crate) async fn respond(
-    mut answers: Answers,
-    mut chunks: impl Chunks,
-    keep_alive: Duration,
-) -> Result<Response, ApiError> {
-    let mut ready: VecDeque<SseEvent> = chunks.begin().into();
-    if let Ok(first) = tokio::time::timeout(EARLY, answers.next()).await {
-        match first? {
-            Some((_, Event::End(Err(e)))) => return Err(e.into()),
-            Some(event) => ready.extend(written(&mut chunks, event).0),
-            None => ready.extend(chunks.finish()),
-        }
-    }
+pub(crate) async fn respond(answers: Answers, chunks: impl Chunks, keep_alive: Duration) -> Result<Response, ApiError> {
     let alive = KeepAlive::new().interval(keep_alive).event(chunks.alive());
-    let start = Streaming { answers: Some(answers), chunks, ready };
-    let events = stream::unfold(start, |mut s| async {
-        let event = s.next().await?;
-        Some((Ok::<_, Infallible>(event), s))
-    });
+    let events = begin(answers, chunks).await?.events();
     let mut response = Sse::new(events).keep_alive(alive).into_response();
     // nginx would collect the events otherwise.
     let header = (HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no"));
@@ -65,15 +51,44 @@ pub(crate) async fn respond(
     Ok(response)
 }
 
-struct Streaming<C> {
+/// A stream of lines, each a JSON value. Nothing keeps it alive while it is silent: the form has no comments.
+///
+/// # Errors
+/// What fails at once.
+pub(crate) async fn respond_lines(answers: Answers, chunks: impl Chunks<Value>) -> Result<Response, ApiError> {
+    let lines = begin(answers, chunks).await?.events().map_ok(|line| format!("{line}\n"));
+    Ok(([(header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(lines)).into_response())
+}
+
+/// Waits a moment for what fails at once.
+async fn begin<E, C: Chunks<E>>(mut answers: Answers, mut chunks: C) -> Result<Streaming<C, E>, ApiError> {
+    let mut ready: VecDeque<E> = chunks.begin().into();
+    if let Ok(first) = tokio::time::timeout(EARLY, answers.next()).await {
+        match first? {
+            Some((_, Event::End(Err(e)))) => return Err(e.into()),
+            Some(event) => ready.extend(written(&mut chunks, event).0),
+            None => ready.extend(chunks.finish()),
+        }
+    }
+    Ok(Streaming { answers: Some(answers), chunks, ready })
+}
+
+struct Streaming<C, E> {
     /// `None` once the last event is ready.
     answers: Option<Answers>,
     chunks: C,
-    ready: VecDeque<SseEvent>,
+    ready: VecDeque<E>,
 }
 
-impl<C: Chunks> Streaming<C> {
-    async fn next(&mut self) -> Option<SseEvent> {
+impl<E: Send + 'static, C: Chunks<E>> Streaming<C, E> {
+    fn events(self) -> impl Stream<Item = Result<E, Infallible>> + Send + 'static {
+        stream::unfold(self, |mut s| async {
+            let event = s.next().await?;
+            Some((Ok(event), s))
+        })
+    }
+
+    async fn next(&mut self) -> Option<E> {
         while self.ready.is_empty() {
             let answers = self.answers.as_mut()?;
             let (events, is_last) = match answers.next().await {
@@ -91,7 +106,7 @@ impl<C: Chunks> Streaming<C> {
 }
 
 /// What an event is written as, and whether nothing follows it.
-fn written(chunks: &mut impl Chunks, (index, event): (usize, Event)) -> (Vec<SseEvent>, bool) {
+fn written<E>(chunks: &mut impl Chunks<E>, (index, event): (usize, Event)) -> (Vec<E>, bool) {
     match event {
         Event::Piece(piece) => (chunks.piece(index, piece), false),
         Event::End(Ok(generated)) => (chunks.end(index, generated), false),

@@ -6,6 +6,7 @@ use apr_engine::About;
 use apr_engine::answer::Piece;
 use apr_engine::chat_template::ChatInput;
 use apr_engine::generate::{Finish, Generated};
+use apr_engine::output_parser::Thinking;
 use axum::Json;
 use axum::extract::State as Shared;
 use axum::response::sse::Event;
@@ -104,6 +105,23 @@ impl Chat {
     pub(crate) fn limit(&mut self, model: &Model, max_tokens: usize) {
         let n_left = model.about.n_ctx.saturating_sub(self.prompt.tokens.len());
         self.sampling.max_tokens = Some(max_tokens.min(n_left));
+    }
+
+    /// Reads `prompt`, which goes to the model as it is, control tokens and all, and so does its answer to the client.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    pub(crate) async fn read_raw(model: &Model, JsonBody { body, room }: JsonBody) -> Result<Chat, ApiError> {
+        let own: Fields = fields(&body)?;
+        unsupported::refuse(&body)?;
+        let sampling = Sampling::read(&body, model)?;
+        let n_best = own.n_best()?;
+        let text = body["prompt"].as_str().unwrap_or_default().to_string();
+        let about = model.about.clone();
+        let tokens = prompt::elsewhere(move || Ok(about.text_tokens(text.as_bytes(), true)));
+        let prompt = Prompt { tokens: tokens.await?, thinking: Thinking::AsText };
+        drop(room);
+        Ok(Chat { prompt, n_best, sampling, tools: Tools::read(&Value::Null)?, begun: String::new() })
     }
 
     /// Begins to answer; each answer's text goes through its outlet.
@@ -287,7 +305,6 @@ mod tests {
     use std::path::Path;
     use std::time::Duration;
 
-    use apr_engine::output_parser::Thinking;
     use apr_engine::{Engine, EngineOptions, KvType, device::Device};
     use axum::body::to_bytes;
     use serde_json::json;

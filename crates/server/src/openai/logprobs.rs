@@ -11,7 +11,7 @@ const NEVER: f64 = -9999.0;
 
 /// A token as chats tell of it.
 #[derive(Serialize)]
-pub(super) struct ChatToken {
+pub(crate) struct ChatToken {
     #[serde(flatten)]
     chosen: Token,
     top_logprobs: Vec<Token>,
@@ -25,7 +25,7 @@ struct Token {
 }
 
 impl ChatToken {
-    pub(super) fn new(about: &About, standing: &Standing) -> ChatToken {
+    pub(crate) fn new(about: &About, standing: &Standing) -> ChatToken {
         let token = |r: &Ranked| {
             let bytes = bytes_of(about, r.token);
             Token { token: String::from_utf8_lossy(&bytes).into_owned(), logprob: logprob(r), bytes }

@@ -9,6 +9,7 @@ mod limits;
 mod llama;
 mod load;
 mod metrics;
+mod ollama;
 mod openai;
 mod openapi;
 mod page;
