@@ -5,6 +5,7 @@ use std::sync::Arc;
 use apr_engine::About;
 use apr_engine::answer::Piece;
 use apr_engine::chat_template::ChatInput;
+use apr_engine::constraint::Thought;
 use apr_engine::generate::{Finish, Generated};
 use apr_engine::output_parser::Thinking;
 use axum::Json;
@@ -110,18 +111,20 @@ impl Chat {
     /// Reads `prompt`, which goes to the model as it is, control tokens and all, and so does its answer to the client.
     ///
     /// # Errors
-    /// As [`read`](Self::read).
+    /// As [`of_any_length`](Self::of_any_length).
     pub(crate) async fn read_raw(model: &Model, JsonBody { body, room }: JsonBody) -> Result<Chat, ApiError> {
         let own: Fields = fields(&body)?;
-        unsupported::refuse(&body)?;
-        let sampling = Sampling::read(&body, model)?;
+        let format = structured::read(&body)?;
+        let mut sampling = Sampling::read(&body, model)?;
         let n_best = own.n_best()?;
         let text = body["prompt"].as_str().unwrap_or_default().to_string();
         let about = model.about.clone();
         let tokens = prompt::elsewhere(move || Ok(about.text_tokens(text.as_bytes(), true)));
-        let prompt = Prompt { tokens: tokens.await?, thinking: Thinking::AsText };
+        let prompt = Prompt { tokens: tokens.await?, thinking: Thinking::AsText, thought: Thought::None };
+        sampling.constraint = structured::constraint(model, prompt.thought, format.into_iter().collect(), "").await?;
         drop(room);
-        Ok(Chat { prompt, n_best, sampling, tools: Tools::read(&Value::Null)?, begun: String::new() })
+        let (trace, tools) = (trace::Asked::default(), Tools::read(&Value::Null)?);
+        Ok(Chat { prompt, n_best, trace, sampling, tools, begun: String::new() })
     }
 
     /// Begins to answer; each answer's text goes through its outlet.
