@@ -7,13 +7,36 @@
 """
 
 import os
+import re
+import struct
 import subprocess
 import threading
+import time
+import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "fixtures" / "tiny-qwen3moe.gguf"
 APR = os.environ.get("APR", str(ROOT / "target" / "debug" / "apr"))
+
+
+def with_context(n_ctx, path):
+    """Writes a copy of the tiny model that says it was made for contexts of `n_ctx` tokens."""
+    content = bytearray(TINY.read_bytes())
+    key = b"qwen3moe.context_length"
+    value = content.index(key) + len(key)
+    kind, _ = struct.unpack_from("<II", content, value)
+    assert kind == 4, "GGUF's type for u32"
+    struct.pack_into("<I", content, value + 4, n_ctx)
+    Path(path).write_bytes(content)
+
+
+def soon(holds, what, seconds=10):
+    """Waits until something holds."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
+        time.sleep(0.02)
 
 
 class Server:
@@ -39,6 +62,20 @@ class Server:
         self._reader.join()
         self.process.stderr.close()
         assert code == 0, f"the server ended with {code}: {''.join(self.log)}"
+
+    def metric(self, name, **labels):
+        """The sum of a measure over all series that have these labels."""
+        with urllib.request.urlopen(self.url + "/metrics") as reply:
+            lines = reply.read().decode().splitlines()
+        series = [line.rsplit(" ", 1) for line in lines if re.match(re.escape(name) + "[{ ]", line)]
+        found = [float(value) for head, value in series if all(f'{k}="{v}"' in head for k, v in labels.items())]
+        assert found, f"there is no {name} with {labels}"
+        return sum(found)
+
+    def idle(self):
+        """Waits until nothing is going on, and nothing is held for anybody."""
+        names = ["vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"]
+        soon(lambda: not any(self.metric(name) for name in names), f"the server is idle by {names}")
 
     def _listening(self):
         for line in self.process.stderr:
