@@ -20,15 +20,27 @@ TINY = ROOT / "fixtures" / "tiny-qwen3moe.gguf"
 APR = os.environ.get("APR", str(ROOT / "target" / "debug" / "apr"))
 
 
-def with_context(n_ctx, path):
-    """Writes a copy of the tiny model that says it was made for contexts of `n_ctx` tokens."""
-    content = bytearray(TINY.read_bytes())
-    key = b"qwen3moe.context_length"
-    value = content.index(key) + len(key)
-    kind, _ = struct.unpack_from("<II", content, value)
-    assert kind == 4, "GGUF's type for u32"
-    struct.pack_into("<I", content, value + 4, n_ctx)
-    Path(path).write_bytes(content)
+def one_layer(path, n_ctx):
+    """Writes a copy of the tiny model that has only its first layer, and says that it was made for contexts of `n_ctx` tokens."""
+    old = TINY.read_bytes()
+    # A tensor is described by its name with the length before it, its sizes with their number, its type, and where its data is.
+    names = [m for m in re.finditer(rb"[a-z0-9_.]+\.weight", old) if old[m.start() - 8:m.start()] == struct.pack("<Q", len(m[0]))]
+    n_tensor, = struct.unpack_from("<Q", old, 8)
+    assert len(names) == n_tensor, f"{len(names)} of {n_tensor} tensors found"
+    infos = [old[m.start() - 8:m.end() + 16 + 8 * old[m.end()]] for m in names]
+    kept = [info for info, m in zip(infos, names) if not re.match(rb"blk\.[1-9]", m[0])]
+    begin = names[0].start() - 8
+    head = bytearray(old[:begin])
+    struct.pack_into("<Q", head, 8, len(kept))
+    for name, number in [("context_length", n_ctx), ("block_count", 1)]:
+        key = f"qwen3moe.{name}".encode()
+        value = head.index(key) + len(key)
+        assert struct.unpack_from("<I", head, value) == (4,), f"{name} is a u32"
+        struct.pack_into("<I", head, value + 4, number)
+    # Data begins at the next multiple of GGUF's alignment.
+    new = bytes(head) + b"".join(kept)
+    data = begin + sum(map(len, infos))
+    Path(path).write_bytes(new + bytes(-len(new) % 32) + old[data + -data % 32:])
 
 
 def soon(holds, what, seconds=10):
