@@ -41,7 +41,7 @@ pub(crate) fn read(about: &About, param: &str, texts: Vec<Written>, cut: bool) -
     }
     let read = |text: Written| {
         let is_empty = matches!(&text, Written::Text(text) if text.is_empty());
-        let mut tokens = text.tokens(about, param)?;
+        let mut tokens = text.tokens(about, param, false)?;
         if let (true, Written::Text(_), Some(eos)) = (about.tokenizer.add_eos(), &text, about.tokenizer.eos()) {
             tokens.push(eos);
         }

@@ -23,11 +23,13 @@ pub(crate) struct ApiError {
     /// The field of the request that is at fault, as a path.
     pub(crate) param: Option<String>,
     pub(crate) message: String,
+    /// Tokens of a prompt that is too long, and those that the context holds.
+    pub(crate) context: Option<(usize, usize)>,
 }
 
 impl ApiError {
     fn new(status: StatusCode, kind: &'static str, code: Option<&'static str>, message: impl Into<String>) -> ApiError {
-        ApiError { status, kind, code, param: None, message: message.into() }
+        ApiError { status, kind, code, param: None, message: message.into(), context: None }
     }
 
     /// A request that is wrong as a whole.
@@ -127,7 +129,12 @@ impl ErrorForm {
     pub(crate) fn body(self, e: &ApiError, request_id: Option<&str>) -> Value {
         match self {
             ErrorForm::OpenAi => {
-                json!({"error": {"message": e.message, "type": e.kind, "param": e.param, "code": e.code}})
+                let mut error = json!({"message": e.message, "type": e.kind, "param": e.param, "code": e.code});
+                if let Some((n_prompt, n_ctx)) = e.context {
+                    error["n_prompt_tokens"] = n_prompt.into();
+                    error["n_ctx"] = n_ctx.into();
+                }
+                json!({"error": error})
             }
             ErrorForm::Anthropic => {
                 let error = json!({"type": anthropic_type(self.status(e.status)), "message": e.message});
@@ -211,7 +218,12 @@ impl From<GenerateError> for ApiError {
     fn from(e: GenerateError) -> ApiError {
         match e {
             GenerateError::EmptyPrompt => ApiError::invalid("empty_prompt", e.to_string()),
-            GenerateError::ContextOverflow { .. } => ApiError::invalid("context_length_exceeded", e.to_string()),
+            GenerateError::ContextOverflow { n_prompt, n_ctx, .. } => ApiError {
+                // llama.cpp's type, OpenAI's code.
+                kind: "exceed_context_size_error",
+                context: Some((n_prompt, n_ctx)),
+                ..ApiError::invalid("context_length_exceeded", e.to_string())
+            },
             GenerateError::Memory { .. } => ApiError::unavailable(e.to_string()),
             GenerateError::Busy { .. } => ApiError::busy(),
             GenerateError::NoEmbedding => ApiError::engine("numerical_error", e.to_string()),

@@ -19,7 +19,7 @@ use crate::state::State;
 
 /// What may be had without a key: whether the server answers, and the page that asks for one. Nothing of the model and of anyone's
 /// requests is there.
-const OPEN: [&str; 3] = ["/health", "/", "/favicon.ico"];
+const OPEN: [&str; 5] = ["/health", "/v1/health", "/ping", "/", "/favicon.ico"];
 const OPEN_BELOW: &str = "/page/";
 
 /// The keys of a server.

@@ -1,6 +1,9 @@
-//! What llama.cpp's and vLLM's servers tell beside answers: tokens of texts, texts of tokens, prompts of conversations, settings.
+//! What llama.cpp's and vLLM's servers have beside OpenAI's API: completions in a form of their own, tokens of texts, texts of tokens,
+//! prompts of conversations, settings.
 
+pub(crate) mod completion;
 pub(crate) mod props;
+pub(crate) mod slots;
 
 use std::sync::Arc;
 
@@ -14,7 +17,7 @@ use crate::errors::ApiError;
 use crate::extract::{JsonBody, fields};
 use crate::model::Model;
 use crate::openai::chat::Chat;
-use crate::openai::prompts::{check_ids, text_of};
+use crate::openai::prompts::{Part, check_ids, text_of, tokens_of};
 use crate::openai::{check_model, given};
 use crate::prompt;
 use crate::state::State;
@@ -40,13 +43,6 @@ enum Content {
     Mixed(Vec<Part>),
 }
 
-#[derive(Deserialize)]
-#[serde(untagged, expecting = "a string or a token id")]
-enum Part {
-    Text(String),
-    Token(u32),
-}
-
 /// `POST /tokenize`
 pub(crate) async fn tokenize(Shared(state): Shared<Arc<State>>, body: JsonBody) -> Result<Json<Value>, ApiError> {
     let (model, _active) = state.begin()?;
@@ -67,12 +63,13 @@ pub(crate) async fn tokenize(Shared(state): Shared<Arc<State>>, body: JsonBody) 
             };
             return Ok(Json(counted(&about, tokens, f.return_token_strs.unwrap_or(false))));
         }
+        let how = (f.add_special.unwrap_or(false), f.parse_special.unwrap_or(true));
         let parts = match f.content {
             None => Vec::new(),
             Some(Content::Text(text)) => vec![Part::Text(text)],
             Some(Content::Mixed(parts)) => parts,
         };
-        let tokens = content_tokens(&about, parts, f.add_special.unwrap_or(false), f.parse_special.unwrap_or(true))?;
+        let tokens = tokens_of(&about, "content", &parts, how)?;
         let tokens: Vec<Value> = match f.with_pieces.unwrap_or(false) {
             true => tokens.into_iter().map(|id| json!({"id": id, "piece": piece(&about, id)})).collect(),
             false => tokens.into_iter().map(Value::from).collect(),
@@ -86,21 +83,6 @@ pub(crate) async fn tokenize(Shared(state): Shared<Arc<State>>, body: JsonBody) 
 fn counted(about: &About, tokens: Vec<u32>, with_texts: bool) -> Value {
     let texts = with_texts.then(|| tokens.iter().map(|t| about.tokenizer.token_text(*t)).collect::<Vec<_>>());
     json!({"count": tokens.len(), "max_model_len": about.n_ctx, "tokens": tokens, "token_strs": texts})
-}
-
-fn content_tokens(about: &About, parts: Vec<Part>, add: bool, parse: bool) -> Result<Vec<u32>, ApiError> {
-    let mut tokens = Vec::new();
-    for part in parts {
-        match part {
-            Part::Text(text) if add && tokens.is_empty() => tokens = about.text_tokens(text.as_bytes(), parse),
-            Part::Text(text) => tokens.extend(about.tokenizer.encode_text(&text, parse)),
-            Part::Token(id) => {
-                check_ids(about, "content", &[id])?;
-                tokens.push(id);
-            }
-        }
-    }
-    Ok(tokens)
 }
 
 /// A token's text, or its bytes where they are no text.
@@ -141,9 +123,10 @@ pub(crate) async fn apply_template(Shared(state): Shared<Arc<State>>, body: Json
 
 /// Tokens of a conversation, as an answer to it would begin.
 async fn rendered(model: &Model, body: JsonBody) -> Result<Vec<u32>, ApiError> {
-    if given(&body.body, "add_generation_prompt").is_some_and(|v| *v == false) {
-        let message = "prompts that ask for no answer are not supported";
-        return Err(ApiError::unsupported("add_generation_prompt", message));
-    }
     Ok(Chat::of_any_length(model, body).await?.prompt.tokens)
+}
+
+/// `GET /version`, as vLLM's server has it.
+pub(crate) async fn version() -> Json<Value> {
+    Json(json!({"version": env!("CARGO_PKG_VERSION")}))
 }

@@ -117,7 +117,7 @@ impl Note {
             };
         }
         match (self.path.as_str(), status) {
-            ("/health" | "/metrics", _) => line!(tracing::Level::DEBUG),
+            ("/health" | "/v1/health" | "/ping" | "/metrics", _) => line!(tracing::Level::DEBUG),
             (_, 500..=599) => line!(tracing::Level::WARN),
             _ => line!(tracing::Level::INFO),
         }

@@ -9,10 +9,10 @@ mod messages;
 pub(crate) mod models;
 pub(crate) mod prompts;
 pub(crate) mod responses;
-mod sampling;
-mod structured;
+pub(crate) mod sampling;
+pub(crate) mod structured;
 pub(crate) mod tools;
-mod usage;
+pub(crate) mod usage;
 
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -200,13 +200,13 @@ fn finish_reason(finish: Finish) -> &'static str {
 }
 
 /// An event with a JSON value.
-fn event(value: &impl Serialize) -> Event {
+pub(crate) fn event(value: &impl Serialize) -> Event {
     let text = serde_json::to_string(value).expect("wire types are JSON");
     Event::default().data(text)
 }
 
 /// An error in the middle of a stream.
-fn error_event(e: &ApiError) -> Event {
+pub(crate) fn error_event(e: &ApiError) -> Event {
     event(&ErrorForm::OpenAi.body(e, None))
 }
 

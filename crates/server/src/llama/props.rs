@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
+use apr_engine::sampler::SamplerConfig;
 use axum::Json;
 use axum::extract::State as Shared;
 use serde_json::{Value, json};
 
 use crate::errors::ApiError;
-use crate::model::Model;
 use crate::state::State;
 
 /// Settings where a request says nothing, the model, and what it can do.
@@ -18,7 +18,7 @@ pub(crate) async fn props(Shared(state): Shared<Arc<State>>) -> Result<Json<Valu
     let file = about.file.path.file_name().map(|name| name.to_string_lossy().into_owned());
     let token = |id: Option<u32>| id.and_then(|id| about.tokenizer.token_text(id)).unwrap_or_default().to_string();
     Ok(Json(json!({
-        "default_generation_settings": {"n_ctx": about.n_ctx, "params": params(&model)},
+        "default_generation_settings": {"n_ctx": about.n_ctx, "params": settings(&model.defaults)},
         "total_slots": model.n_parallel,
         "model_alias": model.names.id,
         "model_path": file,
@@ -32,8 +32,8 @@ pub(crate) async fn props(Shared(state): Shared<Arc<State>>) -> Result<Json<Valu
     })))
 }
 
-fn params(model: &Model) -> Value {
-    let c = &model.defaults;
+/// Sampling by llama.cpp's names, of an answer without a limit.
+pub(super) fn settings(c: &SamplerConfig) -> Value {
     json!({
         "n_predict": -1,
         "max_tokens": -1,
@@ -49,5 +49,7 @@ fn params(model: &Model) -> Value {
         "stop": [],
         "ignore_eos": false,
         "stream": false,
+        "logit_bias": [],
+        "n_probs": 0,
     })
 }

@@ -13,10 +13,11 @@ use axum::extract::State as Shared;
 use axum::response::sse::Event;
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::inside::{Shown, TokenExperts};
 use super::logprobs::ChatToken;
+use super::messages::Conversation;
 use super::sampling::{Sampling, n_best};
 use super::tools::{self, Call, Outlet, Tools};
 use super::usage::{Timings, Usage};
@@ -44,6 +45,10 @@ struct Fields {
     logprobs: Option<bool>,
     top_logprobs: Option<i64>,
     chat_template_kwargs: Option<Map<String, Value>>,
+    /// Begins the assistant's turn at the end of the prompt.
+    add_generation_prompt: Option<bool>,
+    /// Goes on with a last message of the assistant, instead of answering it.
+    continue_final_message: Option<bool>,
 }
 
 /// A conversation that can be answered. Other APIs put their requests in OpenAI's form and come here too.
@@ -77,12 +82,14 @@ impl Chat {
         let mut sampling = Sampling::read(&body, model)?;
         let n_best = own.n_best()?;
         let mut conversation = messages::read(body.get_mut("messages").map(Value::take))?;
+        let opens = own.opens(&mut conversation)?;
         model.system_lines.leave_out(&mut conversation.messages);
         let about = model.about.clone();
         let kwargs = own.chat_template_kwargs.unwrap_or_default();
         let (begun, declared) = (conversation.begun.clone().unwrap_or_default(), tools.clone());
         let prompt = prompt::elsewhere(move || {
-            let mut input = ChatInput { kwargs, ..about.chat_input(conversation.messages) };
+            let mut input =
+                ChatInput { kwargs, add_generation_prompt: opens, ..about.chat_input(conversation.messages) };
             declared.tell(about.template.as_ref().map_or("", |t| t.source()), &mut input);
             prompt::chat(&about, &input, conversation.begun.as_deref())
         });
@@ -146,6 +153,21 @@ impl Chat {
 }
 
 impl Fields {
+    /// Whether the assistant's turn begins at the end of the prompt. A last message that is not to be gone on with becomes one of the
+    /// conversation.
+    fn opens(&self, conversation: &mut Conversation) -> Result<bool, ApiError> {
+        let opens = self.add_generation_prompt;
+        if (opens, self.continue_final_message) == (Some(true), Some(true)) {
+            let message = "cannot be together with add_generation_prompt: the turn has begun";
+            return Err(ApiError::field("continue_final_message", message));
+        }
+        if !self.continue_final_message.unwrap_or(opens != Some(false)) {
+            let said = conversation.begun.take().map(|text| json!({"role": "assistant", "content": text}));
+            conversation.messages.extend(said);
+        }
+        Ok(opens != Some(false) || conversation.begun.is_some())
+    }
+
     fn n_best(&self) -> Result<Option<usize>, ApiError> {
         match (self.logprobs.unwrap_or(false), self.top_logprobs) {
             (false, None | Some(0)) => Ok(None),
@@ -310,7 +332,6 @@ mod tests {
 
     use apr_engine::{Engine, EngineOptions, KvType, device::Device};
     use axum::body::to_bytes;
-    use serde_json::json;
 
     use super::*;
     use crate::job::Event as Told;

@@ -97,11 +97,15 @@ pub(crate) async fn create(
     let n_prompt = prompts.iter().map(|p| p.tokens.len()).sum();
     let echoes: Vec<String> = prompts.into_iter().map(|p| p.echo).collect();
     if is_stream {
+        let n_answer = echoes.len() * sampling.n;
         let chunks = TextChunks {
             frame: Frame::new(head, &model, own.stream_options, n_prompt),
-            n_char: vec![0; echoes.len() * sampling.n],
+            n_char: vec![0; n_answer],
             echoes,
             n: sampling.n,
+            max_tokens: sampling.max_tokens,
+            n_token: vec![0; n_answer],
+            held: (0..n_answer).map(|_| None).collect(),
         };
         return sse::respond(answers, chunks, state.settings.keep_alive).await;
     }
@@ -132,7 +136,7 @@ fn read_prompts(
     max_tokens: Option<usize>,
 ) -> Result<Vec<Prompt>, ApiError> {
     let read = |written: Written| {
-        let tokens = written.tokens(about, "prompt")?;
+        let tokens = written.tokens(about, "prompt", false)?;
         prompt::check_fits(about, &tokens, max_tokens)?;
         let echo = if echo { written.text(about) } else { String::new() };
         Ok(Prompt { tokens, echo })
@@ -173,23 +177,33 @@ struct TextChunks {
     n: usize,
     /// Characters of each answer's tokens so far.
     n_char: Vec<usize>,
+    max_tokens: Option<usize>,
+    /// Tokens of each answer so far.
+    n_token: Vec<usize>,
+    /// The last token that an answer may have, which is told together with its end, as vLLM does.
+    held: Vec<Option<Choice>>,
 }
 
 impl TextChunks {
-    fn text(&self, index: usize, text: String, told: (Option<Columns>, Option<TokenExperts>)) -> Event {
-        let (logprobs, apr_experts) = (told.0, told.1.map(ApiExperts::Token));
-        self.frame.chunk(Choice { index, text, logprobs, apr_experts, finish_reason: None })
+    fn echo(&self, index: usize) -> Option<Event> {
+        let text = self.echoes[index / self.n].clone();
+        let choice = Choice { index, text, logprobs: None, apr_experts: None, finish_reason: None };
+        (!choice.text.is_empty()).then(|| self.frame.chunk(choice))
     }
 }
 
 impl Chunks for TextChunks {
     fn begin(&mut self) -> Vec<Event> {
-        let echoed = (0..self.n_char.len()).map(|index| (index, self.echoes[index / self.n].clone()));
-        echoed.filter(|(_, text)| !text.is_empty()).map(|(index, text)| self.text(index, text, (None, None))).collect()
+        (0..self.n_char.len()).filter_map(|index| self.echo(index)).collect()
     }
 
     fn piece(&mut self, index: usize, piece: Piece) -> Vec<Event> {
         self.frame.count(&piece);
+        self.n_token[index] += usize::from(piece.token.is_some());
+        if let Some(held) = &mut self.held[index] {
+            held.text.push_str(&piece.text);
+            return Vec::new();
+        }
         if piece.text.is_empty() && piece.standing.is_none() && piece.experts.is_none() {
             return Vec::new();
         }
@@ -198,14 +212,21 @@ impl Chunks for TextChunks {
             self.n_char[index] = columns.push(&self.frame.about, &s, self.n_char[index]);
             columns
         });
-        vec![self.text(index, piece.text, (logprobs, piece.experts.map(TokenExperts::from)))]
+        let apr_experts = piece.experts.map(|e| ApiExperts::Token(e.into()));
+        let choice = Choice { index, text: piece.text, logprobs, apr_experts, finish_reason: None };
+        if self.max_tokens == Some(self.n_token[index]) {
+            self.held[index] = Some(choice);
+            return Vec::new();
+        }
+        vec![self.frame.chunk(choice)]
     }
 
     fn end(&mut self, index: usize, generated: Generated) -> Vec<Event> {
         self.frame.end(&generated, index.is_multiple_of(self.n));
         let finish_reason = Some(finish_reason(generated.finish));
-        let choice = Choice { index, text: String::new(), logprobs: None, apr_experts: None, finish_reason };
-        vec![self.frame.last(choice)]
+        let nothing = || Choice { index, text: String::new(), logprobs: None, apr_experts: None, finish_reason };
+        let last = self.held[index].take().unwrap_or_else(nothing);
+        vec![self.frame.last(Choice { finish_reason, ..last })]
     }
 
     fn finish(&mut self) -> Vec<Event> {

@@ -19,6 +19,8 @@ pub(crate) struct ChatToken {
 
 #[derive(Serialize)]
 struct Token {
+    /// As llama.cpp tells it.
+    id: u32,
     token: String,
     logprob: f64,
     bytes: Vec<u8>,
@@ -28,7 +30,7 @@ impl ChatToken {
     pub(crate) fn new(about: &About, standing: &Standing) -> ChatToken {
         let token = |r: &Ranked| {
             let bytes = bytes_of(about, r.token);
-            Token { token: String::from_utf8_lossy(&bytes).into_owned(), logprob: logprob(r), bytes }
+            Token { id: r.token, token: String::from_utf8_lossy(&bytes).into_owned(), logprob: logprob(r), bytes }
         };
         ChatToken { chosen: token(&standing.chosen), top_logprobs: standing.best.iter().map(token).collect() }
     }

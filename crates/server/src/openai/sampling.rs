@@ -1,7 +1,6 @@
 //! How to generate: the fields that chats and completions share, with their ranges.
 
-use std::collections::BTreeMap;
-
+use apr_engine::About;
 use apr_engine::constraint::Constraint;
 use apr_engine::generate::Request;
 use apr_engine::sampler::SamplerConfig;
@@ -9,7 +8,7 @@ use serde::Deserialize;
 use serde_json::{Number, Value};
 
 use crate::errors::ApiError;
-use crate::extract::fields;
+use crate::extract::{fields, kind_of};
 use crate::model::Model;
 
 /// Answers to one prompt.
@@ -38,7 +37,7 @@ struct Fields {
     repeat_last_n: Option<i64>,
     frequency_penalty: Option<f64>,
     presence_penalty: Option<f64>,
-    logit_bias: Option<BTreeMap<String, f64>>,
+    logit_bias: Option<Value>,
     apr_experts: Option<bool>,
 }
 
@@ -51,17 +50,17 @@ enum Stop {
 
 /// How to generate, checked.
 #[derive(Debug)]
-pub(super) struct Sampling {
+pub(crate) struct Sampling {
     /// Answers to each prompt.
-    pub(super) n: usize,
-    pub(super) max_tokens: Option<usize>,
+    pub(crate) n: usize,
+    pub(crate) max_tokens: Option<usize>,
     /// Tells of every token which experts it came of.
     pub(super) show_experts: bool,
-    stop: Vec<String>,
-    ignore_eos: bool,
-    sampler: SamplerConfig,
+    pub(crate) stop: Vec<String>,
+    pub(crate) ignore_eos: bool,
+    pub(crate) sampler: SamplerConfig,
     /// What the answers may be.
-    pub(super) constraint: Option<Constraint>,
+    pub(crate) constraint: Option<Constraint>,
 }
 
 impl Sampling {
@@ -69,7 +68,7 @@ impl Sampling {
     ///
     /// # Errors
     /// A field of another type, or out of its range.
-    pub(super) fn read(body: &Value, model: &Model) -> Result<Sampling, ApiError> {
+    pub(crate) fn read(body: &Value, model: &Model) -> Result<Sampling, ApiError> {
         let mut f: Fields = fields(body)?;
         let (limit, limit_name) = match f.max_completion_tokens {
             Some(n) => (Some(n), "max_completion_tokens"),
@@ -91,7 +90,7 @@ impl Sampling {
     }
 
     /// Requests for the answers to one prompt.
-    pub(super) fn requests(&self, prompt: &[u32], n_best: Option<usize>) -> impl Iterator<Item = Request> {
+    pub(crate) fn requests(&self, prompt: &[u32], n_best: Option<usize>) -> impl Iterator<Item = Request> {
         (0..self.n as u64).map(move |i| Request {
             prompt: prompt.to_vec(),
             max_tokens: self.max_tokens,
@@ -126,7 +125,7 @@ fn within(name: &str, got: i64, min: i64, max: i64) -> Result<i64, ApiError> {
 ///
 /// # Errors
 /// More than are told.
-pub(super) fn n_best(name: &str, asked: i64) -> Result<usize, ApiError> {
+pub(crate) fn n_best(name: &str, asked: i64) -> Result<usize, ApiError> {
     Ok(within(name, asked, 0, N_BEST_MAX)? as usize)
 }
 
@@ -174,7 +173,7 @@ fn sampler(f: Fields, model: &Model) -> Result<SamplerConfig, ApiError> {
         c.seed = read_seed(&seed)?;
     }
     if let Some(bias) = f.logit_bias {
-        c.logit_bias = logit_bias(&bias, model.about.tokenizer.n_vocab())?;
+        c.logit_bias = logit_bias(&bias, &model.about)?;
     }
     c.validate()?;
     Ok(c)
@@ -190,21 +189,62 @@ fn read_seed(seed: &Number) -> Result<Option<u64>, ApiError> {
     }
 }
 
-fn logit_bias(bias: &BTreeMap<String, f64>, n_vocab: usize) -> Result<Vec<(u32, f32)>, ApiError> {
-    if bias.len() > N_BIAS_MAX {
-        let message = format!("{} tokens; at most {N_BIAS_MAX} are taken", bias.len());
-        return Err(ApiError::field("logit_bias", message));
-    }
-    let read = |(token, bias): (&String, &f64)| {
-        let param = format!("logit_bias.{token}");
-        let id = token.parse::<u32>().ok().filter(|id| (*id as usize) < n_vocab);
-        let id = id.ok_or_else(|| {
-            ApiError::field(&param, format_args!("expected a token id from 0 to {}", n_vocab.saturating_sub(1)))
-        })?;
-        match (-100.0..=100.0).contains(bias) {
-            true => Ok((id, *bias as f32)),
-            false => Err(ApiError::field(&param, format_args!("expected a number from -100 to 100, got {bias}"))),
+/// Biases of tokens: OpenAI's object, or llama.cpp's list of pairs. Either names a token by its id or several by their text, and false
+/// forbids them.
+fn logit_bias(bias: &Value, about: &About) -> Result<Vec<(u32, f32)>, ApiError> {
+    let mut read = Vec::new();
+    let mut add = |param: &str, token: &Value, by: &Value| {
+        let by = bias_of(param, by)?;
+        read.extend(biased(param, token, about)?.into_iter().map(|id| (id, by)));
+        match read.len() > N_BIAS_MAX {
+            true => Err(ApiError::field("logit_bias", format_args!("more than {N_BIAS_MAX} tokens"))),
+            false => Ok(()),
         }
     };
-    bias.iter().map(read).collect()
+    match bias {
+        Value::Object(map) => {
+            map.iter()
+                .try_for_each(|(name, by)| add(&format!("logit_bias.{name}"), &Value::from(name.as_str()), by))?;
+        }
+        Value::Array(list) => {
+            for (i, pair) in list.iter().enumerate() {
+                let param = format!("logit_bias[{i}]");
+                match pair.as_array().map(Vec::as_slice) {
+                    Some([token, by]) => add(&param, token, by)?,
+                    _ => return Err(ApiError::field(&param, "expected a token and its bias")),
+                }
+            }
+        }
+        other => {
+            let message = format_args!("expected an object or a list of pairs, got {}", kind_of(other));
+            return Err(ApiError::field("logit_bias", message));
+        }
+    }
+    Ok(read)
+}
+
+fn bias_of(param: &str, by: &Value) -> Result<f32, ApiError> {
+    match by {
+        Value::Bool(false) => Ok(f32::NEG_INFINITY),
+        by => by.as_f64().filter(|by| (-100.0..=100.0).contains(by)).map(|by| by as f32).ok_or_else(|| {
+            ApiError::field(param, format_args!("expected a number from -100 to 100, or false, got {by}"))
+        }),
+    }
+}
+
+/// The tokens that a bias names. A string of digits is an id.
+fn biased(param: &str, token: &Value, about: &About) -> Result<Vec<u32>, ApiError> {
+    let n_vocab = about.tokenizer.n_vocab();
+    let checked = |id: Option<u64>| {
+        let message = format_args!("expected a token id from 0 to {}", n_vocab.saturating_sub(1));
+        id.filter(|id| (*id as usize) < n_vocab).ok_or_else(|| ApiError::field(param, message))
+    };
+    match token {
+        Value::String(text) if !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit()) => {
+            Ok(vec![checked(text.parse().ok())? as u32])
+        }
+        Value::String(text) => Ok(about.tokenizer.encode_text(text, false)),
+        Value::Number(id) => Ok(vec![checked(id.as_u64())? as u32]),
+        other => Err(ApiError::field(param, format_args!("expected a token id or a string, got {}", kind_of(other)))),
+    }
 }

@@ -18,7 +18,7 @@ const COMPILE_TIME: Duration = Duration::from_millis(900);
 ///
 /// # Errors
 /// A format that is not known, lacks something, or is asked for twice.
-pub(super) fn read(body: &Value) -> Result<Option<Form>, ApiError> {
+pub(crate) fn read(body: &Value) -> Result<Option<Form>, ApiError> {
     let mut found: Vec<(String, Form)> = Vec::new();
     if let Some(format) = given(body, "response_format") {
         found.extend(response_format(format)?.map(|form| ("response_format".to_string(), form)));
@@ -52,7 +52,7 @@ pub(super) fn read(body: &Value) -> Result<Option<Form>, ApiError> {
 ///
 /// # Errors
 /// What is malformed, not supported, or too large.
-pub(super) async fn constraint(
+pub(crate) async fn constraint(
     model: &Model,
     thought: Thought,
     forms: Vec<Form>,

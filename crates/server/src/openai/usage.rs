@@ -44,7 +44,7 @@ impl Usage {
 
 /// How long an answer took, by llama.cpp's names.
 #[derive(Clone, Copy, Debug, Serialize)]
-pub(super) struct Timings {
+pub(crate) struct Timings {
     /// Tokens of the prompt that were there already, and those that were computed.
     cache_n: usize,
     prompt_n: usize,
@@ -58,7 +58,7 @@ pub(super) struct Timings {
 }
 
 impl Timings {
-    pub(super) fn of(g: &Generated) -> Timings {
+    pub(crate) fn of(g: &Generated) -> Timings {
         let n_computed = g.n_prompt.saturating_sub(g.n_cached);
         Timings {
             cache_n: g.n_cached,

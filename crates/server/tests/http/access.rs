@@ -44,7 +44,9 @@ fn without_a_key_there_is_health_and_the_page_and_nothing_else() {
     let server = start_with_keys();
     let paths = all_paths();
     assert!(paths.iter().any(|p| p == TEXT) && paths.len() >= 5, "{paths:?}");
-    let is_open = |path: &str| ["/health", "/", "/favicon.ico"].contains(&path) || path.starts_with("/page/");
+    let is_open = |path: &str| {
+        ["/health", "/v1/health", "/ping", "/", "/favicon.ico"].contains(&path) || path.starts_with("/page/")
+    };
     for path in paths.iter().map(String::as_str).chain(["/v1/nothing", "/health/x", "/page", "//health"]) {
         for method in ["GET", "POST", "PUT", "DELETE", "OPTIONS"] {
             let reply = send(server.addr(), method, path, "x: y");
