@@ -1,3 +1,5 @@
+//! Answers by random weights that are valid all the same, and what is refused.
+
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
