@@ -1,4 +1,5 @@
-"""Requests that /openapi.json allows, and requests that it does not, made up by schemathesis.
+"""Requests that /openapi.json allows, and requests that it does not, made up by schemathesis: first those at the limits of every
+field, which are the same each time, then some at random, of which only the answers are checked.
 
 No answer may be a 5xx, and every answer has to be one that the document names: its status, type and shape. What the document
 forbids has to be refused. What it allows may still be refused: with a 400, as limits of the model and its context are in no
@@ -16,9 +17,8 @@ from pathlib import Path
 
 from server import Server
 
-# Requests to each operation, and seconds for everything.
-EXAMPLES = os.environ.get("SCHEMA_EXAMPLES", "40")
-SECONDS = os.environ.get("SCHEMA_SECONDS", "60")
+# Seconds of requests made up at random, besides those at the limits of what the document allows.
+SECONDS = os.environ.get("SCHEMA_SECONDS", "20")
 
 CONFIG = """
 [checks.positive_data_acceptance]
@@ -39,15 +39,23 @@ class Schema(unittest.TestCase):
             document["components"]["schemas"]["ModelName"] = {"enum": [server.model, None]}
             document["components"]["schemas"]["Token"]["maximum"] = models["data"][0]["meta"]["n_vocab"] - 1
             document["paths"]["/v1/models/{id}"]["get"]["parameters"][0]["schema"] = {"enum": [server.model]}
+            # With the header every chat would be refused, as nobody is an administrator here.
+            for operation in (o for path in document["paths"].values() for o in path.values()):
+                parameters = operation.get("parameters", [])
+                operation["parameters"] = [p for p in parameters if not p.get("$ref", "").endswith("/Trace")]
             (Path(folder) / "openapi.json").write_text(json.dumps(document))
             (Path(folder) / "schemathesis.toml").write_text(CONFIG)
-            command = [Path(sys.executable).parent / "st", "--config-file", "schemathesis.toml", "run", "openapi.json"]
-            command += ["--url", server.url, "--checks", "all", "--seed", "1", "--max-examples", EXAMPLES]
-            command += ["--phases", "examples,coverage,fuzzing", "--max-time", SECONDS, "--continue-on-failure"]
-            command += ["--request-timeout", "60", "--generation-database", "none", "--no-color"]
-            done = subprocess.run(command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-            self.assertEqual(done.returncode, 0, done.stdout)
+            self.run_on(server, folder, "--phases", "examples,coverage", "--checks", "all")
+            checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+            self.run_on(server, folder, "--phases", "fuzzing", "--checks", checks, "--max-time", SECONDS)
             self.assertEqual(get(server.url + "/health"), {"status": "ok"})
+
+    def run_on(self, server, folder, *args):
+        command = [Path(sys.executable).parent / "st", "--config-file", "schemathesis.toml", "run", "openapi.json"]
+        command += ["--url", server.url, "--seed", "1", "--continue-on-failure", "--request-timeout", "60"]
+        command += ["--generation-database", "none", "--no-color", *args]
+        done = subprocess.run(command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.assertEqual(done.returncode, 0, done.stdout)
 
 
 if __name__ == "__main__":
