@@ -7,7 +7,7 @@
 use std::fmt;
 use std::sync::{Arc, OnceLock};
 
-use llguidance::api::{GrammarWithLexer, ParserLimits, TopLevelGrammar};
+use llguidance::api::{GrammarWithLexer, ParserLimits, StopReason, TopLevelGrammar};
 use llguidance::earley::SlicedBiasComputer;
 use llguidance::{JsonCompileOptions, Matcher, ParserFactory};
 use serde_json::{Map, Value};
@@ -80,6 +80,8 @@ pub enum ConstraintError {
     TooDeep,
     #[error("{0}")]
     Refused(String),
+    #[error("nothing fulfils it: it contradicts itself, or refers to itself without end")]
+    Nothing,
     #[error("the text that the answer begins with is not what it asks for")]
     Begun,
 }
@@ -393,6 +395,10 @@ fn check_depth(text: &str) -> Result<(), ConstraintError> {
 /// What the compiler says, without what is only of use to its authors.
 fn refused(e: &impl fmt::Display) -> ConstraintError {
     let text = format!("{e:#}");
+    // The compiler has no word of its own for it but the name.
+    if text.contains(&format!("{:?}", StopReason::NoExtensionBias)) {
+        return ConstraintError::Nothing;
+    }
     let text = text.split("\n<").next().unwrap_or_default().trim();
     ConstraintError::Refused(text.to_string())
 }

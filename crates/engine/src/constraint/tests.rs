@@ -350,6 +350,8 @@ fn what_cannot_be_kept_is_refused_by_name() {
         let message = schema(with);
         assert!(message.contains(keyword), "{keyword}: {message}");
     }
+    assert!(schema(json!({"$ref": "#"})).contains("refers to itself without end"));
+    assert!(refusal(Form::Lark("start: other\nother: start".to_string())).contains("refers to itself without end"));
     let regex = |regex: &str| refusal(Form::Regex(regex.to_string()));
     assert!(regex("a(?=b)").contains("look"));
     assert!(regex("(").contains("unclosed"));
