@@ -76,6 +76,14 @@ class Storm(unittest.TestCase):
         self.assertEqual(storm.slow_faults([9.9], usual, [(429, 0.1)]), ["the usual client was refused"])
         self.assertEqual(storm.slow_faults([9.9], usual, [(200, 5.0)]), ["the usual client waited 5.00 s"])
 
+    def test_what_may_not_happen_at_the_end(self):
+        whole, told = [(200, False, 3.0)] * 2, [(503, True, 0.1)]
+        self.assertEqual(storm.stop_faults(whole, told, 0), [])
+        broken = [*whole, (0, False, 1.0)]
+        self.assertEqual(storm.stop_faults(broken, told, 0), ["1 of 3 got no answer when the server was told to stop"])
+        self.assertEqual(storm.stop_faults(whole, [], 0), ["who came after SIGTERM was not told to go elsewhere"])
+        self.assertEqual(storm.stop_faults(whole, told, 3), ["exit code 3 after SIGTERM"])
+
 
 if __name__ == "__main__":
     unittest.main()
