@@ -71,9 +71,11 @@ impl From<OpenError> for Failure {
     }
 }
 
-/// A path that cannot be read is the caller's mistake; a file that is no good model is the file's.
+/// A path that cannot be read is the caller's mistake; a file that is no good model is the file's; and one that there is no room to
+/// map, as under a limit on address space, is the machine's.
 fn open_code(e: &OpenError) -> u8 {
     match e {
+        OpenError::Io { source, .. } if source.kind() == io::ErrorKind::OutOfMemory => RESOURCE,
         OpenError::Io { .. } => FAILED,
         _ => MODEL,
     }
@@ -204,5 +206,18 @@ fn step_code(e: &StepError) -> u8 {
 impl From<io::Error> for Failure {
     fn from(e: io::Error) -> Failure {
         Failure { code: FAILED, error: e.into() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_there_is_no_room_to_map_is_no_failure_of_the_file() {
+        let open =
+            |kind: io::ErrorKind| Failure::from(OpenError::Io { path: "model.gguf".into(), source: kind.into() }).code;
+        assert_eq!(open(io::ErrorKind::OutOfMemory), RESOURCE);
+        assert_eq!(open(io::ErrorKind::PermissionDenied), FAILED);
     }
 }
