@@ -258,6 +258,10 @@ fn a_plan_tells_memory_and_speed_from_the_header() {
     let expected = 1e10 / alone["bytes_per_step"].as_f64().unwrap();
     assert!((alone["tok_per_s"].as_f64().unwrap() / expected - 1.0).abs() < 1e-9, "{json}");
     assert!(json["refused"].is_null());
+    // How fast a machine reads may be said once for all plans on it.
+    let mut told = apr::command(["serve", "plan", &model, "--threads", "1", "--ctx", "512"]);
+    let text = apr::finish(told.env("APR_READ_GB_PER_S", "10").spawn().unwrap()).answer();
+    assert!(text.contains("reading 10.0 GB/s (as given)"), "{text}");
     let text = plan(&["--ctx", "512"]).answer();
     for part in
         ["weights", "keys and values", "8 whole contexts of 512", "(measured)", "reading a prompt of 512 tokens"]

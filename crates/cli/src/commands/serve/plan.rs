@@ -22,7 +22,7 @@ pub struct PlanArgs {
     #[arg(long, env = "APR_PARALLEL", default_value = "8", value_name = "N")]
     parallel: NonZeroUsize,
     /// How fast this machine reads memory; by default it is measured, in less than a second
-    #[arg(long, value_name = "GB/S", value_parser = rate)]
+    #[arg(long, env = "APR_READ_GB_PER_S", value_name = "GB/S", value_parser = rate)]
     read_gb_per_s: Option<f64>,
     /// Print one JSON object
     #[arg(long)]
