@@ -40,13 +40,14 @@ pub(crate) fn read(about: &About, param: &str, texts: Vec<Written>, cut: bool) -
         return Err(ApiError::field(param, message));
     }
     let read = |text: Written| {
-        let is_empty = matches!(&text, Written::Text(text) if text.is_empty());
+        let is_empty_text = matches!(&text, Written::Text(text) if text.is_empty());
         let mut tokens = text.tokens(about, param, false)?;
+        if is_empty_text || tokens.is_empty() {
+            let e = ApiError::field(param, "a text is empty: there is nothing to embed");
+            return Err(ApiError { code: Some("empty_prompt"), ..e });
+        }
         if let (true, Written::Text(_), Some(eos)) = (about.tokenizer.add_eos(), &text, about.tokenizer.eos()) {
             tokens.push(eos);
-        }
-        if is_empty {
-            return Err(GenerateError::EmptyPrompt.into());
         }
         if cut {
             tokens.truncate(about.n_ctx);

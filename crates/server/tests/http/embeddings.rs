@@ -67,10 +67,10 @@ fn what_cannot_be_embedded_is_refused() {
     let long = "word ".repeat(2000);
     for (body, param, code) in [
         (json!({}), json!("input"), "invalid_value"),
-        (json!({"input": ""}), Value::Null, "empty_prompt"),
-        (json!({"input": ["a", ""]}), Value::Null, "empty_prompt"),
-        (json!({"input": []}), Value::Null, "empty_prompt"),
-        (json!({"input": [[]]}), Value::Null, "empty_prompt"),
+        (json!({"input": ""}), json!("input"), "empty_prompt"),
+        (json!({"input": ["a", ""]}), json!("input"), "empty_prompt"),
+        (json!({"input": []}), json!("input"), "empty_prompt"),
+        (json!({"input": [[]]}), json!("input"), "empty_prompt"),
         (json!({"input": vec!["a"; 2049]}), json!("input"), "invalid_value"),
         (json!({"input": [99_999]}), json!("input"), "invalid_value"),
         (json!({"input": 5}), json!("input"), "invalid_type"),
