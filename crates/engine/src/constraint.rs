@@ -17,6 +17,7 @@ use crate::output_parser::ToolForm;
 use crate::tokenizer::Tokenizer;
 
 mod calls;
+mod gbnf;
 
 /// Bytes of a schema, expression or grammar, all alternatives together.
 pub const BYTES_MAX: usize = 256 << 10;
@@ -54,6 +55,8 @@ pub enum Form {
     Regex(String),
     /// A grammar in Lark's syntax, with the additions of `llguidance`.
     Lark(String),
+    /// A grammar in llama.cpp's syntax.
+    Gbnf(String),
     /// One of these texts.
     Choice(Vec<String>),
     Calls(Calls),
@@ -264,7 +267,7 @@ impl Form {
     fn n_bytes(&self) -> usize {
         match self {
             Form::Json(schema) => schema.to_string().len(),
-            Form::Regex(text) | Form::Lark(text) => text.len(),
+            Form::Regex(text) | Form::Lark(text) | Form::Gbnf(text) => text.len(),
             Form::Choice(texts) => texts.iter().map(String::len).sum(),
             Form::Calls(calls) => calls.tools.iter().map(|t| t["function"]["parameters"].to_string().len()).sum(),
         }
@@ -285,6 +288,10 @@ impl Form {
             Form::Lark(lark) => {
                 check_depth(lark)?;
                 Ok(GrammarWithLexer::from_lark(lark.clone()))
+            }
+            Form::Gbnf(gbnf) => {
+                check_depth(gbnf)?;
+                Ok(GrammarWithLexer::from_lark(gbnf::lark(gbnf).map_err(ConstraintError::Refused)?))
             }
             Form::Choice(texts) => Ok(GrammarWithLexer::from_lark(format!("start: {}\n", any_text(texts)))),
             Form::Calls(calls) => Ok(GrammarWithLexer::from_lark(calls.lark()?)),

@@ -362,6 +362,76 @@ fn what_cannot_be_kept_is_refused_by_name() {
     assert!(schema(large).contains("at most 262144"));
 }
 
+/// Whether a text is one that a grammar in llama.cpp's syntax allows.
+fn allows(engine: &Engine, gbnf: &str, text: &str) -> bool {
+    let mut constraint = compile(engine, Form::Gbnf(gbnf.to_string())).unwrap();
+    let tokens = engine.tokenizer.encode_text(text, false);
+    constraint.n_allowed(&tokens) == tokens.len()
+        && tokens.iter().all(|t| constraint.advance(*t).is_ok())
+        && constraint.matcher.is_accepting().unwrap()
+}
+
+#[test]
+fn llamas_grammars_allow_what_they_say() {
+    let engine = engine();
+    let json = r#"
+        root   ::= object
+        value  ::= object | array | string | number | ("true" | "false" | "null") ws
+        object ::= "{" ws ( string ":" ws value ("," ws string ":" ws value)* )? "}" ws
+        array  ::= "[" ws ( value ("," ws value)* )? "]" ws
+        string ::= "\"" ( [^"\\\x7F\x00-\x1F] | "\\" (["\\bfnrt] | "u" [0-9a-fA-F]{4}) )* "\"" ws
+        number ::= ("-"? ([0-9] | [1-9] [0-9]{0,15})) ("." [0-9]+)? ([eE] [-+]? [0-9] [1-9]{0,15})? ws
+        # Optional space.
+        ws     ::= | " " | "\n" [ \t]{0,20}
+    "#;
+    let sums = r#"root ::= (sum "\n")+
+        sum ::= term ([-+*/] term)*
+        term ::= num | "(" sum ")"
+        num ::= [0-9]+"#;
+    let list = r#"root ::= item+
+
+        item ::= "- " [^\r\n\x0b\u2028]+ "\n""#;
+    let spaces = r#"root ::= "a" ws "b"
+        ws ::= ([ \t\n] ws)?"#;
+    let lines = r#"root ::= ("ab"? .)+
+        | [^]{2}
+        | "\U0001F600""#;
+    let objects = (r#"{"a": [1, -2.5e3, {"ä\n": null}], "b":true }"#, r#"{"a":01}"#);
+    for (gbnf, yes, no) in [
+        (json, &["{}", objects.0][..], &["", "[]", "{,}", objects.1, "{\"a\"}"][..]),
+        (sums, &["1+2\n", "(1*(23-4))/5\n6\n"], &["1+\n", "1", "(1\n"]),
+        (list, &["- a/b\n", "- é\n- \"x\"\n"], &["-a\n", "- a", "- \u{2028}\n"]),
+        (spaces, &["ab", "a \t\nb"], &["a", "a-b"]),
+        ("root ::= \"a\"{5,5}", &["aaaaa"], &["aaaa", "aaaaaa"]),
+        (lines, &["x", "abx", "\u{1F600}"], &[""]),
+        ("root ::= one*\none ::= \"(\" root \")\"", &["", "()(())"], &["(", "())"]),
+    ] {
+        yes.iter().for_each(|text| assert!(allows(&engine, gbnf, text), "{text:?} by {gbnf}"));
+        no.iter().for_each(|text| assert!(!allows(&engine, gbnf, text), "{text:?} by {gbnf}"));
+    }
+}
+
+#[test]
+fn answers_obey_llamas_grammars() {
+    let mut engine = engine();
+    let gbnf = "root ::= \"[\" (root (\",\" root){0,2})? \"]\" | [0-9]{1,3}".to_string();
+    for answer in answers(&mut engine, &only(Form::Gbnf(gbnf))) {
+        let n = |c: char| answer.text.matches(c).count();
+        assert!(answer.text.bytes().all(|b| b"[],0123456789".contains(&b)), "{}", answer.text);
+        assert!(n('[') == n(']') || answer.finish == Finish::Length, "{}", answer.text);
+    }
+    let e = compile(&engine, Form::Gbnf("root ::= \"a\" two".to_string())).unwrap_err();
+    assert_eq!(e, ConstraintError::Refused("there is no rule \"two\"".to_string()));
+    let deep = format!("root ::= {}\"a\"{}", "(".repeat(2000), ")".repeat(2000));
+    assert_eq!(compile(&engine, Form::Gbnf(deep)).unwrap_err(), ConstraintError::TooDeep);
+}
+
+/// A grammar in llama.cpp's syntax whose rules say something with the next.
+fn rules(n: usize, what: impl Fn(usize) -> String) -> Form {
+    let rules: String = (0..n).map(|i| format!("r{i} ::= {}\n", what(i + 1))).collect();
+    Form::Gbnf(format!("{rules}root ::= r0\nr{n} ::= [a-z]*"))
+}
+
 #[test]
 fn what_costs_too_much_is_refused_soon() {
     let engine = engine();
@@ -398,6 +468,8 @@ fn what_costs_too_much_is_refused_soon() {
                     + "start: r0\nr8000: \"y\"\n",
             ),
         ),
+        ("rules of another's", rules(8000, |next| format!("r{next} \"x\""))),
+        ("doubled again and again", rules(40, |next| format!("r{next} r{next}"))),
         ("a loop of rules", Form::Lark("start: start start | \"a\"\n".to_string())),
     ] {
         let start = Instant::now();

@@ -26,15 +26,15 @@ pub(crate) fn read(body: &Value) -> Result<Option<Form>, ApiError> {
     let nested = given(body, "structured_outputs").unwrap_or(&Value::Null);
     for (param, value, read) in [
         ("json_schema", given(body, "json_schema"), schema as Read),
-        ("grammar", given(body, "grammar"), lark),
+        ("grammar", given(body, "grammar"), grammar),
         ("guided_json", given(body, "guided_json"), schema),
         ("guided_regex", given(body, "guided_regex"), regex),
         ("guided_choice", given(body, "guided_choice"), choice),
-        ("guided_grammar", given(body, "guided_grammar"), lark),
+        ("guided_grammar", given(body, "guided_grammar"), grammar),
         ("structured_outputs.json", given(nested, "json"), schema),
         ("structured_outputs.regex", given(nested, "regex"), regex),
         ("structured_outputs.choice", given(nested, "choice"), choice),
-        ("structured_outputs.grammar", given(nested, "grammar"), lark),
+        ("structured_outputs.grammar", given(nested, "grammar"), grammar),
         ("structured_outputs.json_object", given(nested, "json_object").filter(|v| **v != false), any_object),
     ] {
         // llama.cpp's clients leave fields empty that they do not use.
@@ -111,7 +111,7 @@ fn response_format(format: &Value) -> Result<Option<Form>, ApiError> {
             (None, None) => Err(missing("json_schema")),
         },
         Some("regex") => regex("response_format.regex", part("regex")?).map(Some),
-        Some("grammar") => lark("response_format.grammar", part("grammar")?).map(Some),
+        Some("grammar") => grammar("response_format.grammar", part("grammar")?).map(Some),
         _ => {
             let got = format.get("type").unwrap_or(&Value::Null);
             let message = format_args!("expected text, json_object, json_schema, regex or grammar, got {got}");
@@ -145,13 +145,17 @@ fn regex(param: &str, value: &Value) -> Result<Form, ApiError> {
     Ok(Form::Regex(text(param, value)?.to_string()))
 }
 
-fn lark(param: &str, value: &Value) -> Result<Form, ApiError> {
-    let text = text(param, value)?;
-    if text.contains("::=") {
-        let message = "this is GBNF or EBNF; grammars are read in Lark's syntax: `start: \"yes\" | \"no\"`";
-        return Err(ApiError::unsupported(param, message));
-    }
-    Ok(Form::Lark(text.to_string()))
+/// A grammar in llama.cpp's syntax, which vLLM calls EBNF, or else in Lark's.
+fn grammar(param: &str, value: &Value) -> Result<Form, ApiError> {
+    let text = text(param, value)?.to_string();
+    Ok(if is_gbnf(&text) { Form::Gbnf(text) } else { Form::Lark(text) })
+}
+
+/// Whether a line begins with `name ::=`, as no line of Lark's does.
+fn is_gbnf(text: &str) -> bool {
+    let is_name =
+        |name: &str| !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_".contains(&b));
+    text.lines().filter_map(|line| line.split_once("::=")).any(|(name, _)| is_name(name.trim()))
 }
 
 fn choice(param: &str, value: &Value) -> Result<Form, ApiError> {
