@@ -85,7 +85,7 @@ impl Answer {
             speculator,
             onlooker: Onlooker::of(engine, &request, max_tokens)?,
             kept: None,
-            stream: TextStream::new(request.stop.clone()),
+            stream: TextStream::new(if request.ends.min_tokens == 0 { request.stop.clone() } else { Vec::new() }),
             tokens: request.prompt.clone(),
             draft: Vec::new(),
             feed: Vec::new(),
@@ -256,10 +256,7 @@ impl Answer {
         while !self.is_done {
             let row = n_before + n_right;
             session.logits(first + row, &mut logits)?;
-            let token = match &mut self.request.constraint {
-                Some(constraint) => self.sampler.sample(constraint.mask(&logits, self.request.ignore_eos)?)?,
-                None => self.sampler.sample(&logits)?,
-            };
+            let token = self.choose(tokenizer, &logits)?;
             self.keep_logits(&logits);
             self.take((session, tokenizer), token, (row, &logits), on_piece)?;
             if self.draft.get(n_right) != Some(&token) {
@@ -271,6 +268,26 @@ impl Answer {
         // Guesses that were wrong are in the sequence, the newest token is not.
         self.sequence.truncate(self.tokens.len() - 1);
         Ok(())
+    }
+
+    /// The token that is taken, of the model's own logits.
+    fn choose(&mut self, tokenizer: &Tokenizer, logits: &[f32]) -> Result<u32, GenerateError> {
+        let Request { constraint, ends, ignore_eos, .. } = &mut self.request;
+        let is_constrained = constraint.is_some();
+        let may_end = self.out.tokens.len() >= ends.min_tokens;
+        let allowed = match constraint {
+            Some(constraint) => constraint.mask(logits, *ignore_eos || !may_end)?,
+            None => logits,
+        };
+        if may_end {
+            return Ok(self.sampler.sample(allowed)?);
+        }
+        let mut others = allowed.to_vec();
+        let forbidden = ends.tokens.iter().chain(tokenizer.end_of_turn());
+        forbidden.for_each(|&t| others.get_mut(t as usize).into_iter().for_each(|logit| *logit = f32::NEG_INFINITY));
+        // Where a constraint has nothing else, the answer ends all the same.
+        let is_stuck = is_constrained && others.iter().all(|logit| *logit == f32::NEG_INFINITY);
+        Ok(self.sampler.sample(if is_stuck { allowed } else { &others })?)
     }
 
     /// Ends an embedding when all of its text has been computed.
@@ -300,7 +317,10 @@ impl Answer {
         self.out.n_decode_token += 1;
         // A constraint lets such a token pass only where the answer may end.
         let goes_on = self.request.ignore_eos && self.request.constraint.is_none();
-        if !goes_on && tokenizer.end_of_turn().contains(&token) {
+        let is_end_of_turn = !goes_on && tokenizer.end_of_turn().contains(&token);
+        let is_stop = !is_end_of_turn && self.request.ends.tokens.contains(&token);
+        self.out.stopped_at = is_stop.then_some(token);
+        if is_end_of_turn || (is_stop && !self.request.ends.are_shown) {
             self.finish(session, Finish::Stop, on_piece);
             return Ok(());
         }
@@ -308,8 +328,14 @@ impl Answer {
         self.tokens.push(token);
         self.out.tokens.push(token);
         let mut bytes = Vec::new();
-        tokenizer.decode_bytes(token, &mut bytes, self.request.show_control);
-        let delta = self.stream.push(&bytes);
+        tokenizer.decode_bytes(token, &mut bytes, self.request.show_control || is_stop);
+        if self.out.tokens.len() == self.request.ends.min_tokens + 1 {
+            self.stream.stop_at(self.request.stop.clone());
+        }
+        let mut delta = self.stream.push(&bytes);
+        if let (Some(index), true) = (delta.stopped, self.request.ends.are_shown) {
+            delta.text.push_str(&self.request.stop[index]);
+        }
         self.out.text.push_str(&delta.text);
         let standing = self.request.n_best.map(|n| standing(logits, token, n));
         let experts = self.onlooker.as_ref().and_then(|o| o.experts(row));
@@ -318,7 +344,7 @@ impl Answer {
         if let Some(index) = delta.stopped {
             self.out.stopped = Some(self.request.stop[index].clone());
             self.finish(session, Finish::Stop, on_piece);
-        } else if is_complete && flow.is_continue() {
+        } else if is_stop || (is_complete && flow.is_continue()) {
             self.finish(session, Finish::Stop, on_piece);
         } else if flow.is_break() {
             self.finish(session, Finish::Cancelled, on_piece);

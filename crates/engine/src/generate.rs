@@ -31,6 +31,7 @@ pub struct Request {
     pub stop: Vec<String>,
     /// Goes on after an end-of-turn token.
     pub ignore_eos: bool,
+    pub ends: Ends,
     /// Shows the text of CONTROL tokens.
     pub show_control: bool,
     /// Guesses tokens from the text itself where that promises to be faster. The answer is the same.
@@ -56,6 +57,7 @@ impl Request {
             sampler: SamplerConfig::default(),
             stop: Vec::new(),
             ignore_eos: false,
+            ends: Ends::default(),
             show_control: false,
             speculate: false,
             n_best: None,
@@ -65,6 +67,17 @@ impl Request {
             embed: true,
         }
     }
+}
+
+/// Where an answer ends and where not, besides.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Ends {
+    /// Tokens before which neither a token nor a string ends it.
+    pub min_tokens: usize,
+    /// Tokens that end it, `ignore_eos` or not.
+    pub tokens: Vec<u32>,
+    /// Shows the string or the token of these that ended it.
+    pub are_shown: bool,
 }
 
 /// Why generation ended.
@@ -96,8 +109,10 @@ pub struct Generated {
     /// Without the end-of-turn token.
     pub tokens: Vec<u32>,
     pub finish: Finish,
-    /// The stop string that ended it, which is not in the text.
+    /// The stop string that ended it, which is not in the text unless [`Ends::are_shown`].
     pub stopped: Option<String>,
+    /// The token of [`Ends::tokens`] that ended it.
+    pub stopped_at: Option<u32>,
     /// The seed that was used; drawn where none was given.
     pub seed: u64,
     pub n_prompt: usize,
@@ -278,6 +293,7 @@ impl Generated {
             tokens: Vec::new(),
             finish: Finish::Length,
             stopped: None,
+            stopped_at: None,
             seed,
             n_prompt: request.prompt.len(),
             n_cached: 0,

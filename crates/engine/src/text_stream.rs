@@ -34,6 +34,11 @@ impl TextStream {
         Self { stop, partial: Vec::new(), held: String::new(), stopped: None }
     }
 
+    /// From now on these strings end it.
+    pub fn stop_at(&mut self, stop: Vec<String>) {
+        self.stop = stop;
+    }
+
     /// Takes the bytes of a token and gives out the text that they settle.
     pub fn push(&mut self, bytes: &[u8]) -> Delta {
         if self.stopped.is_some() {

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use apr_engine::chat_template::ChatInput;
 use apr_engine::device::Device;
-use apr_engine::generate::{Finish, GenerateError, Generated, Request, generate};
+use apr_engine::generate::{Ends, Finish, GenerateError, Generated, Request, generate};
 use apr_engine::probe::Recorder;
 use apr_engine::sampler::SamplerConfig;
 use apr_engine::session::{Logits, Look, Part, Sequence, StepError};
@@ -30,6 +30,7 @@ fn request(n: usize) -> Request {
         sampler: SamplerConfig::default(),
         stop: Vec::new(),
         ignore_eos: true,
+        ends: Ends::default(),
         show_control: false,
         speculate: true,
         constraint: None,

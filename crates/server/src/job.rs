@@ -218,6 +218,7 @@ pub(crate) mod tests {
             tokens: vec![1],
             finish: Finish::Stop,
             stopped: None,
+            stopped_at: None,
             seed: 0,
             n_prompt: 3,
             n_cached: 0,

@@ -78,6 +78,9 @@ struct Completion<C> {
     choices: Vec<C>,
     usage: Usage,
     timings: Timings,
+    /// Where `return_token_ids` asks for them, of a chat.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_token_ids: Option<Vec<u32>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     apr_trace: Option<Value>,
 }
@@ -91,6 +94,8 @@ struct Frame {
     /// Counts so far, where every chunk is to tell them.
     running: Option<Usage>,
     timings: Option<Timings>,
+    /// Where the first chunk is to tell them.
+    prompt_token_ids: Option<Vec<u32>>,
     /// Of the one answer that is traced.
     trace: Option<Value>,
 }
@@ -105,6 +110,8 @@ struct Chunk<'a, C> {
     usage: Option<Option<Usage>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     timings: Option<Timings>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_token_ids: Option<Vec<u32>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     apr_trace: Option<&'a Value>,
 }
@@ -121,6 +128,7 @@ impl Frame {
             with_usage,
             running,
             timings: None,
+            prompt_token_ids: None,
             trace: None,
         }
     }
@@ -140,20 +148,32 @@ impl Frame {
     }
 
     fn chunk(&self, choice: impl Serialize) -> Event {
-        self.chunk_with(choice, None)
+        self.chunk_with(choice, None, None)
+    }
+
+    /// The first chunk.
+    fn first(&mut self, choice: impl Serialize) -> Event {
+        let prompt_token_ids = self.prompt_token_ids.take();
+        self.chunk_with(choice, None, prompt_token_ids)
     }
 
     /// The last chunk of an answer.
     fn last(&self, choice: impl Serialize) -> Event {
-        self.chunk_with(choice, self.timings)
+        self.chunk_with(choice, self.timings, None)
     }
 
-    fn chunk_with(&self, choice: impl Serialize, timings: Option<Timings>) -> Event {
+    fn chunk_with(
+        &self,
+        choice: impl Serialize,
+        timings: Option<Timings>,
+        prompt_token_ids: Option<Vec<u32>>,
+    ) -> Event {
         event(&Chunk {
             head: &self.head,
             choices: vec![choice],
             usage: self.with_usage.then_some(self.running),
             timings,
+            prompt_token_ids,
             apr_trace: None,
         })
     }
@@ -163,10 +183,11 @@ impl Frame {
         let (none, head) = (Vec::new, &self.head);
         let with_trace = |apr_trace| {
             let usage = self.with_usage.then_some(None);
-            event(&Chunk::<()> { head, choices: none(), usage, timings: None, apr_trace: Some(apr_trace) })
+            let (timings, prompt_token_ids) = (None, None);
+            event(&Chunk::<()> { head, choices: none(), usage, timings, prompt_token_ids, apr_trace: Some(apr_trace) })
         };
         let (usage, timings) = (Some(Some(self.usage)), self.timings);
-        let usage = Chunk::<()> { head, choices: none(), usage, timings, apr_trace: None };
+        let usage = Chunk::<()> { head, choices: none(), usage, timings, prompt_token_ids: None, apr_trace: None };
         let usage = self.with_usage.then(|| event(&usage));
         let trace = self.trace.as_ref().map(with_trace);
         trace.into_iter().chain(usage).chain([Event::default().data("[DONE]")]).collect()
@@ -197,6 +218,11 @@ fn finish_reason(finish: Finish) -> &'static str {
         Finish::Length => "length",
         Finish::Cancelled => "abort",
     }
+}
+
+/// What a choice is told to have stopped at, as vLLM tells it: a string or a token of the request's.
+fn stop_reason(generated: &Generated) -> Option<Value> {
+    generated.stopped.clone().map(Value::from).or(generated.stopped_at.map(Value::from))
 }
 
 /// An event with a JSON value.

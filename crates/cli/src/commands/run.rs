@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use apr_engine::Engine;
 use apr_engine::chat_template::ChatInput;
-use apr_engine::generate::{Finish, Generated, Request, generate};
+use apr_engine::generate::{Ends, Finish, Generated, Request, generate};
 use apr_engine::memory;
 use apr_engine::sampler::SamplerConfig;
 use serde_json::{Map, Value, json};
@@ -127,6 +127,7 @@ pub fn run(args: Args) -> Result<Done> {
         sampler: args.sampling.over(engine.sampling_defaults()?),
         stop: args.stop.clone(),
         ignore_eos: args.ignore_eos,
+        ends: Ends::default(),
         show_control: args.special,
         speculate: !args.no_speculate,
         constraint: None,

@@ -10,7 +10,7 @@ use serde_json::json;
 
 use super::*;
 use crate::device::Device;
-use crate::generate::{Finish, GenerateError, Generated, Request, generate};
+use crate::generate::{Ends, Finish, GenerateError, Generated, Request, generate};
 use crate::output_parser::{Event, OutputParser, Thinking};
 use crate::sampler::{SamplerConfig, SamplerError};
 use crate::session::{Runner, SessionSettings};
@@ -40,6 +40,7 @@ fn request(constraint: Constraint, temperature: f32, seed: u64) -> Request {
         sampler: SamplerConfig { temperature, seed: Some(seed), ..SamplerConfig::default() },
         stop: Vec::new(),
         ignore_eos: false,
+        ends: Ends::default(),
         show_control: false,
         speculate: true,
         embed: false,

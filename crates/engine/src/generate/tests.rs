@@ -59,6 +59,7 @@ fn greedy(n: usize) -> Request {
         sampler: SamplerConfig::default(),
         stop: Vec::new(),
         ignore_eos: true,
+        ends: Ends::default(),
         show_control: false,
         speculate: false,
         constraint: None,
@@ -221,4 +222,47 @@ fn a_pass_that_depends_on_its_rows_would_show() {
         answer(&mut engine, &request, oracle, usize::MAX).0 != plain
     });
     assert!(differs, "a step of one token that differs from a step of many changes an answer");
+}
+
+fn whole(engine: &mut Engine, request: &Request) -> Generated {
+    generate(engine, request, &AtomicBool::new(false), &mut |_| ()).unwrap()
+}
+
+#[test]
+fn an_answer_ends_where_it_is_told_to() {
+    let mut engine = load(120);
+    let truth = truth(&mut engine, &greedy(60));
+    let at = (5..15).find(|i| !truth[..*i].contains(&truth[*i])).unwrap();
+    let ends = Ends { tokens: vec![truth[at]], ..Ends::default() };
+    let hidden = Request { ends: ends.clone(), ..greedy(60) };
+    let (tokens, text, _, finish, _) = check(&mut engine, &hidden, usize::MAX);
+    assert_eq!((&tokens[..], finish), (&truth[..at], Finish::Stop));
+    assert_eq!(whole(&mut engine, &hidden).stopped_at, Some(truth[at]));
+    let shown = Request { ends: Ends { are_shown: true, ..ends.clone() }, ..greedy(60) };
+    let (tokens, longer, ..) = check(&mut engine, &shown, usize::MAX);
+    assert_eq!(tokens, truth[..=at]);
+    assert!(longer.len() > text.len() && longer.starts_with(&text), "{longer:?} after {text:?}");
+    let late = Request { ends: Ends { min_tokens: at + 3, ..ends }, ..greedy(60) };
+    let (tokens, ..) = check(&mut engine, &late, usize::MAX);
+    assert!(tokens.len() >= at + 3 && tokens[at] != truth[at], "{tokens:?}");
+    assert_eq!(tokens[..at], truth[..at]);
+    let eos = engine.tokenizer.end_of_turn()[0];
+    let sampler = SamplerConfig { logit_bias: vec![(eos, 100.0)], ..SamplerConfig::default() };
+    let ends = Ends { min_tokens: 7, ..Ends::default() };
+    let soon = Request { sampler, ends, ignore_eos: false, ..greedy(60) };
+    assert_eq!(check(&mut engine, &soon, usize::MAX).0.len(), 7);
+}
+
+#[test]
+fn a_stop_string_may_be_shown_and_may_have_to_wait() {
+    let mut engine = load(120);
+    let text = whole(&mut engine, &greedy(60)).text;
+    let stop: String = text.chars().skip(10).take(3).collect();
+    let request = |ends: Ends| Request { stop: vec![stop.clone()], ends, ..greedy(60) };
+    let hidden = whole(&mut engine, &request(Ends::default()));
+    let shown = whole(&mut engine, &request(Ends { are_shown: true, ..Ends::default() }));
+    assert_eq!((shown.text, shown.stopped), (hidden.text.clone() + &stop, hidden.stopped));
+    let late = whole(&mut engine, &request(Ends { min_tokens: 60, ..Ends::default() }));
+    assert_eq!((late.text, late.finish), (text, Finish::Length));
+    assert!(hidden.tokens.len() < 60);
 }

@@ -12,7 +12,7 @@ use super::*;
 use crate::constraint::{Form, Grammar, Thought};
 use crate::device::Device;
 use crate::engine::EngineOptions;
-use crate::generate::generate;
+use crate::generate::{Ends, generate};
 use crate::sampler::SamplerConfig;
 use crate::session::{Runner, SessionSettings};
 
@@ -39,6 +39,7 @@ fn request(prompt: Vec<u32>, n: usize, seed: u64) -> Request {
         sampler,
         stop,
         ignore_eos: true,
+        ends: Ends::default(),
         show_control: false,
         speculate: true,
         constraint: None,

@@ -21,7 +21,9 @@ use super::messages::Conversation;
 use super::sampling::{Sampling, n_best};
 use super::tools::{self, Call, Outlet, Tools};
 use super::usage::{Timings, Usage};
-use super::{Completion, Frame, Head, StreamOptions, check_model, error_event, finish_reason, messages, structured};
+use super::{
+    Completion, Frame, Head, StreamOptions, check_model, error_event, finish_reason, messages, stop_reason, structured,
+};
 use crate::errors::ApiError;
 use crate::extract::{JsonBody, fields};
 use crate::job::{self, Answers, Whole};
@@ -185,6 +187,10 @@ struct Choice {
     #[serde(skip_serializing_if = "Option::is_none")]
     apr_experts: Option<Vec<TokenExperts>>,
     finish_reason: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stop_reason: Option<Value>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_ids: Option<Vec<u32>>,
 }
 
 #[derive(Serialize)]
@@ -208,10 +214,21 @@ struct Logprobs {
 struct ChunkChoice<D> {
     index: usize,
     delta: D,
+    #[serde(flatten)]
+    told: Told,
+    finish_reason: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stop_reason: Option<Value>,
+}
+
+/// What is told of the tokens of a chunk.
+#[derive(Default, Serialize)]
+struct Told {
     logprobs: Option<Logprobs>,
     #[serde(skip_serializing_if = "Option::is_none")]
     apr_experts: Option<TokenExperts>,
-    finish_reason: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_ids: Option<Vec<u32>>,
 }
 
 /// What a stream begins with.
@@ -234,17 +251,21 @@ pub(crate) async fn create(
     let is_stream = wire.stream.unwrap_or(false);
     StreamOptions::check(wire.stream_options.as_ref(), is_stream)?;
     let chat = Chat { trace, ..Chat::read(&model, body).await? };
-    let shown = Shown { logprobs: chat.n_best.is_some(), experts: chat.sampling.show_experts };
+    let show_tokens = chat.sampling.show_tokens;
+    let shown = Shown { logprobs: chat.n_best.is_some(), experts: chat.sampling.show_experts, tokens: show_tokens };
     let n_prompt = chat.prompt.tokens.len();
+    let prompt_token_ids = show_tokens.then(|| chat.prompt.tokens.clone());
     let (answers, outlets) = chat.submit(&state, &model, active)?;
     if is_stream {
         let head = Head::new(&state, &model, "chatcmpl", "chat.completion.chunk");
-        let chunks = ChatChunks { frame: Frame::new(head, &model, wire.stream_options, n_prompt), outlets };
+        let frame = Frame { prompt_token_ids, ..Frame::new(head, &model, wire.stream_options, n_prompt) };
+        let chunks = ChatChunks { frame, outlets, show_tokens };
         return sse::respond(answers, chunks, state.settings.keep_alive).await;
     }
     let whole = answers.whole().await?;
     let head = Head::new(&state, &model, "chatcmpl", "chat.completion");
-    Ok(Json(completion(head, &model.about, whole, outlets, shown)).into_response())
+    let completion = completion(head, &model.about, whole, outlets, shown);
+    Ok(Json(Completion { prompt_token_ids, ..completion }).into_response())
 }
 
 fn completion(head: Head, about: &About, whole: Vec<Whole>, outlets: Vec<Outlet>, shown: Shown) -> Completion<Choice> {
@@ -261,11 +282,13 @@ fn completion(head: Head, about: &About, whole: Vec<Whole>, outlets: Vec<Outlet>
             logprobs: shown.logprobs.then(|| logprobs(&w)),
             apr_experts: shown.experts(w.experts),
             finish_reason: why_ended(&w.generated, &outlet),
+            stop_reason: stop_reason(&w.generated),
+            token_ids: shown.tokens.then_some(w.generated.tokens),
             message: Message { role: "assistant", content, reasoning_content, tool_calls, refusal: None },
         }
     };
     let choices = whole.into_iter().zip(outlets).enumerate().map(choice).collect();
-    Completion { head, choices, usage, timings, apr_trace }
+    Completion { head, choices, usage, timings, prompt_token_ids: None, apr_trace }
 }
 
 fn why_ended(generated: &Generated, outlet: &Outlet) -> &'static str {
@@ -280,27 +303,43 @@ struct ChatChunks {
     frame: Frame,
     /// One per answer.
     outlets: Vec<Outlet>,
+    show_tokens: bool,
 }
 
 impl ChatChunks {
-    fn delta(&self, index: usize, delta: impl Serialize, told: (Option<Logprobs>, Option<TokenExperts>)) -> Event {
-        let (logprobs, apr_experts) = told;
-        self.frame.chunk(ChunkChoice { index, delta, logprobs, apr_experts, finish_reason: None })
+    fn delta(&self, index: usize, delta: impl Serialize, told: Told) -> Event {
+        self.frame.chunk(ChunkChoice { index, delta, told, finish_reason: None, stop_reason: None })
+    }
+}
+
+impl Told {
+    fn is_something(&self) -> bool {
+        self.logprobs.is_some() || self.apr_experts.is_some() || self.token_ids.is_some()
     }
 }
 
 impl Chunks for ChatChunks {
     fn begin(&mut self) -> Vec<Event> {
-        let begin = |index| self.delta(index, Begin { role: "assistant", content: None }, (None, None));
+        let begin = |index| {
+            let delta = Begin { role: "assistant", content: None };
+            self.frame.first(ChunkChoice {
+                index,
+                delta,
+                told: Told::default(),
+                finish_reason: None,
+                stop_reason: None,
+            })
+        };
         (0..self.outlets.len()).map(begin).collect()
     }
 
     fn piece(&mut self, index: usize, piece: Piece) -> Vec<Event> {
         self.frame.count(&piece);
         let logprobs = piece.standing.map(|s| Logprobs { content: vec![ChatToken::new(&self.frame.about, &s)] });
-        let mut told = (logprobs, piece.experts.map(TokenExperts::from));
+        let token_ids = piece.token.filter(|_| self.show_tokens).map(|token| vec![token]);
+        let mut told = Told { logprobs, apr_experts: piece.experts.map(TokenExperts::from), token_ids };
         let mut news = self.outlets[index].push(&piece.text);
-        if news.is_empty() && (told.0.is_some() || told.1.is_some()) {
+        if news.is_empty() && told.is_something() {
             news.push(tools::Fields::silent());
         }
         news.into_iter().map(|fields| self.delta(index, fields, std::mem::take(&mut told))).collect()
@@ -309,10 +348,12 @@ impl Chunks for ChatChunks {
     fn end(&mut self, index: usize, generated: Generated) -> Vec<Event> {
         self.frame.end(&generated, index == 0);
         let news = self.outlets[index].finish();
-        let mut events: Vec<Event> = news.into_iter().map(|fields| self.delta(index, fields, (None, None))).collect();
+        let mut events: Vec<Event> =
+            news.into_iter().map(|fields| self.delta(index, fields, Told::default())).collect();
         let finish_reason = Some(why_ended(&generated, &self.outlets[index]));
         let delta = tools::Fields::default();
-        events.push(self.frame.last(ChunkChoice { index, delta, logprobs: None, apr_experts: None, finish_reason }));
+        let (told, stop_reason) = (Told::default(), stop_reason(&generated));
+        events.push(self.frame.last(ChunkChoice { index, delta, told, finish_reason, stop_reason }));
         events
     }
 
@@ -358,7 +399,7 @@ mod tests {
     #[test]
     fn a_call_is_a_field_of_the_message() {
         let whole = Whole { generated: generated(ANSWER), standings: Vec::new(), experts: Vec::new() };
-        let shown = Shown { logprobs: false, experts: false };
+        let shown = Shown { logprobs: false, experts: false, tokens: false };
         let completion = completion(head(), &about(), vec![whole], vec![outlet()], shown);
         let choice = &serde_json::to_value(completion).unwrap()["choices"][0];
         let function = json!({"name": "find", "arguments": "{\"what\":\"a b\"}"});
@@ -375,8 +416,8 @@ mod tests {
         events.push((0, Told::End(Ok(generated(ANSWER)))));
         let usage = Usage::default();
         let frame =
-            Frame { head: head(), about: about(), usage, with_usage: false, running: None, timings: None, trace: None };
-        let chunks = ChatChunks { frame, outlets: vec![outlet()] };
+            Frame { head: head(), about: about(), usage, with_usage: false, running: None, timings: None, prompt_token_ids: None, trace: None };
+        let chunks = ChatChunks { frame, outlets: vec![outlet()], show_tokens: false };
         let response = sse::respond(answers(1, events), chunks, Duration::from_secs(60)).await.unwrap();
         let body = String::from_utf8(to_bytes(response.into_body(), 1 << 20).await.unwrap().to_vec()).unwrap();
         let data = body.lines().filter_map(|line| line.strip_prefix("data: {"));

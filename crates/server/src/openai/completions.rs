@@ -11,13 +11,16 @@ use axum::extract::State as Shared;
 use axum::response::sse::Event;
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::inside::{Shown, TokenExperts};
 use super::logprobs::Columns;
 use super::prompts::{Prompts, Written};
 use super::sampling::{Sampling, n_best};
 use super::usage::{Timings, Usage};
-use super::{Completion, Frame, Head, StreamOptions, check_model, error_event, finish_reason, given, structured};
+use super::{
+    Completion, Frame, Head, StreamOptions, check_model, error_event, finish_reason, given, stop_reason, structured,
+};
 use crate::errors::ApiError;
 use crate::extract::{JsonBody, fields};
 use crate::job::{self, Whole};
@@ -42,7 +45,7 @@ struct Fields {
     suffix: Option<String>,
 }
 
-#[derive(Serialize)]
+#[derive(Default, Serialize)]
 struct Choice {
     index: usize,
     text: String,
@@ -50,6 +53,12 @@ struct Choice {
     #[serde(skip_serializing_if = "Option::is_none")]
     apr_experts: Option<ApiExperts>,
     finish_reason: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stop_reason: Option<Value>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_ids: Option<Vec<u32>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_token_ids: Option<Vec<u32>>,
 }
 
 /// Of one token in a stream, or of all.
@@ -95,23 +104,24 @@ pub(crate) async fn create(
     let answers = job::submit(&state.settings, (&model, active), requests)?;
     let head = Head::new(&state, &model, "cmpl", "text_completion");
     let n_prompt = prompts.iter().map(|p| p.tokens.len()).sum();
-    let echoes: Vec<String> = prompts.into_iter().map(|p| p.echo).collect();
     if is_stream {
-        let n_answer = echoes.len() * sampling.n;
+        let n_answer = prompts.len() * sampling.n;
         let chunks = TextChunks {
             frame: Frame::new(head, &model, own.stream_options, n_prompt),
             n_char: vec![0; n_answer],
-            echoes,
+            prompts,
             n: sampling.n,
             max_tokens: sampling.max_tokens,
             n_token: vec![0; n_answer],
             held: (0..n_answer).map(|_| None).collect(),
+            show_tokens: sampling.show_tokens,
+            begun: vec![false; n_answer],
         };
         return sse::respond(answers, chunks, state.settings.keep_alive).await;
     }
     let whole = answers.whole().await?;
-    let shown = Shown { logprobs: n_best.is_some(), experts: sampling.show_experts };
-    Ok(Json(completion(head, &model.about, whole, &echoes, sampling.n, shown)).into_response())
+    let shown = Shown { logprobs: n_best.is_some(), experts: sampling.show_experts, tokens: sampling.show_tokens };
+    Ok(Json(completion(head, &model.about, whole, &prompts, sampling.n, shown)).into_response())
 }
 
 /// Refuses what completions cannot do.
@@ -148,7 +158,7 @@ fn completion(
     head: Head,
     about: &About,
     whole: Vec<Whole>,
-    echoes: &[String],
+    prompts: &[Prompt],
     n: usize,
     shown: Shown,
 ) -> Completion<Choice> {
@@ -162,17 +172,26 @@ fn completion(
             w.standings.iter().for_each(|s| offset = columns.push(about, s, offset));
             columns
         });
-        let text = format!("{}{}", echoes[index / n], w.generated.text);
-        let apr_experts = shown.experts(w.experts).map(ApiExperts::All);
-        Choice { index, text, logprobs, apr_experts, finish_reason: Some(finish_reason(w.generated.finish)) }
+        let prompt = &prompts[index / n];
+        Choice {
+            index,
+            text: format!("{}{}", prompt.echo, w.generated.text),
+            logprobs,
+            apr_experts: shown.experts(w.experts).map(ApiExperts::All),
+            finish_reason: Some(finish_reason(w.generated.finish)),
+            stop_reason: stop_reason(&w.generated),
+            token_ids: shown.tokens.then_some(w.generated.tokens),
+            prompt_token_ids: shown.tokens.then(|| prompt.tokens.clone()),
+        }
     };
-    Completion { head, choices: whole.into_iter().enumerate().map(choice).collect(), usage, timings, apr_trace }
+    let choices = whole.into_iter().enumerate().map(choice).collect();
+    Completion { head, choices, usage, timings, prompt_token_ids: None, apr_trace }
 }
 
 /// Completions as they come.
 struct TextChunks {
     frame: Frame,
-    echoes: Vec<String>,
+    prompts: Vec<Prompt>,
     /// Answers to each prompt.
     n: usize,
     /// Characters of each answer's tokens so far.
@@ -182,13 +201,23 @@ struct TextChunks {
     n_token: Vec<usize>,
     /// The last token that an answer may have, which is told together with its end, as vLLM does.
     held: Vec<Option<Choice>>,
+    show_tokens: bool,
+    /// Whether each answer's prompt has been told, where tokens are.
+    begun: Vec<bool>,
 }
 
 impl TextChunks {
-    fn echo(&self, index: usize) -> Option<Event> {
-        let text = self.echoes[index / self.n].clone();
-        let choice = Choice { index, text, logprobs: None, apr_experts: None, finish_reason: None };
-        (!choice.text.is_empty()).then(|| self.frame.chunk(choice))
+    fn echo(&mut self, index: usize) -> Option<Event> {
+        let text = self.prompts[index / self.n].echo.clone();
+        let choice = (!text.is_empty()).then(|| Choice { text, ..self.choice(index) });
+        choice.map(|choice| self.frame.chunk(choice))
+    }
+
+    /// A choice that says nothing yet, but for the prompt's tokens where it is the first.
+    fn choice(&mut self, index: usize) -> Choice {
+        let is_first = self.show_tokens && !std::mem::replace(&mut self.begun[index], true);
+        let prompt_token_ids = is_first.then(|| self.prompts[index / self.n].tokens.clone());
+        Choice { index, prompt_token_ids, token_ids: self.show_tokens.then(Vec::new), ..Choice::default() }
     }
 }
 
@@ -204,7 +233,7 @@ impl Chunks for TextChunks {
             held.text.push_str(&piece.text);
             return Vec::new();
         }
-        if piece.text.is_empty() && piece.standing.is_none() && piece.experts.is_none() {
+        if piece.text.is_empty() && piece.standing.is_none() && piece.experts.is_none() && !self.show_tokens {
             return Vec::new();
         }
         let logprobs = piece.standing.map(|s| {
@@ -213,7 +242,8 @@ impl Chunks for TextChunks {
             columns
         });
         let apr_experts = piece.experts.map(|e| ApiExperts::Token(e.into()));
-        let choice = Choice { index, text: piece.text, logprobs, apr_experts, finish_reason: None };
+        let mut choice = Choice { text: piece.text, logprobs, apr_experts, ..self.choice(index) };
+        choice.token_ids.iter_mut().for_each(|ids| ids.extend(piece.token));
         if self.max_tokens == Some(self.n_token[index]) {
             self.held[index] = Some(choice);
             return Vec::new();
@@ -224,9 +254,8 @@ impl Chunks for TextChunks {
     fn end(&mut self, index: usize, generated: Generated) -> Vec<Event> {
         self.frame.end(&generated, index.is_multiple_of(self.n));
         let finish_reason = Some(finish_reason(generated.finish));
-        let nothing = || Choice { index, text: String::new(), logprobs: None, apr_experts: None, finish_reason };
-        let last = self.held[index].take().unwrap_or_else(nothing);
-        vec![self.frame.last(Choice { finish_reason, ..last })]
+        let last = self.held[index].take().unwrap_or_else(|| self.choice(index));
+        vec![self.frame.last(Choice { finish_reason, stop_reason: stop_reason(&generated), ..last })]
     }
 
     fn finish(&mut self) -> Vec<Event> {

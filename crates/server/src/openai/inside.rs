@@ -21,6 +21,8 @@ impl From<Experts> for TokenExperts {
 pub(super) struct Shown {
     pub(super) logprobs: bool,
     pub(super) experts: bool,
+    /// Its id.
+    pub(super) tokens: bool,
 }
 
 impl Shown {

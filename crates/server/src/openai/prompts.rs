@@ -150,7 +150,7 @@ pub(crate) fn tokens_of(
 pub(crate) fn check_ids(about: &About, param: &str, tokens: &[u32]) -> Result<(), ApiError> {
     let n_vocab = about.tokenizer.n_vocab();
     match tokens.iter().find(|id| **id as usize >= n_vocab) {
-        Some(id) => Err(ApiError::field(param, format_args!("there is no token {id}; the vocabulary has {n_vocab}"))),
+        Some(id) => Err(ApiError::field(param, format_args!("token {id} is out of vocabulary, which has {n_vocab}"))),
         None => Ok(()),
     }
 }

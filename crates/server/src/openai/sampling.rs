@@ -2,11 +2,12 @@
 
 use apr_engine::About;
 use apr_engine::constraint::Constraint;
-use apr_engine::generate::Request;
+use apr_engine::generate::{Ends, Request};
 use apr_engine::sampler::SamplerConfig;
 use serde::Deserialize;
 use serde_json::{Number, Value};
 
+use super::prompts::check_ids;
 use crate::errors::ApiError;
 use crate::extract::{fields, kind_of};
 use crate::model::Model;
@@ -27,6 +28,9 @@ struct Fields {
     max_completion_tokens: Option<i64>,
     stop: Option<Stop>,
     ignore_eos: Option<bool>,
+    min_tokens: Option<i64>,
+    stop_token_ids: Option<Vec<u32>>,
+    include_stop_str_in_output: Option<bool>,
     seed: Option<Number>,
     temperature: Option<f64>,
     top_k: Option<i64>,
@@ -38,6 +42,7 @@ struct Fields {
     frequency_penalty: Option<f64>,
     presence_penalty: Option<f64>,
     logit_bias: Option<Value>,
+    return_token_ids: Option<bool>,
     apr_experts: Option<bool>,
 }
 
@@ -56,8 +61,11 @@ pub(crate) struct Sampling {
     pub(crate) max_tokens: Option<usize>,
     /// Tells of every token which experts it came of.
     pub(super) show_experts: bool,
+    /// Tells the ids of all tokens, the prompt's too.
+    pub(super) show_tokens: bool,
     pub(crate) stop: Vec<String>,
     pub(crate) ignore_eos: bool,
+    pub(crate) ends: Ends,
     pub(crate) sampler: SamplerConfig,
     /// What the answers may be.
     pub(crate) constraint: Option<Constraint>,
@@ -83,7 +91,9 @@ impl Sampling {
             },
             stop: stop(f.stop.take())?,
             show_experts: f.apr_experts.unwrap_or(false),
+            show_tokens: f.return_token_ids.unwrap_or(false),
             ignore_eos: f.ignore_eos.unwrap_or(false),
+            ends: ends(&mut f, model)?,
             sampler: sampler(f, model)?,
             constraint: None,
         })
@@ -98,6 +108,7 @@ impl Sampling {
             sampler: SamplerConfig { seed: self.sampler.seed.map(|s| s.wrapping_add(i)), ..self.sampler.clone() },
             stop: self.stop.clone(),
             ignore_eos: self.ignore_eos,
+            ends: self.ends.clone(),
             show_control: false,
             speculate: true,
             constraint: self.constraint.clone(),
@@ -149,6 +160,23 @@ fn stop(stop: Option<Stop>) -> Result<Vec<String>, ApiError> {
             Ok(stop)
         }
     }
+}
+
+/// vLLM's fields about where an answer ends.
+fn ends(f: &mut Fields, model: &Model) -> Result<Ends, ApiError> {
+    let min_tokens = within("min_tokens", f.min_tokens.unwrap_or(0), 0, i64::MAX)? as usize;
+    if let Some(limit) = f.max_completion_tokens.or(f.max_tokens).filter(|limit| *limit >= 0)
+        && min_tokens as u64 > limit as u64
+    {
+        let message = format_args!("expected at most max_tokens, which is {limit}, got {min_tokens}");
+        return Err(ApiError::field("min_tokens", message));
+    }
+    let tokens = f.stop_token_ids.take().unwrap_or_default();
+    if tokens.len() > N_BIAS_MAX {
+        return Err(ApiError::field("stop_token_ids", format_args!("more than {N_BIAS_MAX} tokens")));
+    }
+    check_ids(&model.about, "stop_token_ids", &tokens)?;
+    Ok(Ends { min_tokens, tokens, are_shown: f.include_stop_str_in_output.unwrap_or(false) })
 }
 
 fn sampler(f: Fields, model: &Model) -> Result<SamplerConfig, ApiError> {
@@ -236,7 +264,7 @@ fn bias_of(param: &str, by: &Value) -> Result<f32, ApiError> {
 fn biased(param: &str, token: &Value, about: &About) -> Result<Vec<u32>, ApiError> {
     let n_vocab = about.tokenizer.n_vocab();
     let checked = |id: Option<u64>| {
-        let message = format_args!("expected a token id from 0 to {}", n_vocab.saturating_sub(1));
+        let message = format_args!("expected the id of a token in the vocabulary of {n_vocab}, got {token}");
         id.filter(|id| (*id as usize) < n_vocab).ok_or_else(|| ApiError::field(param, message))
     };
     match token {

@@ -17,3 +17,4 @@ mod responses;
 mod structured;
 mod support;
 mod tls;
+mod vllm;

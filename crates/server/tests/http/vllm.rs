@@ -1,0 +1,99 @@
+//! Fields that vLLM's server adds to OpenAI's API.
+
+use crate::support::*;
+use serde_json::{Value, json};
+
+const CHAT: &str = "/v1/chat/completions";
+const TEXT: &str = "/v1/completions";
+
+fn text(fields: Value) -> Value {
+    let mut body = json!({"prompt": "Hello there", "max_tokens": 12, "ignore_eos": true, "return_token_ids": true});
+    body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+    body
+}
+
+fn chat(fields: Value) -> Value {
+    let mut body = text(fields);
+    body["prompt"].take();
+    body["messages"] = json!([{"role": "user", "content": "Hello there"}]);
+    body
+}
+
+fn ids(value: &Value) -> Vec<u64> {
+    value.as_array().unwrap_or_else(|| panic!("{value}")).iter().map(|id| id.as_u64().unwrap()).collect()
+}
+
+#[test]
+fn ids_of_tokens_are_told_where_they_are_asked_for() {
+    let server = start();
+    let prompt = ok(&server, "/tokenize", &json!({"prompt": "Hello there"}));
+    let whole = ok(&server, TEXT, &text(json!({"n": 2})));
+    for choice in whole["choices"].as_array().unwrap() {
+        assert_eq!((&choice["prompt_token_ids"], ids(&choice["token_ids"]).len()), (&prompt["tokens"], 12));
+    }
+    let mut streamed = Vec::new();
+    for (i, event) in post(&server, TEXT, &text(json!({"stream": true}))).events().iter().enumerate() {
+        let choice = &event["choices"][0];
+        assert_eq!(choice["prompt_token_ids"], if i == 0 { prompt["tokens"].clone() } else { Value::Null });
+        streamed.extend(ids(&choice["token_ids"]));
+    }
+    assert_eq!(streamed, ids(&whole["choices"][0]["token_ids"]));
+    let whole = ok(&server, CHAT, &chat(json!({})));
+    assert_eq!(ids(&whole["prompt_token_ids"]).len() as u64, whole["usage"]["prompt_tokens"].as_u64().unwrap());
+    let events = post(&server, CHAT, &chat(json!({"stream": true}))).events();
+    assert_eq!(events[0]["prompt_token_ids"], whole["prompt_token_ids"]);
+    assert!(events[1..].iter().all(|e| e.get("prompt_token_ids").is_none()));
+    let told = events.iter().filter_map(|e| e["choices"][0].get("token_ids"));
+    assert_eq!(told.flat_map(ids).collect::<Vec<_>>(), ids(&whole["choices"][0]["token_ids"]));
+    let unasked = ok(&server, CHAT, &chat(json!({"return_token_ids": false}))).to_string();
+    assert!(!unasked.contains("token_ids") && !unasked.contains("stop_reason"), "{unasked}");
+}
+
+#[test]
+fn tokens_end_an_answer_that_are_named() {
+    let server = start();
+    let choice = |path: &str, body: Value| ok(&server, path, &body)["choices"][0].clone();
+    let tokens = ids(&choice(TEXT, text(json!({})))["token_ids"]);
+    let at = (3..12).find(|i| !tokens[..*i].contains(&tokens[*i])).unwrap();
+    let ended = choice(TEXT, text(json!({"stop_token_ids": [tokens[at]]})));
+    assert_eq!((&ended["finish_reason"], &ended["stop_reason"]), (&json!("stop"), &json!(tokens[at])));
+    assert_eq!(ids(&ended["token_ids"]), tokens[..at]);
+    let shown = choice(TEXT, text(json!({"stop_token_ids": [tokens[at]], "include_stop_str_in_output": true})));
+    assert_eq!(ids(&shown["token_ids"]), tokens[..=at]);
+    assert!(shown["text"].as_str().unwrap().len() > ended["text"].as_str().unwrap().len());
+    let late = choice(TEXT, text(json!({"stop_token_ids": [tokens[at]], "min_tokens": 12})));
+    assert_eq!((&late["finish_reason"], ids(&late["token_ids"]).len()), (&json!("length"), 12));
+    let whole = choice(CHAT, chat(json!({})))["message"]["content"].as_str().unwrap().to_string();
+    let stop: String = whole.chars().skip(6).take(3).collect();
+    for shown in [false, true] {
+        let body = chat(json!({"stop": stop, "include_stop_str_in_output": shown}));
+        let ended = choice(CHAT, body.clone());
+        let content = ended["message"]["content"].as_str().unwrap();
+        assert_eq!((content.contains(&stop), &ended["stop_reason"]), (shown, &json!(stop)), "{ended}");
+        let mut body = body;
+        body["stream"] = true.into();
+        let events = post(&server, CHAT, &body).events();
+        let streamed: String = events.iter().filter_map(|e| e["choices"][0]["delta"]["content"].as_str()).collect();
+        assert_eq!(streamed, content);
+        assert_eq!(events.last().unwrap()["choices"][0]["stop_reason"], stop);
+    }
+}
+
+#[test]
+fn what_no_answer_can_end_at_is_refused() {
+    let server = start();
+    for (fields, param) in [
+        (json!({"stop_token_ids": [99_999]}), "stop_token_ids"),
+        (json!({"stop_token_ids": [-1]}), "stop_token_ids[0]"),
+        (json!({"min_tokens": 13}), "min_tokens"),
+        (json!({"min_tokens": -1}), "min_tokens"),
+        (json!({"include_stop_str_in_output": "yes"}), "include_stop_str_in_output"),
+    ] {
+        let refused = post(&server, TEXT, &text(fields));
+        assert_eq!((refused.status, refused.json()["error"]["param"].as_str()), (400, Some(param)));
+    }
+    for body in [text(json!({"prompt": [99_999]})), text(json!({"logit_bias": {"99999": 1}}))] {
+        let message = post(&server, TEXT, &body).text();
+        assert!(message.contains("99999") && message.contains("vocabulary") && message.contains("2048"), "{message}");
+    }
+}
