@@ -17,6 +17,7 @@ use super::{check_model, now};
 use crate::blocks::Blocks;
 use crate::errors::ApiError;
 use crate::extract::{JsonBody, fields};
+use crate::job::Event;
 use crate::model::Model;
 use crate::sse;
 use crate::state::State;
@@ -36,14 +37,18 @@ pub(crate) async fn create(Shared(state): Shared<Arc<State>>, body: JsonBody) ->
     let frame = Frame::new(&body.body, format!("resp_{salt}"), model.names.id.clone(), now());
     let (wire, chat) = read(&model, body).await?;
     chat.check_fits(&model)?;
-    let (answers, mut outlets) = chat.submit(&state, &model, active)?;
+    let (mut answers, mut outlets) = chat.submit(&state, &model, active)?;
     let blocks = Blocks::new(outlets.pop().expect("a request asks for one answer"));
-    let items = Items::new(blocks, salt, model.about.clone());
+    let mut items = Items::new(blocks, salt, model.about.clone());
     if wire.stream.unwrap_or(false) {
         return sse::respond(answers, ResponseChunks::new(frame, items), state.settings.keep_alive).await;
     }
-    let whole = answers.whole().await?.pop().expect("one answer");
-    Ok(Json(answer::response(&frame, items, &whole.generated)).into_response())
+    loop {
+        match answers.next().await?.expect("an answer ends before there is nothing more of it") {
+            (_, Event::Piece(piece)) => _ = items.push(piece),
+            (_, Event::End(generated)) => return Ok(Json(answer::response(&frame, items, &generated?)).into_response()),
+        }
+    }
 }
 
 /// `POST /v1/responses/input_tokens`: tokens of a conversation as it would be answered.

@@ -106,3 +106,26 @@ fn what_cannot_be_done_is_refused_by_its_name() {
     let long = post(&server, RESPONSES, &ask(json!({"input": "word ".repeat(2000)})));
     assert_eq!(long.json()["error"]["code"], "context_length_exceeded");
 }
+
+#[test]
+fn likelihoods_are_those_of_the_text() {
+    let server = start();
+    let asked = json!({"include": ["message.output_text.logprobs"], "top_logprobs": 3});
+    let whole = ok(&server, RESPONSES, &ask(asked.clone()));
+    let part = &whole["output"][0]["content"][0];
+    let tokens = part["logprobs"].as_array().unwrap();
+    assert_eq!(tokens.len(), 24);
+    let bytes = tokens.iter().flat_map(|t| t["bytes"].as_array().unwrap()).map(|b| b.as_u64().unwrap() as u8);
+    assert_eq!(String::from_utf8_lossy(&bytes.collect::<Vec<_>>()), part["text"].as_str().unwrap());
+    assert!(
+        tokens.iter().all(|t| t["logprob"].as_f64() <= Some(0.0) && t["top_logprobs"].as_array().unwrap().len() == 3)
+    );
+    let mut body = ask(asked);
+    body["stream"] = true.into();
+    let events = post(&server, RESPONSES, &body).named_events();
+    let deltas = events.iter().filter(|e| e["type"] == "response.output_text.delta");
+    let streamed: Vec<Value> = deltas.flat_map(|e| e["logprobs"].as_array().unwrap().clone()).collect();
+    assert_eq!(&streamed, tokens);
+    let done = events.iter().find(|e| e["type"] == "response.output_text.done").unwrap();
+    assert_eq!(&done["logprobs"], &part["logprobs"]);
+}

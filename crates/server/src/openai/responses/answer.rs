@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use crate::blocks::{Block, Blocks, Change};
 use crate::errors::ApiError;
+use crate::openai::logprobs::ChatToken;
 use crate::openai::{given, now};
 use crate::sse::Chunks;
 
@@ -65,9 +66,8 @@ fn status(generated: &Generated) -> &'static str {
     }
 }
 
-/// A whole response.
+/// A whole response, of items that were told all pieces.
 pub(super) fn response(frame: &Frame, mut items: Items, generated: &Generated) -> Value {
-    items.push(&generated.text);
     items.finish(status(generated));
     frame.ended(&items, generated)
 }
@@ -81,17 +81,23 @@ pub(super) struct Items {
     done: Vec<Value>,
     /// The item that is being made, and its text.
     open: (Block, String),
+    /// How likely the tokens of the open item were, where that is asked for, and those whose text has not been told yet.
+    logprobs: Vec<Value>,
+    waiting: Vec<Value>,
     /// Tokens of reasoning in items that are done.
     n_reasoning: usize,
 }
 
 impl Items {
     pub(super) fn new(blocks: Blocks, salt: String, about: Arc<About>) -> Items {
-        Items { blocks, about, salt, done: Vec::new(), open: (Block::Text, String::new()), n_reasoning: 0 }
+        let (open, logprobs, waiting) = ((Block::Text, String::new()), Vec::new(), Vec::new());
+        Items { blocks, about, salt, done: Vec::new(), open, logprobs, waiting, n_reasoning: 0 }
     }
 
-    fn push(&mut self, text: &str) -> Vec<Value> {
-        let changes = self.blocks.push(text);
+    pub(super) fn push(&mut self, piece: Piece) -> Vec<Value> {
+        let told = piece.standing.map(|s| ChatToken::new(&self.about, &s));
+        self.waiting.extend(told.map(|token| serde_json::to_value(token).expect("wire types are JSON")));
+        let changes = self.blocks.push(&piece.text);
         changes.into_iter().flat_map(|change| self.written(change, "completed")).collect()
     }
 
@@ -111,6 +117,7 @@ impl Items {
         match change {
             Change::Begin(block) => {
                 self.open = (block, String::new());
+                self.logprobs.clear();
                 let added = self.event("response.output_item.added", [("item", self.item("in_progress"))]);
                 let part = self.part().map(|_| self.part_of(""));
                 let part = part.map(|part| self.event("response.content_part.added", self.in_content("part", part)));
@@ -118,7 +125,12 @@ impl Items {
             }
             Change::More(text) => {
                 self.open.1.push_str(&text);
-                vec![self.text_event("delta", "delta", &text)]
+                let mut logprobs = std::mem::take(&mut self.waiting);
+                if self.open.0 != Block::Text {
+                    logprobs.clear();
+                }
+                self.logprobs.extend_from_slice(&logprobs);
+                vec![self.text_event("delta", "delta", &text, logprobs)]
             }
             Change::End => {
                 let (block, text) = &self.open;
@@ -129,7 +141,9 @@ impl Items {
                     Block::Call { .. } => "arguments",
                     _ => "text",
                 };
-                let mut events = vec![self.text_event("done", name, &self.open.1)];
+                // What ends an item is no text; the newest token may have brought the next one's beginning as well.
+                self.waiting.drain(..self.waiting.len().saturating_sub(1));
+                let mut events = vec![self.text_event("done", name, &self.open.1, self.logprobs.clone())];
                 if let Some(part) = self.part() {
                     events.push(self.event("response.content_part.done", self.in_content("part", part)));
                 }
@@ -179,16 +193,16 @@ impl Items {
     fn part_of(&self, text: &str) -> Value {
         match self.open.0 {
             Block::Reasoning => json!({"type": "reasoning_text", "text": text}),
-            _ => json!({"type": "output_text", "text": text, "annotations": [], "logprobs": []}),
+            _ => json!({"type": "output_text", "text": text, "annotations": [], "logprobs": self.logprobs}),
         }
     }
 
     /// What is new of the text, or all of it.
-    fn text_event(&self, step: &str, name: &'static str, text: &str) -> Value {
+    fn text_event(&self, step: &str, name: &'static str, text: &str, logprobs: Vec<Value>) -> Value {
         let text = Value::from(text);
         match self.open.0 {
             Block::Text => {
-                let fields = self.in_content(name, text).into_iter().chain([("logprobs", json!([]))]);
+                let fields = self.in_content(name, text).into_iter().chain([("logprobs", logprobs.into())]);
                 self.event(&format!("response.output_text.{step}"), fields)
             }
             Block::Reasoning => self.event(&format!("response.reasoning_text.{step}"), self.in_content(name, text)),
@@ -243,7 +257,7 @@ impl Chunks for ResponseChunks {
     }
 
     fn piece(&mut self, _: usize, piece: Piece) -> Vec<Event> {
-        let events = self.items.push(&piece.text);
+        let events = self.items.push(piece);
         self.numbered(events)
     }
 
@@ -291,13 +305,19 @@ mod tests {
         Items::new(blocks(), "a".into(), Engine::load(&path, options).unwrap().about)
     }
 
+    fn whole(generated: &Generated) -> Value {
+        let mut items = items();
+        items.push(Piece { token: None, text: generated.text.clone(), standing: None, experts: None });
+        response(&frame(), items, generated)
+    }
+
     fn frame() -> Frame {
         Frame::new(&json!({"temperature": 0.5}), "resp_a".into(), "m".into(), 1)
     }
 
     #[test]
     fn a_response_has_an_item_for_each_thing() {
-        let response = response(&frame(), items(), &generated(ANSWER));
+        let response = whole(&generated(ANSWER));
         let expected = json!([
             {"id": "rs_a00", "type": "reasoning", "status": "completed", "summary": [],
              "content": [{"type": "reasoning_text", "text": "which?"}]},
@@ -315,7 +335,7 @@ mod tests {
     #[test]
     fn what_the_limit_cut_off_is_incomplete() {
         let cut = Generated { finish: Finish::Length, ..generated("<think>x</think>Look") };
-        let response = response(&frame(), items(), &cut);
+        let response = whole(&cut);
         assert_eq!(response["status"], "incomplete");
         assert_eq!(response["incomplete_details"]["reason"], "max_output_tokens");
         let statuses: Vec<&Value> = response["output"].as_array().unwrap().iter().map(|i| &i["status"]).collect();
@@ -357,7 +377,7 @@ mod tests {
         let done = events.iter().filter(|e| e["type"] == "response.output_item.done").map(|e| e["item"].clone());
         let last = events.last().unwrap();
         assert_eq!(last["response"]["output"], Value::Array(done.collect()));
-        let whole = response(&frame(), items(), &generated(ANSWER));
+        let whole = whole(&generated(ANSWER));
         assert_eq!(last["response"]["output"], whole["output"]);
         let deltas = |kind: &str| -> String {
             events.iter().filter(|e| e["type"] == kind).map(|e| e["delta"].as_str().unwrap()).collect()

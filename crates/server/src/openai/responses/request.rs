@@ -36,6 +36,14 @@ pub(super) fn in_chat_form(body: &Value) -> Result<Value, ApiError> {
         chat.extend(given(body, name).map(|value| (name.to_string(), value.clone())));
     }
     chat.extend(given(body, "max_output_tokens").map(|n| ("max_tokens".to_string(), n.clone())));
+    let includes_logprobs = |include: &Value| {
+        include.as_array().is_some_and(|list| list.iter().any(|i| i == "message.output_text.logprobs"))
+    };
+    let top = given(body, "top_logprobs");
+    if given(body, "include").is_some_and(includes_logprobs) || top.is_some_and(|n| *n != 0) {
+        chat.insert("logprobs".to_string(), true.into());
+        chat.extend(top.map(|n| ("top_logprobs".to_string(), n.clone())));
+    }
     if given(body, "reasoning").is_some_and(|r| r["effort"] == "none") {
         let kwargs = chat.entry("chat_template_kwargs").or_insert_with(|| json!({}));
         kwargs.as_object_mut().and_then(|kwargs| kwargs.insert("enable_thinking".to_string(), false.into()));
@@ -65,12 +73,6 @@ fn refuse(body: &Value) -> Result<(), ApiError> {
     }
     if given(body, "background").is_some_and(|background| background != false) {
         return Err(ApiError::unsupported("background", "answers are given at once, never in the background"));
-    }
-    let asks_logprobs = |include: &Value| {
-        include.as_array().is_some_and(|list| list.iter().any(|i| i == "message.output_text.logprobs"))
-    };
-    if given(body, "include").is_some_and(asks_logprobs) || given(body, "top_logprobs").is_some_and(|n| n != 0) {
-        return Err(ApiError::unsupported("top_logprobs", "is given by /v1/chat/completions only"));
     }
     Ok(())
 }
@@ -272,7 +274,7 @@ mod tests {
     fn items_become_messages() {
         let body = json!({
             "model": "m", "instructions": "Be brief.", "max_output_tokens": 9, "store": true, "temperature": 0.5,
-            "reasoning": {"effort": "none"},
+            "reasoning": {"effort": "none"}, "include": ["message.output_text.logprobs"], "top_logprobs": 2,
             "tools": [{"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": null}],
             "tool_choice": {"type": "function", "name": "f"},
             "text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "object"}}},
@@ -288,7 +290,7 @@ mod tests {
         });
         let call = |id: &str, arguments: Value| json!({"id": id, "type": "function", "function": {"name": "f", "arguments": arguments}});
         let expected = json!({
-            "temperature": 0.5, "max_tokens": 9, "chat_template_kwargs": {"enable_thinking": false},
+            "temperature": 0.5, "max_tokens": 9, "logprobs": true, "top_logprobs": 2, "chat_template_kwargs": {"enable_thinking": false},
             "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object"}}},
             "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
             "tool_choice": {"type": "function", "function": {"name": "f"}},
@@ -312,7 +314,6 @@ mod tests {
         assert_eq!(with("conversation", json!("c")), "conversation");
         assert_eq!(with("background", json!(true)), "background");
         assert_eq!(with("instructions", json!(1)), "instructions");
-        assert_eq!(with("include", json!(["message.output_text.logprobs"])), "top_logprobs");
         assert_eq!(with("tools", json!([{"type": "web_search"}])), "tools[0].type");
         assert_eq!(with("tools", json!([{"type": "function"}])), "tools[0].name");
         assert_eq!(with("tool_choice", json!({"type": "mcp"})), "tool_choice");
