@@ -49,17 +49,22 @@ pub(super) struct Columns {
 impl Columns {
     /// Adds a token that begins after `offset` characters, and gives the offset after it.
     pub(super) fn push(&mut self, about: &About, standing: &Standing, offset: usize) -> usize {
-        let text = about.tokenizer.piece(standing.chosen.token);
-        let n_char = text.chars().count();
+        let text = name_of(about, standing.chosen.token);
+        let n_char = about.tokenizer.piece(standing.chosen.token).chars().count();
         self.tokens.push(text);
         self.token_logprobs.push(logprob(&standing.chosen));
         // The token itself is always told of, so that there may be one more than was asked for.
-        let best =
-            standing.best.iter().chain([&standing.chosen]).map(|r| (about.tokenizer.piece(r.token), logprob(r).into()));
+        let best = standing.best.iter().chain([&standing.chosen]).map(|r| (name_of(about, r.token), logprob(r).into()));
         self.top_logprobs.push(best.collect());
         self.text_offset.push(offset);
         offset + n_char
     }
+}
+
+/// A token's text, or its bytes in the way of OpenAI's completions: as text all halves of characters would be the same.
+fn name_of(about: &About, token: u32) -> String {
+    let spelled = |bytes: Vec<u8>| bytes.iter().fold("bytes:".to_string(), |text, b| format!("{text}\\x{b:02x}"));
+    String::from_utf8(bytes_of(about, token)).unwrap_or_else(|e| spelled(e.into_bytes()))
 }
 
 fn bytes_of(about: &About, token: u32) -> Vec<u8> {

@@ -97,3 +97,13 @@ fn what_no_answer_can_end_at_is_refused() {
         assert!(message.contains("99999") && message.contains("vocabulary") && message.contains("2048"), "{message}");
     }
 }
+
+#[test]
+fn halves_of_characters_are_kept_apart() {
+    let server = start();
+    let logprobs = &ok(&server, TEXT, &text(json!({"logprobs": 20})))["choices"][0]["logprobs"];
+    for best in logprobs["top_logprobs"].as_array().unwrap() {
+        assert!((20..=21).contains(&best.as_object().unwrap().len()), "{best}");
+    }
+    assert!(logprobs.to_string().contains(r#""bytes:\\x"#), "{logprobs}");
+}
