@@ -24,7 +24,7 @@ use crate::job::{self, Whole};
 use crate::model::Model;
 use crate::openai::logprobs::ChatToken;
 use crate::openai::prompts::{Prompts, Written, text_of};
-use crate::openai::sampling::{Sampling, n_best};
+use crate::openai::sampling::{N_PROBS_MAX, Sampling, n_best};
 use crate::openai::usage::Timings;
 use crate::openai::{check_model, error_event, event, structured};
 use crate::prompt;
@@ -87,7 +87,7 @@ pub(crate) async fn create(
     if sampling.ignore_eos && format.is_none() {
         forbid_ends(&mut sampling, &model.about);
     }
-    let n_best = own.n_probs.filter(|n| *n != 0).map(|n| n_best("n_probs", n)).transpose()?;
+    let n_best = own.n_probs.filter(|n| *n != 0).map(|n| n_best("n_probs", n, N_PROBS_MAX)).transpose()?;
     let probs = n_best.map(|_| own.probs(&sampling)).transpose()?;
     let prompts = own.prompt.clone().ok_or_else(|| ApiError::field("prompt", "is missing"))?;
     let (about, max_tokens) = (model.about.clone(), sampling.max_tokens);

@@ -18,7 +18,7 @@ use serde_json::{Map, Value, json};
 use super::inside::{Shown, TokenExperts};
 use super::logprobs::ChatToken;
 use super::messages::Conversation;
-use super::sampling::{Sampling, n_best};
+use super::sampling::{N_BEST_MAX, Sampling, n_best};
 use super::tools::{self, Call, Outlet, Tools};
 use super::usage::{Timings, Usage};
 use super::{
@@ -174,7 +174,7 @@ impl Fields {
         match (self.logprobs.unwrap_or(false), self.top_logprobs) {
             (false, None | Some(0)) => Ok(None),
             (false, Some(_)) => Err(ApiError::field("top_logprobs", "needs logprobs to be true")),
-            (true, n) => n_best("top_logprobs", n.unwrap_or(0)).map(Some),
+            (true, n) => n_best("top_logprobs", n.unwrap_or(0), N_BEST_MAX).map(Some),
         }
     }
 }
@@ -415,8 +415,16 @@ mod tests {
         let mut events: Vec<(usize, Told)> = ANSWER.chars().map(|c| (0, piece(c))).collect();
         events.push((0, Told::End(Ok(generated(ANSWER)))));
         let usage = Usage::default();
-        let frame =
-            Frame { head: head(), about: about(), usage, with_usage: false, running: None, timings: None, prompt_token_ids: None, trace: None };
+        let frame = Frame {
+            head: head(),
+            about: about(),
+            usage,
+            with_usage: false,
+            running: None,
+            timings: None,
+            prompt_token_ids: None,
+            trace: None,
+        };
         let chunks = ChatChunks { frame, outlets: vec![outlet()], show_tokens: false };
         let response = sse::respond(answers(1, events), chunks, Duration::from_secs(60)).await.unwrap();
         let body = String::from_utf8(to_bytes(response.into_body(), 1 << 20).await.unwrap().to_vec()).unwrap();

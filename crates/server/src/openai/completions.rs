@@ -16,7 +16,7 @@ use serde_json::Value;
 use super::inside::{Shown, TokenExperts};
 use super::logprobs::Columns;
 use super::prompts::{Prompts, Written};
-use super::sampling::{Sampling, n_best};
+use super::sampling::{N_BEST_MAX, Sampling, n_best};
 use super::usage::{Timings, Usage};
 use super::{
     Completion, Frame, Head, StreamOptions, check_model, error_event, finish_reason, given, stop_reason, structured,
@@ -91,7 +91,7 @@ pub(crate) async fn create(
     if given(&body, "max_tokens").or(given(&body, "max_completion_tokens")).is_none() {
         sampling.max_tokens = Some(MAX_TOKENS_DEFAULT);
     }
-    let n_best = own.logprobs.map(|n| n_best("logprobs", n)).transpose()?;
+    let n_best = own.logprobs.map(|n| n_best("logprobs", n, N_BEST_MAX)).transpose()?;
     let echo = own.echo.unwrap_or(false);
     refuse(&own, &sampling, echo && n_best.is_some())?;
     let prompts = own.prompt.ok_or_else(|| ApiError::field("prompt", "is missing"))?;

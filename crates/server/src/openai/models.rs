@@ -34,6 +34,7 @@ fn card(model: &Model, id: &str) -> Value {
         "created": model.since,
         "owned_by": "apr",
         "root": model.names.id,
+        "aliases": model.names.aliases,
         "max_model_len": about.n_ctx,
         "meta": {
             "n_ctx": about.n_ctx,

@@ -17,8 +17,9 @@ const N_MAX: i64 = 16;
 const N_STOP_MAX: usize = 16;
 const STOP_BYTES_MAX: usize = 256;
 const N_BIAS_MAX: usize = 1024;
-/// Alternatives that are told of each token.
-const N_BEST_MAX: i64 = 20;
+/// Alternatives that are told of each token, in OpenAI's form and in llama.cpp's.
+pub(crate) const N_BEST_MAX: i64 = 20;
+pub(crate) const N_PROBS_MAX: i64 = 100;
 
 /// The fields as they come; OpenAI's, and what vLLM and llama.cpp add to them.
 #[derive(Deserialize)]
@@ -136,8 +137,8 @@ fn within(name: &str, got: i64, min: i64, max: i64) -> Result<i64, ApiError> {
 ///
 /// # Errors
 /// More than are told.
-pub(crate) fn n_best(name: &str, asked: i64) -> Result<usize, ApiError> {
-    Ok(within(name, asked, 0, N_BEST_MAX)? as usize)
+pub(crate) fn n_best(name: &str, asked: i64, max: i64) -> Result<usize, ApiError> {
+    Ok(within(name, asked, 0, max)? as usize)
 }
 
 fn stop(stop: Option<Stop>) -> Result<Vec<String>, ApiError> {

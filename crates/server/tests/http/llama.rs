@@ -223,7 +223,7 @@ fn prompts_are_texts_tokens_and_both() {
 fn tokens_come_with_their_likelihood() {
     let server = start();
     let body = |fields: Value| {
-        let mut body = json!({"prompt": "Once", "n_predict": 3, "n_probs": 4, "ignore_eos": true});
+        let mut body = json!({"prompt": "Once", "n_predict": 3, "n_probs": 60, "ignore_eos": true});
         body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
         body
     };
@@ -232,7 +232,7 @@ fn tokens_come_with_their_likelihood() {
     assert_eq!(told.len(), 3);
     for token in told {
         assert!(token["id"].is_u64() && token["token"].is_string() && token["bytes"].is_array());
-        assert_eq!(token["top_logprobs"].as_array().unwrap().len(), 4);
+        assert_eq!(token["top_logprobs"].as_array().unwrap().len(), 60);
         assert_eq!(token["top_logprobs"][0]["id"], token["id"], "greedy takes the best");
     }
     let events = native_events(&post(&server, NATIVE, &body(json!({"stream": true}))));
@@ -247,7 +247,7 @@ fn tokens_come_with_their_likelihood() {
     for (fields, param) in [
         (json!({"post_sampling_probs": true, "temperature": 1.0}), "post_sampling_probs"),
         (json!({"n_predict": -7}), "n_predict"),
-        (json!({"n_probs": 21}), "n_probs"),
+        (json!({"n_probs": 101}), "n_probs"),
     ] {
         let reply = post(&server, NATIVE, &body(fields));
         assert_eq!((reply.status, reply.json()["error"]["param"].as_str()), (400, Some(param)), "{}", reply.text());

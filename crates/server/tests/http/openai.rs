@@ -26,7 +26,10 @@ fn health_and_models() {
     let models = get(&server, "/v1/models").json();
     let ids: Vec<&str> = models["data"].as_array().unwrap().iter().map(|m| m["id"].as_str().unwrap()).collect();
     assert_eq!(ids, ["tiny-qwen3moe", "other:1"]);
-    assert_eq!(models["data"][0]["max_model_len"], 1024);
+    assert_eq!(
+        (&models["data"][0]["max_model_len"], &models["data"][0]["aliases"]),
+        (&json!(1024), &json!(["other:1"]))
+    );
     assert_eq!(get(&server, "/v1/models/TINY-qwen3moe").json()["id"], "tiny-qwen3moe");
     assert_eq!(get(&server, "/v1/models/none").status, 404);
     for name in ["tiny", "other", "Other:1", "synthetic-qwen3moe"] {
