@@ -161,7 +161,8 @@ pub(super) fn of_chat(wire: &Wire, body: &mut Value) -> Result<Option<Value>, Ap
             return Err(ApiError::field("messages", format_args!("expected a list, got {}", kind_of(&other))));
         }
     };
-    for (i, message) in messages.iter_mut().filter_map(Value::as_object_mut).enumerate() {
+    for (i, message) in messages.iter_mut().enumerate() {
+        let Some(message) = message.as_object_mut() else { continue };
         if message.remove("images").is_some_and(|images| images.as_array().is_some_and(|i| !i.is_empty())) {
             return Err(ApiError::unsupported(&format!("messages[{i}].images"), "this model reads text only"));
         }

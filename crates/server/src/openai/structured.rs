@@ -23,7 +23,7 @@ pub(crate) fn read(body: &Value) -> Result<Option<Form>, ApiError> {
     if let Some(format) = given(body, "response_format") {
         found.extend(response_format(format)?.map(|form| ("response_format".to_string(), form)));
     }
-    let nested = given(body, "structured_outputs").unwrap_or(&Value::Null);
+    let nested = nested(body)?;
     for (param, value, read) in [
         ("json_schema", given(body, "json_schema"), schema as Read),
         ("grammar", given(body, "grammar"), grammar),
@@ -45,6 +45,24 @@ pub(crate) fn read(body: &Value) -> Result<Option<Form>, ApiError> {
     match found.get(1) {
         Some((param, _)) => Err(ApiError::field(param, format_args!("{} says what the answer is already", found[0].0))),
         None => Ok(found.pop().map(|(_, form)| form)),
+    }
+}
+
+/// vLLM's `structured_outputs`, or null.
+///
+/// # Errors
+/// What is no object, and a form of answers that would be left out.
+fn nested(body: &Value) -> Result<&Value, ApiError> {
+    let nested = given(body, "structured_outputs").unwrap_or(&Value::Null);
+    if !matches!(nested, Value::Object(_) | Value::Null) {
+        let message = format_args!("expected an object, got {}", kind_of(nested));
+        return Err(ApiError::field("structured_outputs", message));
+    }
+    match given(nested, "structural_tag") {
+        Some(_) => {
+            Err(ApiError::unsupported("structured_outputs.structural_tag", "is not supported; tools have calls"))
+        }
+        None => Ok(nested),
     }
 }
 

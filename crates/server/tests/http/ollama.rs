@@ -110,6 +110,7 @@ fn what_cannot_be_done_is_said() {
         ("/api/chat", chat(json!({"options": {"mirostat": 2}})), 400, "options.mirostat"),
         ("/api/chat", chat(json!({"options": {"temperature": -1}})), 400, "options.temperature"),
         ("/api/chat", chat(json!({"messages": [{"role": "user", "content": "x", "images": ["aaaa"]}]})), 400, "images"),
+        ("/api/chat", chat(json!({"messages": [1, {"role": "user", "images": ["aaaa"]}]})), 400, "messages[1].images"),
         ("/api/chat", chat(json!({"format": "xml"})), 400, "format"),
         ("/api/chat", chat(json!({"messages": [{"role": "user", "content": "word ".repeat(2000)}]})), 400, "context"),
         ("/api/generate", json!({"prompt": "a", "suffix": "b"}), 400, "suffix"),

@@ -188,6 +188,8 @@ fn what_cannot_be_kept_is_refused_and_harms_nobody() {
         (json!({"response_format": "json"}), "invalid_value", "expected an object"),
         (json!({"guided_json": "{", "max_tokens": 3}), "invalid_value", "not JSON"),
         (json!({"guided_choice": []}), "invalid_value", "list of strings"),
+        (json!({"structured_outputs": "json"}), "invalid_value", "expected an object"),
+        (json!({"structured_outputs": {"structural_tag": "{}"}}), "unsupported_value", "structural_tag"),
         (json!({"guided_choice": ["a"], "guided_regex": "a"}), "invalid_value", "already"),
         (
             json!({"tools": [tool("a")], "tool_choice": {"type": "function", "function": {"name": "b"}}}),
