@@ -287,7 +287,8 @@ pub fn prefill(
 }
 
 impl Generated {
-    pub(crate) fn nothing(request: &Request, seed: u64) -> Generated {
+    /// What is generated of a request before its first step.
+    pub fn nothing(request: &Request, seed: u64) -> Generated {
         Generated {
             text: String::new(),
             tokens: Vec::new(),

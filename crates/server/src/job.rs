@@ -189,9 +189,7 @@ impl Drop for Reporter {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use std::time::Duration;
-
-    use apr_engine::generate::{Finish, SpeculationCounts};
+    use apr_engine::generate::Finish;
 
     use super::*;
     use crate::state::State;
@@ -213,23 +211,7 @@ pub(crate) mod tests {
 
     /// An answer that has ended by itself.
     pub(crate) fn generated(text: &str) -> Generated {
-        Generated {
-            text: text.to_string(),
-            tokens: vec![1],
-            finish: Finish::Stop,
-            stopped: None,
-            stopped_at: None,
-            seed: 0,
-            n_prompt: 3,
-            n_cached: 0,
-            prefill: Duration::ZERO,
-            decode: Duration::ZERO,
-            n_decode_token: 0,
-            speculation: SpeculationCounts::default(),
-            decode_read_bytes: None,
-            kv_bytes: 0,
-            trace: None,
-            embedding: None,
-        }
+        let nothing = Generated::nothing(&Request::embedding(vec![1; 3]), 0);
+        Generated { text: text.to_string(), tokens: vec![1], finish: Finish::Stop, ..nothing }
     }
 }
