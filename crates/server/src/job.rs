@@ -46,6 +46,21 @@ pub(crate) struct Whole {
     pub(crate) experts: Vec<Experts>,
 }
 
+/// Refuses more answers than there are places. Who reads a list of prompts asks before anything is made of each of them.
+///
+/// # Errors
+/// More answers than there are places.
+pub(crate) fn check_places(model: &Model, n_answer: usize) -> Result<(), ApiError> {
+    match n_answer > model.n_places {
+        true => {
+            let n_places = model.n_places;
+            let message = format!("{n_answer} answers are asked for at once; this server makes or queues {n_places}");
+            Err(ApiError::invalid("too_many_answers", message))
+        }
+        false => Ok(()),
+    }
+}
+
 /// Submits requests that are answered together; their index is that of their answer.
 ///
 /// # Errors
@@ -56,10 +71,7 @@ pub(crate) fn submit(
     requests: Vec<Request>,
 ) -> Result<Answers, ApiError> {
     let n_open = requests.len();
-    if n_open > model.n_places {
-        let message = format!("{n_open} answers are asked for at once; this server makes or queues {}", model.n_places);
-        return Err(ApiError::invalid("too_many_answers", message));
-    }
+    check_places(model, n_open)?;
     let permits = model.places.clone().try_acquire_many_owned(n_open as u32).map_err(|_| ApiError::busy())?;
     let (sender, events) = unbounded_channel();
     let n_pending = Arc::new(AtomicUsize::new(0));

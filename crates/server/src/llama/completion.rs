@@ -89,7 +89,8 @@ pub(crate) async fn create(
     }
     let n_best = own.n_probs.filter(|n| *n != 0).map(|n| n_best("n_probs", n, N_PROBS_MAX)).transpose()?;
     let probs = n_best.map(|_| own.probs(&sampling)).transpose()?;
-    let prompts = own.prompt.clone().ok_or_else(|| ApiError::field("prompt", "is missing"))?;
+    let prompts = own.prompt.clone().ok_or_else(|| ApiError::field("prompt", "is missing"))?.list();
+    job::check_places(&model, prompts.len() * sampling.n)?;
     let (about, max_tokens) = (model.about.clone(), sampling.max_tokens);
     let read = move || {
         let read = |written: Written| {
@@ -97,7 +98,7 @@ pub(crate) async fn create(
             prompt::check_fits(&about, &tokens, max_tokens)?;
             Ok(tokens)
         };
-        prompts.list().into_iter().map(read).collect::<Result<Vec<_>, ApiError>>()
+        prompts.into_iter().map(read).collect::<Result<Vec<_>, ApiError>>()
     };
     let prompts = prompt::elsewhere(read).await?;
     sampling.constraint = structured::constraint(&model, Thought::None, format.into_iter().collect(), "").await?;

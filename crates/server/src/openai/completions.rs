@@ -94,7 +94,8 @@ pub(crate) async fn create(
     let n_best = own.logprobs.map(|n| n_best("logprobs", n, N_BEST_MAX)).transpose()?;
     let echo = own.echo.unwrap_or(false);
     refuse(&own, &sampling, echo && n_best.is_some())?;
-    let prompts = own.prompt.ok_or_else(|| ApiError::field("prompt", "is missing"))?;
+    let prompts = own.prompt.ok_or_else(|| ApiError::field("prompt", "is missing"))?.list();
+    job::check_places(&model, prompts.len() * sampling.n)?;
     let (about, max_tokens) = (model.about.clone(), sampling.max_tokens);
     let prompts = prompt::elsewhere(move || read_prompts(&about, prompts, echo, max_tokens)).await?;
     sampling.constraint = structured::constraint(&model, Thought::None, format.into_iter().collect(), "").await?;
@@ -141,7 +142,7 @@ fn refuse(own: &Fields, sampling: &Sampling, echoes_logprobs: bool) -> Result<()
 /// Tokens of all prompts; nobody is answered where one cannot be.
 fn read_prompts(
     about: &About,
-    prompts: Prompts,
+    prompts: Vec<Written>,
     echo: bool,
     max_tokens: Option<usize>,
 ) -> Result<Vec<Prompt>, ApiError> {
@@ -151,7 +152,7 @@ fn read_prompts(
         let echo = if echo { written.text(about) } else { String::new() };
         Ok(Prompt { tokens, echo })
     };
-    prompts.list().into_iter().map(read).collect()
+    prompts.into_iter().map(read).collect()
 }
 
 fn completion(

@@ -59,6 +59,11 @@ fn who_comes_too_many_is_told_to_come_back_at_once() {
     assert_eq!(refused.json()["error"]["code"], "queue_full");
     let never = post(&server, CHAT, &json!({"messages": [{"role": "user", "content": "x"}], "n": 3}));
     assert_eq!((never.status, &never.json()["error"]["code"]), (400, &json!("too_many_answers")));
+    for (path, n) in [("/v1/completions", "n"), ("/completion", "n_cmpl")] {
+        let prompts = post(&server, path, &json!({"prompt": ["", ""], n: 2}));
+        let code = &prompts.json()["error"]["code"];
+        assert_eq!((prompts.status, code), (400, &json!("too_many_answers")), "before a prompt is looked at: {path}");
+    }
     drop(clients);
     soon("room again", || post(&server, CHAT, &question(0)).status == 200);
 }
