@@ -14,7 +14,7 @@ use serde_json::json;
 
 use crate::blocks::Blocks;
 use crate::errors::ApiError;
-use crate::extract::{JsonBody, fields};
+use crate::extract::{JsonBody, Untraced, fields};
 use crate::model::Model;
 use crate::openai::chat::Chat;
 use crate::openai::check_model;
@@ -54,16 +54,19 @@ pub(crate) async fn messages(Shared(state): Shared<Arc<State>>, body: JsonBody) 
 }
 
 /// `POST /v1/messages/count_tokens`: tokens of a conversation as it would be answered, more than the context holds too.
-pub(crate) async fn count_tokens(Shared(state): Shared<Arc<State>>, body: JsonBody) -> Result<Response, ApiError> {
+pub(crate) async fn count_tokens(
+    Shared(state): Shared<Arc<State>>,
+    Untraced(body): Untraced,
+) -> Result<Response, ApiError> {
     let (model, _active) = state.begin()?;
     let (_, chat) = read(&model, body).await?;
     Ok(Json(json!({"input_tokens": chat.prompt.tokens.len()})).into_response())
 }
 
-async fn read(model: &Model, JsonBody { body, room }: JsonBody) -> Result<(Wire, Chat), ApiError> {
+async fn read(model: &Model, JsonBody { body, room, trace }: JsonBody) -> Result<(Wire, Chat), ApiError> {
     let wire: Wire = fields(&body)?;
     check_model(model, wire.model.as_deref())?;
     let body = request::in_chat_form(body)?;
-    let chat = Chat::of_any_length(model, JsonBody { body, room }).await;
+    let chat = Chat::of_any_length(model, JsonBody { body, room, trace }).await;
     Ok((wire, chat.map_err(|e| e.renamed(&request::NAMES))?))
 }

@@ -12,19 +12,26 @@ use tokio::sync::OwnedSemaphorePermit;
 use crate::errors::ApiError;
 use crate::json_text::readable;
 use crate::state::State;
+use crate::trace;
 
 /// A body that is a JSON object. What it holds is read with [`fields`], which leaves alone what it does not know.
 pub(crate) struct JsonBody {
     pub(crate) body: Value,
     /// To be held as long as `body` and what was read out of it.
     pub(crate) room: OwnedSemaphorePermit,
+    /// What the head asks to have traced of the answer.
+    pub(crate) trace: trace::Asked,
 }
+
+/// The same where no answer is generated, so that none can be traced.
+pub(crate) struct Untraced(pub(crate) JsonBody);
 
 impl FromRequest<Arc<State>> for JsonBody {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, state: &Arc<State>) -> Result<JsonBody, ApiError> {
         let (head, body) = request.into_parts();
+        let trace = trace::Asked::read(&head, state)?;
         check_type(&head.headers)?;
         let settings = &state.settings;
         let n_max = settings.body_bytes;
@@ -38,7 +45,17 @@ impl FromRequest<Arc<State>> for JsonBody {
             ApiError::refused(StatusCode::REQUEST_TIMEOUT, "body_timeout", message)
         };
         let bytes = tokio::time::timeout(settings.body_time, read(body, n_max)).await.map_err(|_| late())??;
-        Ok(JsonBody { body: object(&bytes)?, room })
+        Ok(JsonBody { body: object(&bytes)?, room, trace })
+    }
+}
+
+impl FromRequest<Arc<State>> for Untraced {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, state: &Arc<State>) -> Result<Untraced, ApiError> {
+        let body = JsonBody::from_request(request, state).await?;
+        body.trace.refuse()?;
+        Ok(Untraced(body))
     }
 }
 

@@ -14,7 +14,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::errors::ApiError;
-use crate::extract::{JsonBody, fields};
+use crate::extract::{JsonBody, Untraced, fields};
 use crate::model::Model;
 use crate::openai::chat::Chat;
 use crate::openai::prompts::{Part, check_ids, text_of, tokens_of};
@@ -44,7 +44,10 @@ enum Content {
 }
 
 /// `POST /tokenize`
-pub(crate) async fn tokenize(Shared(state): Shared<Arc<State>>, body: JsonBody) -> Result<Json<Value>, ApiError> {
+pub(crate) async fn tokenize(
+    Shared(state): Shared<Arc<State>>,
+    Untraced(body): Untraced,
+) -> Result<Json<Value>, ApiError> {
     let (model, _active) = state.begin()?;
     let f: Tokenize = fields(&body.body)?;
     check_model(&model, f.model.as_deref())?;
@@ -101,7 +104,7 @@ struct Detokenize {
 /// `POST /detokenize`: the text as llama.cpp's `content` and as vLLM's `prompt`.
 pub(crate) async fn detokenize(
     Shared(state): Shared<Arc<State>>,
-    JsonBody { body, room }: JsonBody,
+    Untraced(JsonBody { body, room, .. }): Untraced,
 ) -> Result<Json<Value>, ApiError> {
     let (model, _active) = state.begin()?;
     let f: Detokenize = fields(&body)?;
@@ -114,7 +117,10 @@ pub(crate) async fn detokenize(
 }
 
 /// `POST /apply-template`: what the model would be given for a conversation.
-pub(crate) async fn apply_template(Shared(state): Shared<Arc<State>>, body: JsonBody) -> Result<Json<Value>, ApiError> {
+pub(crate) async fn apply_template(
+    Shared(state): Shared<Arc<State>>,
+    Untraced(body): Untraced,
+) -> Result<Json<Value>, ApiError> {
     let (model, _active) = state.begin()?;
     check_model(&model, given(&body.body, "model").and_then(Value::as_str))?;
     let tokens = rendered(&model, body).await?;

@@ -63,7 +63,7 @@ pub(crate) async fn generate(state: Shared<Arc<State>>, body: JsonBody) -> Resul
 async fn answer(Shared(state): Shared<Arc<State>>, body: JsonBody, shape: Shape) -> Result<Response, ApiError> {
     let began = Instant::now();
     let (model, active) = state.begin()?;
-    let JsonBody { mut body, room } = body;
+    let JsonBody { mut body, room, trace } = body;
     let wire: Wire = fields(&body)?;
     check_model(&model, wire.model.as_deref())?;
     wire.refuse(&model)?;
@@ -74,8 +74,11 @@ async fn answer(Shared(state): Shared<Arc<State>>, body: JsonBody, shape: Shape)
         Shape::Text => request::of_text(&wire)?,
     };
     // Nothing is asked: these clients load a model so, and this one is there.
-    let Some(asked) = asked else { return Ok(Json(lines.loaded()).into_response()) };
-    let body = JsonBody { body: asked, room };
+    let Some(asked) = asked else {
+        trace.refuse()?;
+        return Ok(Json(lines.loaded()).into_response());
+    };
+    let body = JsonBody { body: asked, room, trace };
     let chat = match wire.is_raw(shape) {
         true => Chat::read_raw(&model, body).await,
         false => Chat::read(&model, body).await,

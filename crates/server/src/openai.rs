@@ -144,7 +144,7 @@ impl Frame {
     fn end(&mut self, generated: &Generated, is_first_of_prompt: bool) {
         self.usage.add(generated, is_first_of_prompt);
         self.timings = Some(Timings::of(generated));
-        self.trace = generated.trace.as_deref().map(trace::told);
+        self.trace = trace::of(generated);
     }
 
     fn chunk(&self, choice: impl Serialize) -> Event {

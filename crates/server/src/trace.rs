@@ -4,13 +4,11 @@
 //! key of the administrators; it slows everybody's steps, and a saved one fills disks.
 
 use std::path::PathBuf;
-use std::sync::Arc;
 
-use apr_engine::generate::Request;
+use apr_engine::generate::{Generated, Request};
 use apr_engine::stage::Stage;
 use apr_engine::trace::json::{global, layers};
 use apr_engine::trace::served::{SaveAsk, ServedTrace, TraceAsk};
-use axum::extract::FromRequestParts;
 use axum::http::request::Parts;
 use axum::http::{HeaderName, StatusCode};
 use serde_json::{Value, json};
@@ -25,10 +23,12 @@ const HEADER: HeaderName = HeaderName::from_static("x-apr-trace");
 #[derive(Debug, Default)]
 pub(crate) struct Asked(Option<TraceAsk>);
 
-impl FromRequestParts<Arc<State>> for Asked {
-    type Rejection = ApiError;
-
-    async fn from_request_parts(parts: &mut Parts, state: &Arc<State>) -> Result<Asked, ApiError> {
+impl Asked {
+    /// Reads it from the head of a request.
+    ///
+    /// # Errors
+    /// No administrator's key, and what says nothing that can be traced.
+    pub(crate) fn read(parts: &Parts, state: &State) -> Result<Asked, ApiError> {
         let Some(value) = parts.headers.get(HEADER) else { return Ok(Asked(None)) };
         if !state.is_admin(&parts.headers) {
             let message = "x-apr-trace looks into the pass, which takes a key of the server's --admin-key-file; send it as \
@@ -38,9 +38,21 @@ impl FromRequestParts<Arc<State>> for Asked {
         let id = parts.extensions.get::<RequestId>().map_or("", |id| id.0.as_str());
         Ok(Asked(Some(read(&String::from_utf8_lossy(value.as_bytes()), id, state)?)))
     }
-}
 
-impl Asked {
+    /// Refuses it where no answer is generated.
+    ///
+    /// # Errors
+    /// Anything that was asked.
+    pub(crate) fn refuse(&self) -> Result<(), ApiError> {
+        match self.0 {
+            None => Ok(()),
+            Some(_) => {
+                let message = "x-apr-trace: this request generates no answer, so that there is nothing to trace";
+                Err(ApiError::invalid("invalid_trace", message))
+            }
+        }
+    }
+
     /// Has the one request that answers traced.
     ///
     /// # Errors
@@ -84,8 +96,20 @@ fn file_name(id: &str) -> PathBuf {
     format!("{}.safetensors", id.chars().map(safe).collect::<String>()).into()
 }
 
-/// What an answer tells of its trace, by the names of `apr trace --json`.
-pub(crate) fn told(trace: &ServedTrace) -> Value {
+/// What is told of an answer's trace, where it has one.
+pub(crate) fn of(generated: &Generated) -> Option<Value> {
+    generated.trace.as_deref().map(told)
+}
+
+/// Adds it to an answer, or to the last event of one that is streamed.
+pub(crate) fn add(answer: &mut Value, generated: &Generated) {
+    if let Some(trace) = of(generated) {
+        answer["apr_trace"] = trace;
+    }
+}
+
+/// A trace by the names of `apr trace --json`.
+fn told(trace: &ServedTrace) -> Value {
     let (h, s) = (&trace.header, &trace.stats);
     let (path, error) = match &trace.saved {
         None => (None, None),

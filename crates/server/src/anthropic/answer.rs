@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use crate::blocks::{Block, Blocks, Change};
 use crate::errors::{ApiError, ErrorForm};
 use crate::sse::Chunks;
+use crate::trace;
 
 /// What is known of an answer before it begins.
 pub(super) struct Head {
@@ -47,7 +48,9 @@ pub(super) fn message(head: &Head, blocks: &mut Blocks, generated: &Generated) -
             }
         }
     }
-    head.message(content, &stop(head, generated, blocks.has_called()), usage(generated))
+    let mut message = head.message(content, &stop(head, generated, blocks.has_called()), usage(generated));
+    trace::add(&mut message, generated);
+    message
 }
 
 /// A block without its content.
@@ -90,11 +93,13 @@ pub(super) struct MessageChunks {
     /// The block that is open or was last, and its index.
     block: Block,
     n_block: usize,
+    /// The last event.
+    stop: Value,
 }
 
 impl MessageChunks {
     pub(super) fn new(head: Head, blocks: Blocks) -> MessageChunks {
-        MessageChunks { head, blocks, block: Block::Text, n_block: 0 }
+        MessageChunks { head, blocks, block: Block::Text, n_block: 0, stop: json!({"type": "message_stop"}) }
     }
 
     fn events(&mut self, changes: Vec<Change>) -> Vec<Event> {
@@ -154,11 +159,12 @@ impl Chunks for MessageChunks {
         let mut events = self.events(changes);
         let stop = stop(&self.head, &generated, self.blocks.has_called());
         events.push(event(&json!({"type": "message_delta", "delta": stop, "usage": usage(&generated)})));
+        trace::add(&mut self.stop, &generated);
         events
     }
 
     fn finish(&mut self) -> Vec<Event> {
-        vec![event(&json!({"type": "message_stop"}))]
+        vec![event(&self.stop)]
     }
 
     fn error(&mut self, e: &ApiError) -> Vec<Event> {

@@ -76,8 +76,7 @@ enum Probs {
 /// Goes on with texts.
 pub(crate) async fn create(
     Shared(state): Shared<Arc<State>>,
-    trace: trace::Asked,
-    JsonBody { mut body, room }: JsonBody,
+    JsonBody { mut body, room, trace }: JsonBody,
 ) -> Result<Response, ApiError> {
     let (model, active) = state.begin()?;
     let own: Fields = fields(&body)?;
@@ -185,7 +184,7 @@ impl Form {
             let told = whole.standings.iter().map(|s| self.probabilities(probs, s));
             end["completion_probabilities"] = told.collect();
         }
-        self.chosen(end)
+        self.chosen(end, g)
     }
 
     /// The end of an answer, all of whose text has been told.
@@ -217,13 +216,16 @@ impl Form {
         })
     }
 
-    /// The fields that the client asks for, by paths with `/`.
-    fn chosen(&self, end: Value) -> Value {
-        if self.response_fields.is_empty() {
-            return end;
-        }
+    /// The fields that the client asks for, by paths with `/`, and the trace, which has a header of its own to ask for it.
+    fn chosen(&self, end: Value, g: &Generated) -> Value {
+        let mut chosen = if self.response_fields.is_empty() { end } else { self.named(&end) };
+        trace::add(&mut chosen, g);
+        chosen
+    }
+
+    fn named(&self, end: &Value) -> Value {
         let named = |path: &String| {
-            let value = path.split('/').try_fold(&end, |value, name| value.get(name))?;
+            let value = path.split('/').try_fold(end, |value, name| value.get(name))?;
             Some((path.clone(), value.clone()))
         };
         Value::Object(self.response_fields.iter().filter_map(named).collect::<Map<_, _>>())
@@ -277,7 +279,7 @@ impl Chunks for NativeChunks {
     }
 
     fn end(&mut self, index: usize, generated: Generated) -> Vec<Event> {
-        vec![event(&self.form.chosen(self.form.end(index, &generated)))]
+        vec![event(&self.form.chosen(self.form.end(index, &generated), &generated))]
     }
 
     fn finish(&mut self) -> Vec<Event> {

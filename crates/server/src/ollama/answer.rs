@@ -15,6 +15,7 @@ use crate::job::Whole;
 use crate::openai::logprobs::ChatToken;
 use crate::openai::tools::{Call, Fields, Outlet};
 use crate::sse::Chunks;
+use crate::trace;
 
 /// What holds the text of an answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,7 +104,7 @@ impl Lines {
             Finish::Length => "length",
             Finish::Cancelled => "cancelled",
         };
-        json!({
+        let mut counts = json!({
             "done": true,
             "done_reason": reason,
             "total_duration": nanos(self.began.elapsed()),
@@ -112,7 +113,9 @@ impl Lines {
             "prompt_eval_duration": nanos(g.prefill),
             "eval_count": g.tokens.len(),
             "eval_duration": nanos(g.decode),
-        })
+        });
+        trace::add(&mut counts, g);
+        counts
     }
 
     fn logprob(&self, standing: &Standing) -> Value {

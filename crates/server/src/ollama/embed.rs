@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::{check_model, nanos};
 use crate::embed;
 use crate::errors::ApiError;
-use crate::extract::{JsonBody, fields};
+use crate::extract::{JsonBody, Untraced, fields};
 use crate::openai::prompts::Prompts;
 use crate::prompt;
 use crate::state::State;
@@ -40,7 +40,10 @@ pub(crate) struct Embedding {
 }
 
 /// `POST /api/embed`
-pub(crate) async fn embed(Shared(state): Shared<Arc<State>>, body: JsonBody) -> Result<Json<Embeddings>, ApiError> {
+pub(crate) async fn embed(
+    Shared(state): Shared<Arc<State>>,
+    Untraced(body): Untraced,
+) -> Result<Json<Embeddings>, ApiError> {
     let began = Instant::now();
     let f: Fields = fields(&body.body)?;
     let name = f.model.clone();
@@ -58,7 +61,10 @@ pub(crate) async fn embed(Shared(state): Shared<Arc<State>>, body: JsonBody) -> 
 }
 
 /// `POST /api/embeddings`
-pub(crate) async fn embeddings(Shared(state): Shared<Arc<State>>, body: JsonBody) -> Result<Json<Embedding>, ApiError> {
+pub(crate) async fn embeddings(
+    Shared(state): Shared<Arc<State>>,
+    Untraced(body): Untraced,
+) -> Result<Json<Embedding>, ApiError> {
     let f: Fields = fields(&body.body)?;
     let prompt = f.prompt.clone().filter(|p| !p.is_empty()).map(Prompts::Text);
     let (_, mut embedded) = embedded(state, body, f, prompt, "prompt").await?;

@@ -15,7 +15,7 @@ use serde_json::{Map, Value, json};
 
 use super::check_model;
 use crate::errors::ApiError;
-use crate::extract::{JsonBody, fields};
+use crate::extract::{JsonBody, Untraced, fields};
 use crate::model::Model;
 use crate::state::State;
 
@@ -56,7 +56,7 @@ struct Show {
 /// `POST /api/show`
 pub(crate) async fn show(
     Shared(state): Shared<Arc<State>>,
-    JsonBody { body, .. }: JsonBody,
+    Untraced(JsonBody { body, .. }): Untraced,
 ) -> Result<Json<Value>, ApiError> {
     let model = state.model()?;
     let f: Show = fields(&body)?;

@@ -59,7 +59,7 @@ pub(crate) struct Chat {
     /// Alternatives that are told of each token.
     pub(crate) n_best: Option<usize>,
     /// What is to be traced.
-    pub(crate) trace: trace::Asked,
+    trace: trace::Asked,
     sampling: Sampling,
     tools: Tools,
     begun: String,
@@ -77,7 +77,8 @@ impl Chat {
     }
 
     /// As [`read`](Self::read), without looking whether it fits.
-    pub(crate) async fn of_any_length(model: &Model, JsonBody { mut body, room }: JsonBody) -> Result<Chat, ApiError> {
+    pub(crate) async fn of_any_length(model: &Model, body: JsonBody) -> Result<Chat, ApiError> {
+        let JsonBody { mut body, room, trace } = body;
         let own: Fields = fields(&body)?;
         let format = structured::read(&body)?;
         let tools = Tools::read(&body)?;
@@ -100,7 +101,7 @@ impl Chat {
         sampling.constraint =
             structured::constraint(model, prompt.thought, tools.forms(template, format), &begun).await?;
         drop(room);
-        Ok(Chat { prompt, n_best, trace: trace::Asked::default(), sampling, tools, begun })
+        Ok(Chat { prompt, n_best, trace, sampling, tools, begun })
     }
 
     /// Refuses a conversation that does not fit.
@@ -121,7 +122,8 @@ impl Chat {
     ///
     /// # Errors
     /// As [`of_any_length`](Self::of_any_length).
-    pub(crate) async fn read_raw(model: &Model, JsonBody { body, room }: JsonBody) -> Result<Chat, ApiError> {
+    pub(crate) async fn read_raw(model: &Model, body: JsonBody) -> Result<Chat, ApiError> {
+        let JsonBody { body, room, trace } = body;
         let own: Fields = fields(&body)?;
         let format = structured::read(&body)?;
         let mut sampling = Sampling::read(&body, model)?;
@@ -132,7 +134,7 @@ impl Chat {
         let prompt = Prompt { tokens: tokens.await?, thinking: Thinking::AsText, thought: Thought::None };
         sampling.constraint = structured::constraint(model, prompt.thought, format.into_iter().collect(), "").await?;
         drop(room);
-        let (trace, tools) = (trace::Asked::default(), Tools::read(&Value::Null)?);
+        let tools = Tools::read(&Value::Null)?;
         Ok(Chat { prompt, n_best, trace, sampling, tools, begun: String::new() })
     }
 
@@ -240,17 +242,13 @@ struct Begin {
 }
 
 /// Answers a conversation.
-pub(crate) async fn create(
-    Shared(state): Shared<Arc<State>>,
-    trace: trace::Asked,
-    body: JsonBody,
-) -> Result<Response, ApiError> {
+pub(crate) async fn create(Shared(state): Shared<Arc<State>>, body: JsonBody) -> Result<Response, ApiError> {
     let (model, active) = state.begin()?;
     let wire: Wire = fields(&body.body)?;
     check_model(&model, wire.model.as_deref())?;
     let is_stream = wire.stream.unwrap_or(false);
     StreamOptions::check(wire.stream_options.as_ref(), is_stream)?;
-    let chat = Chat { trace, ..Chat::read(&model, body).await? };
+    let chat = Chat::read(&model, body).await?;
     let show_tokens = chat.sampling.show_tokens;
     let shown = Shown { logprobs: chat.n_best.is_some(), experts: chat.sampling.show_experts, tokens: show_tokens };
     let n_prompt = chat.prompt.tokens.len();
@@ -272,7 +270,7 @@ fn completion(head: Head, about: &About, whole: Vec<Whole>, outlets: Vec<Outlet>
     let mut usage = Usage::default();
     whole.iter().enumerate().for_each(|(i, w)| usage.add(&w.generated, i == 0));
     let timings = Timings::of(&whole[0].generated);
-    let apr_trace = whole[0].generated.trace.as_deref().map(trace::told);
+    let apr_trace = trace::of(&whole[0].generated);
     let logprobs = |w: &Whole| Logprobs { content: w.standings.iter().map(|s| ChatToken::new(about, s)).collect() };
     let choice = |(index, (w, mut outlet)): (usize, (Whole, Outlet))| {
         let tools::Fields { content, reasoning_content, tool_calls } = outlet.message(&w.generated.text);

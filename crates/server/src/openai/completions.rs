@@ -78,8 +78,7 @@ struct Prompt {
 /// Goes on with texts.
 pub(crate) async fn create(
     Shared(state): Shared<Arc<State>>,
-    trace: trace::Asked,
-    JsonBody { body, room }: JsonBody,
+    JsonBody { body, room, trace }: JsonBody,
 ) -> Result<Response, ApiError> {
     let (model, active) = state.begin()?;
     let own: Fields = fields(&body)?;
@@ -166,7 +165,7 @@ fn completion(
     let mut usage = Usage::default();
     whole.iter().enumerate().for_each(|(i, w)| usage.add(&w.generated, i.is_multiple_of(n)));
     let timings = Timings::of(&whole[0].generated);
-    let apr_trace = whole[0].generated.trace.as_deref().map(trace::told);
+    let apr_trace = trace::of(&whole[0].generated);
     let choice = |(index, w): (usize, Whole)| {
         let logprobs = shown.logprobs.then(|| {
             let (mut columns, mut offset) = (Columns::default(), 0);

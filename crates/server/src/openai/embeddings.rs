@@ -10,7 +10,7 @@ use super::check_model;
 use super::prompts::Prompts;
 use crate::embed;
 use crate::errors::ApiError;
-use crate::extract::{JsonBody, fields};
+use crate::extract::{JsonBody, Untraced, fields};
 use crate::prompt;
 use crate::state::State;
 
@@ -61,7 +61,7 @@ struct Usage {
 /// Embeds texts.
 pub(crate) async fn create(
     Shared(state): Shared<Arc<State>>,
-    JsonBody { body, room }: JsonBody,
+    Untraced(JsonBody { body, room, .. }): Untraced,
 ) -> Result<Json<impl Serialize>, ApiError> {
     let (model, active) = state.begin()?;
     let f: Fields = fields(&body)?;

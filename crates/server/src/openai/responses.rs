@@ -16,7 +16,7 @@ use super::chat::Chat;
 use super::{check_model, now};
 use crate::blocks::Blocks;
 use crate::errors::ApiError;
-use crate::extract::{JsonBody, fields};
+use crate::extract::{JsonBody, Untraced, fields};
 use crate::job::Event;
 use crate::model::Model;
 use crate::sse;
@@ -52,16 +52,19 @@ pub(crate) async fn create(Shared(state): Shared<Arc<State>>, body: JsonBody) ->
 }
 
 /// `POST /v1/responses/input_tokens`: tokens of a conversation as it would be answered.
-pub(crate) async fn input_tokens(Shared(state): Shared<Arc<State>>, body: JsonBody) -> Result<Response, ApiError> {
+pub(crate) async fn input_tokens(
+    Shared(state): Shared<Arc<State>>,
+    Untraced(body): Untraced,
+) -> Result<Response, ApiError> {
     let (model, _active) = state.begin()?;
     let (_, chat) = read(&model, body).await?;
     Ok(Json(json!({"object": "response.input_tokens", "input_tokens": chat.prompt.tokens.len()})).into_response())
 }
 
-async fn read(model: &Model, JsonBody { body, room }: JsonBody) -> Result<(Wire, Chat), ApiError> {
+async fn read(model: &Model, JsonBody { body, room, trace }: JsonBody) -> Result<(Wire, Chat), ApiError> {
     let wire: Wire = fields(&body)?;
     check_model(model, wire.model.as_deref())?;
     let body = request::in_chat_form(&body)?;
-    let chat = Chat::of_any_length(model, JsonBody { body, room }).await;
+    let chat = Chat::of_any_length(model, JsonBody { body, room, trace }).await;
     Ok((wire, chat.map_err(|e| e.renamed(&request::NAMES))?))
 }

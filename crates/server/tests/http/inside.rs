@@ -109,6 +109,72 @@ fn statistics_come_with_the_answer_and_change_nothing() {
     }
 }
 
+/// The last value of a stream of events or lines.
+fn last_value(reply: &Reply) -> Value {
+    let text = reply.text();
+    let last = text.lines().rfind(|line| line.starts_with("data: {") || line.starts_with('{')).expect("a value");
+    serde_json::from_str(last.trim_start_matches("data: ")).unwrap()
+}
+
+#[test]
+fn every_api_that_answers_tells_of_the_trace() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = start_for_traces(dir.path(), 1 << 30);
+    let messages = json!([{"role": "user", "content": "Hello there"}]);
+    for (path, body) in [
+        ("/v1/responses", json!({"input": "Hello there", "max_output_tokens": 12})),
+        ("/v1/messages", json!({"messages": messages, "max_tokens": 12})),
+        ("/completion", json!({"prompt": "Hello", "n_predict": 12})),
+        ("/completion", json!({"prompt": "Hello", "n_predict": 12, "response_fields": ["content"]})),
+        ("/api/chat", json!({"messages": messages, "options": {"num_predict": 12}})),
+        ("/api/generate", json!({"prompt": "Hello", "options": {"num_predict": 12}})),
+        ("/api/generate", json!({"prompt": "Hello", "raw": true, "options": {"num_predict": 12}})),
+    ] {
+        let send = |stream: bool, headers: &[&str]| {
+            let mut body = body.clone();
+            body["stream"] = stream.into();
+            let reply = send(&server, path, headers, &body);
+            assert_eq!(reply.status, 200, "{path}: {}", reply.text());
+            reply
+        };
+        let asked = [ROOT, "x-apr-trace: stats"];
+        let whole = send(false, &asked).json();
+        let trace = &whole["apr_trace"];
+        assert_eq!((&trace["schema"], trace["layers"].as_array().unwrap().len()), (&json!("apr.trace/1"), 4), "{path}");
+        let end = last_value(&send(true, &asked));
+        // The last event of a response holds all of it.
+        let end = end.get("response").filter(|r| r.is_object()).unwrap_or(&end);
+        assert!(end["apr_trace"]["layers"] == trace["layers"], "{path}");
+        for quiet in [send(false, &[ROOT]), send(true, &[ROOT])] {
+            assert!(!quiet.text().contains("apr_trace"), "nobody asked: {path}");
+        }
+    }
+}
+
+#[test]
+fn no_path_passes_over_what_it_cannot_trace() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = start_for_traces(dir.path(), 1 << 30);
+    let document: Value = serde_json::from_str(include_str!("../../openapi.json")).unwrap();
+    for (path, methods) in document["paths"].as_object().unwrap() {
+        // What pulls and makes models is refused whatever it says.
+        let refuses = ["/api/pull", "/api/push", "/api/create", "/api/copy"].contains(&path.as_str());
+        if methods.get("post").is_none() || refuses {
+            continue;
+        }
+        let stranger = send(&server, path, &["x-apr-trace: stats"], &json!({}));
+        assert_eq!(stranger.status, 403, "{path}");
+        let wrong = send(&server, path, &[ROOT, "x-apr-trace: everything"], &json!({}));
+        assert!(wrong.status == 400 && wrong.text().contains("x-apr-trace: expected"), "{path}: {}", wrong.text());
+        let is_told = methods["post"]["parameters"].to_string().contains("/Trace\"");
+        let empty = send(&server, path, &[ROOT, "x-apr-trace: stats"], &json!({}));
+        let is_refused = empty.status == 400 && empty.text().contains("x-apr-trace: this request generates no answer");
+        // A request of these that asks nothing loads the model.
+        let loads = ["/api/chat", "/api/generate"].contains(&path.as_str());
+        assert_eq!(is_refused, !is_told || loads, "{path}: {}", empty.text());
+    }
+}
+
 #[test]
 fn a_trace_that_was_saved_while_others_were_answered_is_that_of_its_tokens_alone() {
     let dir = tempfile::tempdir().unwrap();

@@ -13,6 +13,7 @@ use crate::errors::ApiError;
 use crate::openai::logprobs::ChatToken;
 use crate::openai::{given, now};
 use crate::sse::Chunks;
+use crate::trace;
 
 /// A response without what is made of it.
 pub(super) struct Frame(Value);
@@ -51,6 +52,7 @@ impl Frame {
             "output_tokens_details": {"reasoning_tokens": items.n_reasoning.min(generated.tokens.len())},
             "total_tokens": generated.n_prompt + generated.tokens.len(),
         });
+        trace::add(&mut response, generated);
         response
     }
 }
