@@ -27,6 +27,9 @@ const LINGER: Duration = Duration::from_secs(1);
 const PAUSE: Duration = Duration::from_millis(100);
 
 const LATE_HEAD: &[u8] = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
+/// What nginx and Go's servers say as well to who speaks plain HTTP where TLS is spoken.
+const NOT_TLS: &[u8] = b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\ncontent-type: text/plain; charset=utf-8\r\n\
+                         content-length: 48\r\n\r\nClient sent an HTTP request to an HTTPS server.\n";
 
 /// Accepts connections until the server closes, and waits for them to end.
 pub(crate) async fn run(listener: TcpListener, router: Router, state: Arc<State>) {
@@ -59,15 +62,30 @@ pub(crate) async fn run(listener: TcpListener, router: Router, state: Arc<State>
 async fn serve(stream: TcpStream, router: Router, state: &State) {
     // Tokens are small and are to leave at once.
     _ = stream.set_nodelay(true);
-    let mut stream = TimeoutStream::new(stream);
-    stream.set_write_timeout(Some(state.settings.write_time));
-    let stream = Box::pin(stream);
-    let Some(tls) = state.tls() else { return serve_http(stream, router, state).await };
-    // Who does not greet in time, or in plain text, is not served; rustls has said why where it could.
-    let greeting = tokio::time::timeout(state.settings.head_time, tls.acceptor().accept(stream));
-    if let Ok(Ok(stream)) = greeting.await {
-        serve_http(stream, router, state).await;
+    let timed = |stream| {
+        let mut stream = TimeoutStream::new(stream);
+        stream.set_write_timeout(Some(state.settings.write_time));
+        Box::pin(stream)
+    };
+    let Some(tls) = state.tls() else { return serve_http(timed(stream), router, state).await };
+    let greeting = async {
+        if is_plain(&stream).await {
+            return Err(timed(stream));
+        }
+        Ok(tls.acceptor().accept(timed(stream)).await)
+    };
+    // Who does not greet in time is not served; of what is wrong with a greeting rustls tells where it can.
+    match tokio::time::timeout(state.settings.head_time, greeting).await {
+        Ok(Ok(Ok(stream))) => serve_http(stream, router, state).await,
+        Ok(Err(plain)) => end(plain, Some(NOT_TLS)).await,
+        Ok(Ok(Err(_))) | Err(_) => {}
     }
+}
+
+/// Whether a client begins as HTTP does: with a method, where TLS has a byte that is no letter.
+async fn is_plain(stream: &TcpStream) -> bool {
+    let mut first = [0];
+    stream.peek(&mut first).await.is_ok_and(|n| n == 1) && first[0].is_ascii_alphabetic()
 }
 
 async fn serve_http(stream: impl AsyncRead + AsyncWrite + Unpin, router: Router, state: &State) {
@@ -90,7 +108,7 @@ async fn serve_http(stream: impl AsyncRead + AsyncWrite + Unpin, router: Router,
     .await;
     let parts = connection.into_parts();
     let is_late = result.is_err_and(|e| e.is_timeout()) && !parts.read_buf.is_empty();
-    end(parts.io.into_inner(), is_late).await;
+    end(parts.io.into_inner(), is_late.then_some(LATE_HEAD)).await;
 }
 
 fn http(settings: &Settings, clock: Clock) -> http1::Builder {
@@ -99,9 +117,11 @@ fn http(settings: &Settings, clock: Clock) -> http1::Builder {
     http
 }
 
-/// Ends a connection so that the client can read all that was sent to it.
-async fn end(mut stream: impl AsyncRead + AsyncWrite + Unpin, is_late: bool) {
-    if is_late && stream.write_all(LATE_HEAD).await.is_err() {
+/// Ends a connection, with a last answer or without, so that the client can read all that was sent to it.
+async fn end(mut stream: impl AsyncRead + AsyncWrite + Unpin, last: Option<&[u8]>) {
+    if let Some(last) = last
+        && stream.write_all(last).await.is_err()
+    {
         return;
     }
     if stream.shutdown().await.is_err() {

@@ -90,11 +90,11 @@ fn who_does_not_greet_is_cut_off() {
     let server = start_with(settings, |_| ());
     let mut silent = Client::connect(server.addr());
     assert_eq!(silent.line(), None, "who says nothing is told nothing");
-    let mut plain = TcpStream::connect(server.addr()).unwrap();
-    plain.write_all(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n").unwrap();
+    let mut noise = TcpStream::connect(server.addr()).unwrap();
+    noise.write_all(b"\0\0\0 no greeting of TLS, and no method").unwrap();
     let mut answer = Vec::new();
     // Where the rest of what was sent is not read, the connection may end in a reset.
-    _ = plain.read_to_end(&mut answer);
+    _ = noise.read_to_end(&mut answer);
     assert!(!answer.starts_with(b"HTTP"), "{answer:?}");
     // A head that is late is told so, over TLS.
     let mut late = certificate.connect(server.addr());
@@ -102,6 +102,22 @@ fn who_does_not_greet_is_cut_off() {
     let mut text = String::new();
     late.read_to_string(&mut text).unwrap();
     assert!(text.starts_with("HTTP/1.1 408"), "{text}");
+}
+
+#[test]
+fn who_speaks_plain_http_is_told_so() {
+    let certificate = Certificate::new();
+    let server = start_with(Settings { tls: Some(certificate.read()), ..Settings::default() }, |_| ());
+    for method in ["GET", "POST"] {
+        let mut client = Client::connect(server.addr());
+        client.request(method, "/v1/completions", &[], BODY);
+        let reply = client.reply();
+        assert_eq!((reply.status, reply.header("connection")), (400, Some("close")), "{method}");
+        assert_eq!(reply.text(), "Client sent an HTTP request to an HTTPS server.\n");
+        assert_eq!(client.line(), None, "the connection ends");
+    }
+    let text = exchange(&mut certificate.connect(server.addr()), "/v1/completions", BODY).unwrap();
+    assert!(text.starts_with("HTTP/1.1 200"), "{text}");
 }
 
 #[test]
