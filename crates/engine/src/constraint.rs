@@ -62,14 +62,17 @@ pub enum Form {
     Calls(Calls),
 }
 
-/// Calls of tools and nothing else.
+/// Calls of tools.
 #[derive(Clone, Debug)]
 pub struct Calls {
     pub form: ToolForm,
     /// Those that may be called, as `{"type": "function", "function": {…}}`.
     pub tools: Vec<Value>,
-    /// Exactly one call, where otherwise there is at least one.
+    /// One call at most, where otherwise there may be several.
     pub only_one: bool,
+    /// Any text, thoughts too, may stand around calls, and there need be none. Then only tools that say `strict` are held to their
+    /// schema. Otherwise the answer is calls of any of the tools and nothing else, and at least one.
+    pub amid_text: bool,
 }
 
 /// Why an answer cannot be constrained so.
@@ -244,13 +247,18 @@ impl Grammar {
         if n_bytes > BYTES_MAX {
             return Err(ConstraintError::TooLarge { n_bytes });
         }
+        // Thoughts are text like any other there.
+        let thought = match self.forms[..] {
+            [Form::Calls(Calls { amid_text: true, .. })] => Thought::None,
+            _ => self.thought,
+        };
         let names = (0..self.forms.len()).map(|i| format!("form{i}"));
         let any_of: Vec<String> = names.clone().map(|name| format!("@{name}")).collect();
         grammars[1..].iter_mut().zip(names).for_each(|(grammar, name)| grammar.name = Some(name));
-        if let (Thought::None, 2) = (self.thought, grammars.len()) {
+        if let (Thought::None, 2) = (thought, grammars.len()) {
             grammars.swap_remove(0);
         } else {
-            let before = match self.thought {
+            let before = match thought {
                 Thought::None => "",
                 Thought::May => "(\"<think>\" thought)? ",
                 Thought::Opened => "thought ",

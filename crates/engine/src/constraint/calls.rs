@@ -3,6 +3,9 @@
 //! In Hermes form a call is JSON, and its arguments are the tool's schema. In Qwen3-Coder's form each argument stands alone: what is
 //! no string is JSON, a string is bare text, of which this file writes the schema's bounds as regular expressions. A text never holds
 //! a tag at which the parser of answers might take it to end.
+//!
+//! Amid text a call begins wherever the parser of answers would find one: at `<tool_call>`, and in tags at `<function=` as well. What
+//! follows there is a call by the grammar, so that text in which a model quotes these tags becomes one.
 
 use std::fmt::Write;
 
@@ -14,6 +17,10 @@ use crate::output_parser::{Kinds, ToolForm, Tools};
 
 /// `$ref`, `anyOf` and the like within one another.
 const DEPTH_MAX: usize = 16;
+/// What begins a call, and what begins it in tags; and what ends it there.
+const BLOCK: &str = "<tool_call>";
+const FUNCTION: &str = "<function=";
+const FUNCTION_END: &str = "</function>";
 /// What ends an argument.
 const PARAMETER_END: &str = "\n</parameter>\n";
 
@@ -23,9 +30,8 @@ impl Calls {
     /// # Errors
     /// Parameters that the form has no way to write, or whose schema this file cannot follow.
     pub(super) fn lark(&self) -> Result<String, ConstraintError> {
-        let more = if self.only_one { "" } else { " (\"\\n\" call)*" };
         let names: Vec<String> = (0..self.tools.len()).map(|i| format!("call{i}")).collect();
-        let mut lark = format!("start: call{more}\ncall: {}\n", names.join(" | "));
+        let mut lark = format!("{}tool: {}\n", self.start(), names.join(" | "));
         for (name, tool) in names.iter().zip(&self.tools) {
             let function = &tool["function"];
             let tool_name = function["name"].as_str().unwrap_or_default();
@@ -34,9 +40,12 @@ impl Calls {
                 Value::Null => &nothing,
                 given => given,
             };
+            let is_held = !self.amid_text || function["strict"] == true;
             let rules = match self.form {
-                ToolForm::Hermes => hermes(name, tool_name, parameters),
-                ToolForm::Xml => xml(name, tool_name, function, parameters),
+                ToolForm::Hermes if is_held => hermes(name, tool_name, parameters),
+                ToolForm::Hermes => hermes(name, tool_name, &json!({"type": "object"})),
+                ToolForm::Xml if is_held => xml(name, tool_name, function, parameters),
+                ToolForm::Xml => Ok(any_xml(name, tool_name)),
             };
             lark += &rules.map_err(|e| match e {
                 ConstraintError::Refused(why) => ConstraintError::Refused(format!("the tool {tool_name:?}: {why}")),
@@ -45,13 +54,41 @@ impl Calls {
         }
         Ok(lark)
     }
+
+    /// Rules of the whole answer, which refer to a `tool` for what of a call is the tool's own.
+    fn start(&self) -> String {
+        let head = match self.form {
+            ToolForm::Hermes => "\n",
+            ToolForm::Xml => "\n<function=",
+        };
+        let (begin, head, end) = (quoted(BLOCK), quoted(head), quoted("\n</tool_call>"));
+        if !self.amid_text {
+            let more = if self.only_one { "" } else { " (\"\\n\" call)*" };
+            return format!("start: call{more}\ncall: {begin} {head} tool {end}\n");
+        }
+        // Qwen3-Coder forgets the outer tag at times.
+        let bare = match self.form {
+            ToolForm::Hermes => "",
+            ToolForm::Xml => " | until_function tool",
+        };
+        let start = if self.only_one { "start: call | TEXT?" } else { "start: call* TEXT?" };
+        let text = |least| format!("/(?s:.{least})/ & ~/(?s:.*)({BLOCK}|{FUNCTION})(?s:.*)/");
+        format!(
+            "{start}\ncall: until_block {head} tool {end}{bare}\n\
+             until_block[suffix={begin}]: BEFORE\nuntil_function[suffix={}]: BEFORE\n\
+             BEFORE: {}\nTEXT: {}\n",
+            quoted(FUNCTION),
+            text('*'),
+            text('+'),
+        )
+    }
 }
 
 fn refuse<T>(why: impl Into<String>) -> Result<T, ConstraintError> {
     Err(ConstraintError::Refused(why.into()))
 }
 
-/// Rules of a call as JSON, spaced as the templates space it.
+/// Rules of what a call as JSON has of its own, spaced as the templates space it.
 fn hermes(rule: &str, tool: &str, parameters: &Value) -> Result<String, ConstraintError> {
     let options = JsonCompileOptions {
         whitespace_flexible: false,
@@ -66,11 +103,17 @@ fn hermes(rule: &str, tool: &str, parameters: &Value) -> Result<String, Constrai
     {
         fields.insert("type".to_string(), "object".into());
     }
-    let head = quoted(&format!("<tool_call>\n{{\"name\": {}, \"arguments\": ", Value::from(tool)));
-    Ok(format!("{rule}: {head} {rule}_arguments \"}}\\n</tool_call>\"\n{rule}_arguments: %json {schema}\n"))
+    let head = quoted(&format!("{{\"name\": {}, \"arguments\": ", Value::from(tool)));
+    Ok(format!("{rule}: {head} {rule}_arguments \"}}\"\n{rule}_arguments: %json {schema}\n"))
 }
 
-/// Rules of a call as tags.
+/// Rules of what a call as tags has of its own, from its name on, with any arguments.
+fn any_xml(rule: &str, tool: &str) -> String {
+    let (head, end) = (quoted(&format!("{tool}>")), quoted(FUNCTION_END));
+    format!("{rule}: {head} {rule}_rest\n{rule}_rest[suffix={end}]: /(?s:.*)/\n")
+}
+
+/// The same with arguments that a schema allows.
 fn xml(rule: &str, tool: &str, function: &Value, parameters: &Value) -> Result<String, ConstraintError> {
     check_tag(tool)?;
     check_keywords(parameters)?;
@@ -82,7 +125,7 @@ fn xml(rule: &str, tool: &str, function: &Value, parameters: &Value) -> Result<S
     {
         return refuse(format!("{missing:?} is required and not among the properties"));
     }
-    let mut call = format!("{rule}: {}", quoted(&format!("<tool_call>\n<function={tool}>\n")));
+    let mut call = format!("{rule}: {}", quoted(&format!("{tool}>\n")));
     let mut rules = String::new();
     for (i, (key, schema)) in properties.into_iter().flatten().enumerate() {
         check_tag(key)?;
@@ -95,7 +138,7 @@ fn xml(rule: &str, tool: &str, function: &Value, parameters: &Value) -> Result<S
         let head = quoted(&format!("<parameter={key}>\n"));
         _ = writeln!(rules, "{parameter}: {head} ({})\n{}", value.any_of.join(" | "), value.rules);
     }
-    Ok(format!("{call} \"</function>\\n</tool_call>\"\n{rules}"))
+    Ok(format!("{call} {}\n{rules}", quoted(FUNCTION_END)))
 }
 
 /// Names stand in tags, which escape nothing.

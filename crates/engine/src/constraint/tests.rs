@@ -310,7 +310,10 @@ fn calls_are_those_of_the_tools_in_either_form() {
     let mut seen = std::collections::BTreeSet::new();
     for form in [ToolForm::Xml, ToolForm::Hermes] {
         for only_one in [true, false] {
-            for answer in answers(&mut engine, &only(Form::Calls(Calls { form, tools: tools.to_vec(), only_one }))) {
+            for answer in answers(
+                &mut engine,
+                &only(Form::Calls(Calls { form, tools: tools.to_vec(), only_one, amid_text: false })),
+            ) {
                 if answer.finish == Finish::Length {
                     continue;
                 }
@@ -326,6 +329,73 @@ fn calls_are_those_of_the_tools_in_either_form() {
         }
     }
     assert!(seen.len() >= 4, "{seen:?}");
+}
+
+fn amid_text(form: ToolForm, tools: &[Value], only_one: bool) -> Grammar {
+    only(Form::Calls(Calls { form, tools: tools.to_vec(), only_one, amid_text: true }))
+}
+
+#[test]
+fn calls_amid_text_are_those_of_strict_tools() {
+    let mut engine = engine();
+    let mut strict = tool("person", person());
+    strict["function"]["strict"] = true.into();
+    let tools = [strict];
+    let mut n_whole = 0;
+    for (form, begun) in [
+        (ToolForm::Xml, "Let me see. <tool_call>"),
+        (ToolForm::Xml, "<think>Should I? <function="),
+        (ToolForm::Hermes, "Let me see.\n\n<tool_call>"),
+        (ToolForm::Hermes, "<think>Well, <tool_call>\n"),
+    ] {
+        let grammar = Grammar { thought: Thought::Opened, ..amid_text(form, &tools, true) };
+        let constraint = engine.constraints.compile(&grammar, begun).unwrap();
+        for (t, seed) in [(0.0, 0), (0.7, 1), (1.0, 2), (1.0, 3), (3.0, 4), (3.0, 5)] {
+            let answer = run(&mut engine, &request(constraint.clone(), t, seed));
+            if answer.finish == Finish::Length {
+                continue;
+            }
+            n_whole += 1;
+            let call = &format!("{begun}{}", answer.text)[begun.rfind('<').unwrap()..];
+            let [(name, arguments)] = &parsed(call, &tools)[..] else { panic!("one call: {call}") };
+            assert_eq!((name.as_str(), wrong(arguments, &person(), &person())), ("person", None), "{call}");
+        }
+    }
+    assert!(n_whole > 12, "{n_whole} answers ended by themselves");
+}
+
+#[test]
+fn text_around_calls_is_free_and_so_are_tools_that_are_not_strict() {
+    let engine = engine();
+    let mut strict = tool("person", person());
+    strict["function"]["strict"] = true.into();
+    let tools = [strict, tool("any", person())];
+    let (end, logits) = (engine.tokenizer.eos().unwrap() as usize, vec![0.0; engine.hparams.n_vocab]);
+    // Whether an answer may begin with a text, and whether it may end after it.
+    let begins = |form: ToolForm, only_one: bool, text: &str| {
+        let mut constraint = engine.constraints.compile(&amid_text(form, &tools, only_one), "").unwrap();
+        let tokens = engine.tokenizer.encode_text(text, false);
+        let n = constraint.n_allowed(&tokens);
+        tokens[..n].iter().for_each(|token| constraint.advance(*token).unwrap());
+        let ends = constraint.is_complete() || constraint.mask(&logits, false).unwrap()[end].is_finite();
+        (n == tokens.len(), ends)
+    };
+    let xml = "<tool_call>\n<function=any>\n<parameter=age>\nold\n</parameter>\n</function>\n</tool_call>";
+    let hermes = "<tool_call>\n{\"name\": \"any\", \"arguments\": {\"age\": \"old\"}}\n</tool_call>";
+    for (form, call) in [(ToolForm::Xml, xml), (ToolForm::Hermes, hermes)] {
+        for text in ["", "<think>a < b</think>\n\n{\"x\": 1} <b>é</b> <tool_ <functio", call] {
+            assert_eq!(begins(form, false, text), (true, true), "{text}");
+        }
+        assert_eq!(begins(form, false, &format!("a {call}\n{call} b")), (true, true));
+        assert!(begins(form, true, &format!("a {call}")).0);
+        assert!(!begins(form, true, &format!("a {call} b")).0, "there is one call only");
+        let (half, _) = call.split_at(call.len() - 5);
+        assert_eq!(begins(form, false, half), (true, false), "a call that has begun has to end");
+        assert!(!begins(form, false, &call.replace("any", "person")).0, "its age is a number");
+        assert!(!begins(form, false, &call.replace("any", "nobody")).0, "there is no such tool");
+    }
+    assert!(begins(ToolForm::Xml, false, "a <function=any>\n</function> b").0, "the outer tag may be forgotten");
+    assert!(!begins(ToolForm::Hermes, false, "a <function=any>").0, "what would be read as a call is one of the form");
 }
 
 #[test]

@@ -113,14 +113,19 @@ impl Tools {
         Ok(Tools { list, forced, parallel: parallel && !is_named })
     }
 
-    /// The forms that an answer has to have, in one of which it may be what `format` says.
+    /// The forms that an answer has to have, in one of which it may be what `format` says. Where the model may call and some tools
+    /// are strict, calls amid the text are held to them.
     pub(super) fn forms(&self, template: &str, format: Option<Form>) -> Vec<Form> {
         let form = ToolForm::of_template(template).unwrap_or(ToolForm::Hermes);
-        let calls = |tools: &[Value]| Form::Calls(Calls { form, tools: tools.to_vec(), only_one: !self.parallel });
+        let only_one = !self.parallel;
+        let calls = |tools: &[Value]| Form::Calls(Calls { form, tools: tools.to_vec(), only_one, amid_text: false });
         match (&self.forced, format) {
             (Some(forced), _) => vec![calls(forced)],
             (None, Some(format)) if self.list.is_empty() => vec![format],
             (None, Some(format)) => vec![format, calls(&self.list)],
+            (None, None) if self.list.iter().any(|tool| tool["function"]["strict"] == true) => {
+                vec![Form::Calls(Calls { form, tools: self.list.clone(), only_one, amid_text: true })]
+            }
             (None, None) => Vec::new(),
         }
     }
@@ -158,7 +163,7 @@ impl Tools {
     }
 }
 
-/// Refuses a description that is no text, and parameters that no schema of an object describes.
+/// Refuses a description that is no text, parameters that no schema of an object describes, and what is neither strict nor not.
 fn check_described(path: &str, function: &Value) -> Result<(), ApiError> {
     let wrong = |name: &str, what: &str, got: &Value| {
         let message = format_args!("expected {what}, got {}", kind_of(got));
@@ -169,6 +174,9 @@ fn check_described(path: &str, function: &Value) -> Result<(), ApiError> {
     }
     if let Some(got) = given(function, "parameters").filter(|value| !value.is_object()) {
         return wrong("parameters", "an object", got);
+    }
+    if let Some(got) = given(function, "strict").filter(|value| !value.is_boolean()) {
+        return wrong("strict", "true or false", got);
     }
     Ok(())
 }
@@ -434,7 +442,7 @@ mod tests {
         assert_eq!(param(json!({"tools": {}})), "tools");
         assert_eq!(param(json!({"tools": [{"type": "web"}]})), "tools[0].type");
         assert_eq!(param(json!({"tools": [{"type": "function"}]})), "tools[0].function.name");
-        for (name, wrong) in [("description", json!(5)), ("parameters", json!("{}"))] {
+        for (name, wrong) in [("description", json!(5)), ("parameters", json!("{}")), ("strict", json!("yes"))] {
             let tool = json!({"type": "function", "function": {"name": "f", name: wrong}});
             assert_eq!(param(json!({"tools": [tool]})), format!("tools[0].function.{name}"));
         }

@@ -166,6 +166,37 @@ fn calls_that_are_asked_for_are_made() {
 }
 
 #[test]
+fn calls_that_a_model_makes_by_itself_are_those_of_strict_tools() {
+    let server = start();
+    let mut strict = tool("first");
+    strict["function"]["strict"] = true.into();
+    let said = json!([{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Well. <tool_call>"}]);
+    let mut n_whole = 0;
+    for seed in 0..4 {
+        let fields = json!({"tools": [strict], "messages": said, "parallel_tool_calls": false, "seed": seed});
+        let choice = &ok(&server, CHAT, &chat(fields))["choices"][0];
+        if choice["finish_reason"] == "length" {
+            continue;
+        }
+        n_whole += 1;
+        let calls = choice["message"]["tool_calls"].as_array().unwrap_or_else(|| panic!("{choice}"));
+        let arguments: Value = serde_json::from_str(calls[0]["function"]["arguments"].as_str().unwrap()).unwrap();
+        assert_eq!((calls.len(), &choice["finish_reason"]), (1, &json!("tool_calls")));
+        is_person(&arguments.to_string());
+    }
+    assert!(n_whole > 1, "{n_whole} calls ended");
+    let text = ok(&server, CHAT, &chat(json!({"tools": [strict], "max_tokens": 12})));
+    assert!(text["choices"][0]["message"]["content"].is_string(), "text alone is an answer too: {text}");
+    // What no answer can be held to is refused where it is to be held, and only there.
+    strict["function"]["parameters"] =
+        json!({"type": "object", "properties": {"list": {"type": "array", "uniqueItems": true}}});
+    let refused = post(&server, CHAT, &chat(json!({"tools": [strict]})));
+    assert_eq!((refused.status, &refused.json()["error"]["param"]), (400, &json!("tools")), "{}", refused.text());
+    strict["function"]["strict"] = false.into();
+    assert_eq!(post(&server, CHAT, &chat(json!({"tools": [strict], "max_tokens": 3}))).status, 200);
+}
+
+#[test]
 fn what_cannot_be_kept_is_refused_and_harms_nobody() {
     let server = start();
     let mut large = person();
