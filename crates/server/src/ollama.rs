@@ -88,7 +88,7 @@ async fn answer(Shared(state): Shared<Arc<State>>, body: JsonBody, shape: Shape)
     let (answers, outlets) = chat.submit(&state, &model, active)?;
     lines.answer_by(outlets);
     if wire.stream.unwrap_or(true) {
-        return sse::respond_lines(answers, lines).await;
+        return sse::respond_lines(answers, lines, state.settings.keep_alive).await;
     }
     let whole = answers.whole().await?.pop().expect("one answer");
     Ok(Json(lines.whole(whole)).into_response())

@@ -10,7 +10,7 @@ use axum::body::Body;
 use axum::http::{HeaderName, HeaderValue, header};
 use axum::response::sse::{Event as SseEvent, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
-use futures_util::{Stream, TryStreamExt, stream};
+use futures_util::{Stream, stream};
 use serde_json::Value;
 
 use crate::errors::ApiError;
@@ -31,9 +31,9 @@ pub(crate) trait Chunks<E = SseEvent>: Send + 'static {
     fn finish(&mut self) -> Vec<E>;
     /// Something failed, and nothing follows.
     fn error(&mut self, e: &ApiError) -> Vec<E>;
-    /// Nothing has happened for a while.
-    fn alive(&self) -> SseEvent {
-        SseEvent::default().comment("keep-alive")
+    /// Nothing has happened for a while; `None` where nothing need be written then but what the stream's form has for it.
+    fn alive(&self) -> Option<E> {
+        None
     }
 }
 
@@ -42,7 +42,8 @@ pub(crate) trait Chunks<E = SseEvent>: Send + 'static {
 /// # Errors
 /// What fails at once.
 pub(crate) async fn respond(answers: Answers, chunks: impl Chunks, keep_alive: Duration) -> Result<Response, ApiError> {
-    let alive = KeepAlive::new().interval(keep_alive).event(chunks.alive());
+    let alive = chunks.alive().unwrap_or_else(|| SseEvent::default().comment("keep-alive"));
+    let alive = KeepAlive::new().interval(keep_alive).event(alive);
     let events = begin(answers, chunks).await?.events();
     let mut response = Sse::new(events).keep_alive(alive).into_response();
     // nginx would collect the events otherwise.
@@ -51,12 +52,23 @@ pub(crate) async fn respond(answers: Answers, chunks: impl Chunks, keep_alive: D
     Ok(response)
 }
 
-/// A stream of lines, each a JSON value. Nothing keeps it alive while it is silent: the form has no comments.
+/// A stream of lines, each a JSON value, kept alive while nothing is there to be sent. The form has no comments, and clients parse an
+/// empty line too, so that it takes a line that says nothing.
 ///
 /// # Errors
 /// What fails at once.
-pub(crate) async fn respond_lines(answers: Answers, chunks: impl Chunks<Value>) -> Result<Response, ApiError> {
-    let lines = begin(answers, chunks).await?.events().map_ok(|line| format!("{line}\n"));
+pub(crate) async fn respond_lines(
+    answers: Answers,
+    chunks: impl Chunks<Value>,
+    keep_alive: Duration,
+) -> Result<Response, ApiError> {
+    let streaming = begin(answers, chunks).await?;
+    let lines = stream::unfold(streaming, move |mut s| async move {
+        // Nothing is lost where the wait is given up: an event is taken when it is there.
+        let next = tokio::time::timeout(keep_alive, s.next()).await;
+        let line = next.unwrap_or_else(|_| s.chunks.alive())?;
+        Some((Ok::<_, Infallible>(format!("{line}\n")), s))
+    });
     Ok(([(header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(lines)).into_response())
 }
 

@@ -45,7 +45,7 @@ pub struct Settings {
     pub write_time: Duration,
     /// Pieces of an answer that wait for a client that reads slowly; with more the answer is cancelled.
     pub n_backlog: usize,
-    /// How often a comment keeps a silent stream alive.
+    /// How often a silent stream is kept alive, by a comment or what its form has instead.
     pub keep_alive: Duration,
     /// Where traces of requests are saved; none are without it.
     pub trace_dir: Option<PathBuf>,

@@ -171,8 +171,8 @@ impl Chunks for MessageChunks {
         vec![event(&ErrorForm::Anthropic.body(e, None))]
     }
 
-    fn alive(&self) -> Event {
-        event(&json!({"type": "ping"}))
+    fn alive(&self) -> Option<Event> {
+        Some(event(&json!({"type": "ping"})))
     }
 }
 

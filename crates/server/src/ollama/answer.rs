@@ -183,17 +183,23 @@ impl Chunks<Value> for Lines {
     fn error(&mut self, e: &ApiError) -> Vec<Value> {
         vec![ErrorForm::Ollama.body(e, None)]
     }
+
+    fn alive(&self) -> Option<Value> {
+        Some(self.piece_line(Fields::silent(), Vec::new()))
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use std::path::Path;
+    use std::time::Duration;
 
     use apr_engine::output_parser::Thinking;
     use apr_engine::{Engine, EngineOptions, KvType, device::Device};
 
     use super::*;
-    use crate::job::tests::generated;
+    use crate::job::Event;
+    use crate::job::tests::{generated, pending};
     use crate::openai::tools::Tools;
 
     fn lines() -> Lines {
@@ -229,6 +235,27 @@ mod tests {
         streamed.extend(lines.end(0, generated(CALLS)));
         let messages: Vec<Value> = streamed.iter().map(|l| l["message"].clone()).collect();
         assert_eq!(told(&messages), expected);
+    }
+
+    #[tokio::test]
+    async fn a_silent_stream_has_lines_that_say_nothing() {
+        let (answers, sender) = pending(1);
+        let response = crate::sse::respond_lines(answers, lines(), Duration::from_millis(20)).await.unwrap();
+        let mut body = response.into_body();
+        let mut seen = String::new();
+        while seen.lines().count() < 2 {
+            let frame = http_body_util::BodyExt::frame(&mut body).await.unwrap().unwrap();
+            seen += std::str::from_utf8(frame.data_ref().unwrap()).unwrap();
+        }
+        sender.send((0, Event::End(Ok(generated("Hi."))))).unwrap();
+        drop(sender);
+        let rest = axum::body::to_bytes(body, 1 << 20).await.unwrap();
+        seen += std::str::from_utf8(&rest).unwrap();
+        let lines: Vec<Value> = seen.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        for line in &lines[..2] {
+            assert_eq!((&line["message"]["content"], &line["done"]), (&json!(""), &json!(false)), "{line}");
+        }
+        assert_eq!(lines.iter().filter(|l| l["done"] == true).count(), 1, "it ends as any other: {seen}");
     }
 
     #[test]
