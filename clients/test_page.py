@@ -323,6 +323,20 @@ class PageTest(unittest.TestCase):
         self.ended(2)
         self.assertEqual(len(self.mock.requests), n + 1)
 
+    def test_a_conversation_that_is_deleted_while_it_is_answered_stays_so(self):
+        page = self.open()
+        self.say("slow")
+        expect(page.locator(".assistant .body")).to_contain_text("word word")
+        remove = page.locator("#chats li button:not(.open)")
+        remove.click()
+        remove.click()
+        expect(page.locator("#messages article")).to_have_count(0)
+        # The answer has been stopped by now, and everything that is kept of it was.
+        page.wait_for_timeout(500)
+        expect(page.locator("#chats li")).to_have_count(0)
+        page.reload()
+        expect(page.locator("#chats li")).to_have_count(0)
+
     def test_conversations_are_kept_edited_and_deleted(self):
         page = self.open()
         self.say("first question")

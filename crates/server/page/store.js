@@ -49,9 +49,12 @@ export function newChat(system) {
   return { id: crypto.getRandomValues(new Uint32Array(3)).join("-"), title: "", system, messages: [], changed: Date.now() };
 }
 
+/** Ids of those that were deleted here: an answer that was being made still ends, and must not bring its conversation back. */
+const deleted = new Set();
+
 /** Keeps a conversation; false where the browser has no room left. One without messages is not worth keeping. */
 export function saveChat(chat) {
-  if (!chat.messages.length) return true;
+  if (!chat.messages.length || deleted.has(chat.id)) return true;
   return write(CHAT + chat.id, chat);
 }
 
@@ -60,6 +63,9 @@ export const loadChat = (id) => {
   return isChat(chat) ? chat : null;
 };
 
-export const deleteChat = (id) => localStorage.removeItem(CHAT + id);
+export function deleteChat(id) {
+  deleted.add(id);
+  localStorage.removeItem(CHAT + id);
+}
 
 export const isChatEntry = (name) => name?.startsWith(CHAT) ?? false;
