@@ -323,6 +323,19 @@ class PageTest(unittest.TestCase):
         self.ended(2)
         self.assertEqual(len(self.mock.requests), n + 1)
 
+    def test_no_text_takes_long_to_read(self):
+        page = self.open()
+        for text in ["```" + " " * 80_000 + "`x", "~" * 80_000 + "`", "a\n" + " " * 80_000 + "x", "- " * 20_000, "|`" * 20_000,
+                     "a|b\n" + "-|" * 20_000, "*_" * 20_000, "[" * 20_000 + "](", "<http://" * 5_000]:
+            took = page.evaluate("""async (text) => {
+                const { blocks } = await import("/page/markdown.js");
+                const start = performance.now();
+                const put = (parent, a, b) => parent.append(text.slice(a, b));
+                blocks(text, true).forEach((block) => block.build(put));
+                return performance.now() - start;
+            }""", text)
+            self.assertLess(took, 2000, text[:20])
+
     def test_a_conversation_that_is_deleted_while_it_is_answered_stays_so(self):
         page = self.open()
         self.say("slow")

@@ -41,14 +41,14 @@ export function address(text) {
 
 // ---- blocks: a line is its text, and where that begins in the source ----------------------------------------------
 
-const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([^`]*)$/;
+const FENCE = /^ {0,3}(`{3,}(?!`)|~{3,}(?!~))([^`]*)$/;
 const HEADING = /^ {0,3}(#{1,6})(?:[ \t]+|$)/;
 const RULE = /^ {0,3}([-*_])[ \t]*(?:\1[ \t]*){2,}$/;
 const QUOTE = /^ {0,3}> ?/;
 const ITEM = /^( {0,3})([-*+]|\d{1,9}[.)])([ \t]+|$)/;
 const DELIMITER = /^ {0,3}\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?[ \t]*$/;
-/** What a line may still be the beginning of, so that it says nothing yet. */
-const UNDECIDED = /^\s*(?:`{1,2}|~{1,2}|#{1,6}|[-+*_]{1,2}|\d{1,9}[.)]?|>|\||\[)?\s*$/;
+/** What a line, without the space around it, may still be the beginning of, so that it says nothing yet. */
+const UNDECIDED = /^(?:`{1,2}|~{1,2}|#{1,6}|[-+*_]{1,2}|\d{1,9}[.)]?|>|\||\[)?$/;
 
 const isBlank = (line) => line.text.trim() === "";
 const cut = (line, n) => ({ at: line.at + n, text: line.text.slice(n) });
@@ -214,7 +214,7 @@ function paragraph(lines, i, open) {
   while (end < lines.length && !isBlank(lines[end]) && !startsBlock(lines[end])) end += 1;
   let own = lines.slice(i, end);
   const isOpen = open && end === lines.length;
-  if (isOpen && UNDECIDED.test(own.at(-1).text)) own = own.slice(0, -1);
+  if (isOpen && UNDECIDED.test(own.at(-1).text.trim())) own = own.slice(0, -1);
   if (!own.length) return [end - i, null];
   return [end - i, (put) => inlineInto(el("p"), own.map((line) => cut(line, indent(line))), put, isOpen)];
 }
