@@ -155,8 +155,11 @@ fn schema(param: &str, value: &Value) -> Result<Form, ApiError> {
 }
 
 fn text<'a>(param: &str, value: &'a Value) -> Result<&'a str, ApiError> {
-    let message = format_args!("expected a string, got {}", kind_of(value));
-    value.as_str().filter(|text| !text.is_empty()).ok_or_else(|| ApiError::field(param, message))
+    match value.as_str() {
+        Some("") => Err(ApiError::field(param, "expected a string that is not empty")),
+        Some(text) => Ok(text),
+        None => Err(ApiError::field(param, format_args!("expected a string, got {}", kind_of(value)))),
+    }
 }
 
 fn regex(param: &str, value: &Value) -> Result<Form, ApiError> {

@@ -212,6 +212,7 @@ fn what_cannot_be_kept_is_refused_and_harms_nobody() {
         (json!({"response_format": schema(json!({"type": "string", "pattern": "(?=a)"}))}), "invalid_schema", "look"),
         (json!({"response_format": schema(json!({"type": "void"}))}), "invalid_schema", "void"),
         (json!({"response_format": {"type": "regex", "regex": "("}}), "invalid_schema", "unclosed"),
+        (json!({"response_format": {"type": "regex", "regex": ""}}), "invalid_value", "not empty"),
         (json!({"response_format": {"type": "grammar", "grammar": "root ::= a"}}), "invalid_schema", "no rule \"a\""),
         (json!({"grammar": "root ::= \"a\"\nroot = \"b\""}), "invalid_schema", "line 2: expected ::="),
         (json!({"response_format": {"type": "xml"}}), "invalid_value", "json_schema"),
