@@ -106,6 +106,9 @@ pub enum EngineError {
     NoTemplate,
 }
 
+/// Contexts of tokens that are counted before a prompt is refused.
+pub(crate) const N_CTX_COUNTED: usize = 4;
+
 impl EngineError {
     /// Whether the machine lacks something, as opposed to the file being wrong.
     pub fn is_resource(&self) -> bool {
@@ -173,14 +176,19 @@ impl About {
         Ok(self.rendered_tokens(&rendered, None))
     }
 
-    /// Tokens of what a template rendered, and of the text with which its answer begins.
+    /// Tokens of what a template rendered, and of the text with which its answer begins. Far beyond the context it stops counting.
     pub fn rendered_tokens(&self, rendered: &[RenderedPiece], begun: Option<&str>) -> Vec<u32> {
         let pieces = rendered.iter().map(|p| match p {
             RenderedPiece::Control(text) => Piece::Template(text),
             RenderedPiece::Text(text) => Piece::Content(text),
         });
         let pieces: Vec<Piece<'_>> = pieces.chain(begun.map(Piece::Content)).collect();
-        self.tokenizer.encode(&pieces)
+        self.tokenizer.encode_within(&pieces, self.n_counted())
+    }
+
+    /// Tokens of a prompt that are counted: beyond so many it is certain that they do not fit, and by how much matters to nobody.
+    pub fn n_counted(&self) -> usize {
+        N_CTX_COUNTED.saturating_mul(self.n_ctx)
     }
 
     /// What the template is given for a conversation: the messages and the file's BOS and EOS; an answer is asked for.
@@ -197,7 +205,18 @@ impl About {
 
     /// Tokens of plain text. CONTROL tokens are found in it only with `parse_control`.
     pub fn text_tokens(&self, text: &[u8], parse_control: bool) -> Vec<u32> {
-        let mut tokens = self.tokenizer.encode_bytes(text, parse_control);
+        self.text_tokens_within(text, parse_control, usize::MAX)
+    }
+
+    /// As [`text_tokens`](Self::text_tokens), of a prompt: far beyond the context it stops counting.
+    pub fn prompt_tokens(&self, text: &[u8], parse_control: bool) -> Vec<u32> {
+        self.text_tokens_within(text, parse_control, self.n_counted())
+    }
+
+    fn text_tokens_within(&self, text: &[u8], parse_control: bool, n_max: usize) -> Vec<u32> {
+        let text = String::from_utf8_lossy(text);
+        let piece = if parse_control { Piece::Template(&text) } else { Piece::Content(&text) };
+        let mut tokens = self.tokenizer.encode_within(&[piece], n_max);
         if let (true, Some(bos)) = (self.tokenizer.add_bos(), self.tokenizer.bos())
             && tokens.first() != Some(&bos)
         {

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use crate::answer::{Answer, Piece};
 use crate::constraint::{Constraint, ConstraintError};
-use crate::engine::Engine;
+use crate::engine::{Engine, N_CTX_COUNTED};
 use crate::memory;
 use crate::onlook;
 use crate::sampler::{SamplerConfig, SamplerError};
@@ -150,8 +150,9 @@ pub enum GenerateError {
     #[error("the prompt is empty: there is nothing to continue")]
     EmptyPrompt,
     #[error(
-        "the prompt has {n_prompt} tokens and {max_tokens} more are asked for, together {}: the context holds {n_ctx}; \
+        "the prompt has {}{n_prompt} tokens and {max_tokens} more are asked for, together {}: the context holds {n_ctx}; \
          shorten the prompt, ask for less or raise --ctx",
+        if *n_prompt >= N_CTX_COUNTED.saturating_mul(*n_ctx) { "at least " } else { "" },
         n_prompt.saturating_add(*max_tokens)
     )]
     ContextOverflow { n_prompt: usize, max_tokens: usize, n_ctx: usize },

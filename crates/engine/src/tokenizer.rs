@@ -198,6 +198,11 @@ impl Tokenizer {
     ///
     /// A word (a run that the pre-tokenizer does not cut) must be shorter than 4 GiB.
     pub fn encode(&self, pieces: &[Piece<'_>]) -> Vec<u32> {
+        self.encode_within(pieces, usize::MAX)
+    }
+
+    /// As [`encode`](Tokenizer::encode) where there are fewer than `n_max` tokens; where there are more, it stops soon after so many.
+    pub fn encode_within(&self, pieces: &[Piece<'_>], n_max: usize) -> Vec<u32> {
         let mut template: Vec<Range<usize>> = Vec::new();
         let mut len = 0;
         for piece in pieces {
@@ -216,8 +221,8 @@ impl Tokenizer {
             Piece::Template(text) | Piece::Content(text) => text,
         });
         match pieces {
-            [Piece::Template(text) | Piece::Content(text)] => self.encode_joined(text, &template),
-            _ => self.encode_joined(&texts.collect::<String>(), &template),
+            [Piece::Template(text) | Piece::Content(text)] => self.encode_joined(text, &template, n_max),
+            _ => self.encode_joined(&texts.collect::<String>(), &template, n_max),
         }
     }
 
@@ -232,23 +237,29 @@ impl Tokenizer {
         self.encode_text(&String::from_utf8_lossy(text), parse_control)
     }
 
-    fn encode_joined(&self, text: &str, template: &[Range<usize>]) -> Vec<u32> {
+    fn encode_joined(&self, text: &str, template: &[Range<usize>], n_max: usize) -> Vec<u32> {
         let mut out = Vec::new();
         let mut workspace = self.bpe.workspace();
         let mut at = 0;
         for (place, id) in self.special.matches(text, template) {
-            self.encode_plain(&text[at..place.start], &mut workspace, &mut out);
+            self.encode_plain(&text[at..place.start], &mut workspace, &mut out, n_max);
+            if out.len() >= n_max {
+                return out;
+            }
             out.push(id);
             at = place.end;
         }
-        self.encode_plain(&text[at..], &mut workspace, &mut out);
+        self.encode_plain(&text[at..], &mut workspace, &mut out, n_max);
         out
     }
 
-    /// Text without special tokens: normalized, cut, merged.
-    fn encode_plain(&self, text: &str, workspace: &mut Workspace, out: &mut Vec<u32>) {
+    /// Text without special tokens: normalized, cut, merged. Merging is what takes long, and ends with `n_max` tokens.
+    fn encode_plain(&self, text: &str, workspace: &mut Workspace, out: &mut Vec<u32>, n_max: usize) {
         let text = if self.pre.normalizes() { to_nfc(text) } else { Cow::Borrowed(text) };
         self.pre.split(&text, &mut |word| {
+            if out.len() >= n_max {
+                return;
+            }
             let whole = self.whole_words.as_ref().and_then(|words| words.get(word.as_bytes()));
             match whole {
                 Some(&id) => out.push(id),

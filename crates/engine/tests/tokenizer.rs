@@ -145,6 +145,18 @@ fn equals_the_golden_ids() {
 }
 
 #[test]
+fn a_limit_ends_the_tokens_soon_after_it_and_changes_none_before() {
+    let everything = CORPUS.concat().repeat(3);
+    for cut in [Piece::Template(&everything), Piece::Content(&everything)] {
+        let whole = QWEN2.ours.encode(&[cut]);
+        let some = QWEN2.ours.encode_within(&[cut], 100);
+        assert!((100..200).contains(&some.len()), "{} of {}", some.len(), whole.len());
+        assert_eq!(some, whole[..some.len()]);
+        assert_eq!(QWEN2.ours.encode_within(&[cut], whole.len() + 1), whole);
+    }
+}
+
+#[test]
 fn equals_tokenizers_on_the_corpus() {
     let everything = CORPUS.concat();
     for (pre, pair) in pairs() {

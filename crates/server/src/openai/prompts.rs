@@ -104,7 +104,7 @@ impl Written {
     /// An id that no token has.
     pub(crate) fn tokens(&self, about: &About, param: &str, parse: bool) -> Result<Vec<u32>, ApiError> {
         match self {
-            Written::Text(text) => Ok(about.text_tokens(text.as_bytes(), parse)),
+            Written::Text(text) => Ok(about.prompt_tokens(text.as_bytes(), parse)),
             Written::Mixed(parts) => tokens_of(about, param, parts, (true, parse)),
         }
     }

@@ -144,7 +144,10 @@ fn what_does_not_fit_the_context_is_refused_with_numbers() {
     let message = error["message"].as_str().unwrap();
     assert!(["1000", "25", "1024"].iter().all(|n| message.contains(n)), "{message}");
     let endless = post(&server, CHAT, &json!({"messages": [{"role": "user", "content": "word ".repeat(100_000)}]}));
-    assert_eq!(endless.json()["error"]["code"], "context_length_exceeded");
+    let error = &endless.json()["error"];
+    assert_eq!(error["code"], "context_length_exceeded");
+    let message = error["message"].as_str().unwrap();
+    assert!(message.contains("at least 4"), "counting stops long before the end: {message}");
     let empty = post(&server, TEXT, &json!({"prompt": ""}));
     assert_eq!((empty.status, &empty.json()["error"]["code"]), (400, &json!("empty_prompt")));
     assert_eq!(ok(&server, TEXT, &json!({"prompt": vec![7; 1000]}))["usage"]["completion_tokens"], 16);
