@@ -74,9 +74,9 @@ impl<B> PrefixCache<B> {
         Found { blocks: path.into_iter().map(|i| &self.node(i).block).collect(), n_tokens }
     }
 
-    /// How many whole blocks [`find`](Self::find) would give. No use.
-    pub fn n_whole(&self, tokens: &[u32]) -> usize {
-        self.path(tokens).len()
+    /// The whole blocks that [`find`](Self::find) would give. No use.
+    pub fn whole(&self, tokens: &[u32]) -> impl ExactSizeIterator<Item = &B> {
+        self.path(tokens).into_iter().map(|i| &self.node(i).block)
     }
 
     /// How many of the blocks are such.
@@ -198,7 +198,7 @@ mod tests {
         assert_eq!(found(&mut cache, &tokens(&[1, 2, 3, 4], 5)), "1 12 123 192");
         assert_eq!(found(&mut cache, &tokens(&[1, 4, 3], 0)), "1 14 128");
         assert_eq!(found(&mut cache, &tokens(&[2, 3], 0)), "0", "what comes before differs");
-        assert_eq!(cache.n_whole(&tokens(&[1, 4, 3], 0)), 2);
+        assert_eq!(cache.whole(&tokens(&[1, 4, 3], 0)).len(), 2);
     }
 
     #[test]
@@ -208,7 +208,7 @@ mod tests {
         let mut almost = tokens(&[1, 2], 0);
         almost[KV_BLOCK + 63] = 7;
         assert_eq!(found(&mut cache, &almost), "1 12 127");
-        assert_eq!(cache.n_whole(&almost), 1);
+        assert_eq!(cache.whole(&almost).len(), 1);
         assert_eq!(found(&mut cache, &tokens(&[1], 0)[..63]), "1 63");
         // One that is not full, and one beside it that is equal for longer.
         let end: Vec<u32> = tokens(&[1], 0).into_iter().chain([5; 20]).collect();
@@ -255,7 +255,7 @@ mod tests {
                 }
                 let name: String = blocks.iter().map(|t| t.to_string()).collect();
                 let want = (1..=name.len()).map(|n| &name[..n]).take_while(|p| paths.contains(*p)).count();
-                prop_assert_eq!(cache.n_whole(&tokens(&blocks, 3)), want);
+                prop_assert_eq!(cache.whole(&tokens(&blocks, 3)).len(), want);
                 prop_assert_eq!(cache.find(&tokens(&blocks, 3)).n_tokens, want * KV_BLOCK);
                 prop_assert_eq!(cache.len(), paths.len());
             }

@@ -251,7 +251,9 @@ impl Batcher {
             let idle = self.n_idle(engine);
             let promised: usize = self.running.iter().map(Running::n_blocks_to_come).sum();
             let next = &self.waiting[0];
-            let need = next.n_blocks_to_come() - self.kept.n_whole(next.answer.needed());
+            // Those that are idle count as free already.
+            let shared = self.kept.whole(next.answer.needed()).filter(|block| engine.session.is_used(block));
+            let need = next.n_blocks_to_come() - shared.count();
             if !self.running.is_empty()
                 && engine.session.n_kv_blocks() - idle + promised + need > self.limits.n_kv_block
             {
@@ -433,7 +435,7 @@ impl Batcher {
             let sequence = &r.answer.sequence;
             let tokens = &r.answer.tokens()[..sequence.n_tokens()];
             let tokens = &tokens[..tokens.len() / KV_BLOCK * KV_BLOCK];
-            if self.kept.n_whole(tokens) * KV_BLOCK < tokens.len() {
+            if self.kept.whole(tokens).len() * KV_BLOCK < tokens.len() {
                 self.kept.add(tokens, |i| engine.session.hold(sequence, i..i + 1).pop().expect("one block"));
             }
         }

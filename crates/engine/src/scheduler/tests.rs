@@ -463,6 +463,31 @@ fn a_thread_answers_several_and_ends_when_nobody_asks() {
 }
 
 #[test]
+fn what_is_kept_and_idle_is_no_room_beside_what_it_would_take() {
+    let mut engine = load(400);
+    // Three blocks are kept, two of them whole.
+    let kept = request((100..250).collect(), 2, 1);
+    let mut batcher = Batcher::new(limits(2, 8));
+    submit(&mut batcher, &engine, &kept);
+    run(&mut batcher, &mut engine);
+    // Six blocks of another answer leave room for two.
+    let other = request((300..650).collect(), 40, 2);
+    let (want, want_kept) = (alone(&mut engine, &other), alone(&mut engine, &kept));
+    let other = submit(&mut batcher, &engine, &other);
+    batcher.step(&mut engine);
+    let again = submit(&mut batcher, &engine, &kept);
+    for _ in 0..5 {
+        batcher.step(&mut engine);
+    }
+    assert_eq!((batcher.running.len(), batcher.waiting.len()), (1, 1), "three do not fit");
+    run(&mut batcher, &mut engine);
+    assert_eq!(batcher.load(&engine).n_set_back, 0);
+    check_same(&other, &want);
+    check_same(&again, &want_kept);
+    check_empty(&mut batcher, &mut engine);
+}
+
+#[test]
 fn what_was_done_is_counted() {
     let mut engine = load(400);
     let mut batcher = Batcher::new(Limits { n_queue: 1, ..limits(2, 20) });
