@@ -584,16 +584,22 @@ impl Drop for Scheduler {
 /// How long the first of several requests waits for one more. What is sent together comes some milliseconds apart, and who is
 /// computed first and alone keeps all others waiting for a step.
 const GATHER: Duration = Duration::from_millis(4);
+/// How long all of them together wait, however many come.
+const GATHER_MOST: Duration = Duration::from_millis(40);
 
 /// Does what was asked for since the last step, and waits where there is nothing else to do; false when nobody is left to ask.
 fn follow(received: &Receiver<Command>, batcher: &mut Batcher, engine: &mut Engine, told: &Mutex<Load>) -> bool {
-    let mut begins = false;
+    // What is waited for first may be long in coming.
+    let (mut since, mut begins) = (Instant::now(), false);
     loop {
         // Before the wait too, as nobody would correct it until something comes.
         *told.lock().unwrap_or_else(|e| e.into_inner()) = batcher.load(engine);
         let command = if batcher.is_idle() {
-            begins = true;
-            received.recv().map_err(|_| TryRecvError::Disconnected)
+            let first = received.recv();
+            (since, begins) = (Instant::now(), true);
+            first.map_err(|_| TryRecvError::Disconnected)
+        } else if since.elapsed() >= GATHER_MOST {
+            return true;
         } else if begins {
             received.recv_timeout(GATHER).map_err(|e| match e {
                 RecvTimeoutError::Timeout => TryRecvError::Empty,

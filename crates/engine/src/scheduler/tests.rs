@@ -463,6 +463,18 @@ fn a_thread_answers_several_and_ends_when_nobody_asks() {
 }
 
 #[test]
+fn who_comes_does_not_keep_others_waiting_by_coming() {
+    let scheduler = Scheduler::start(load(400), limits(2, 100)).unwrap();
+    let told = Told::new();
+    scheduler.submit(request((100..110).collect(), 3, 1), Box::new(Ear(told.clone())));
+    let start = Instant::now();
+    while !told.has_ended() {
+        assert!(start.elapsed() < Duration::from_secs(10), "steps are run between what is asked for");
+        scheduler.with_engine(|_| ()).unwrap();
+    }
+}
+
+#[test]
 fn what_is_kept_and_idle_is_no_room_beside_what_it_would_take() {
     let mut engine = load(400);
     // Three blocks are kept, two of them whole.
