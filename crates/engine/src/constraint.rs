@@ -4,6 +4,7 @@
 //! The parsing is `llguidance`'s, over a trie of the file's own vocabulary: an Earley parser over lexemes that are derivatives of
 //! regular expressions. Whatever a stranger's grammar may cost is bounded by [`limits`]; one that needs more is refused.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, OnceLock};
 
@@ -26,6 +27,11 @@ const DEPTH_MAX: usize = 128;
 const DEPTH_TIMES_REFS_MAX: usize = 8192;
 /// Properties of one object: those that may be left out take time in the square of their number.
 const PROPERTIES_MAX: usize = 1000;
+/// Expressions that one text may have to match all of. What it takes to compile them grows with the product of their sizes, in time and
+/// in memory, and no fuel bounds it.
+const ALL_OF_MAX: usize = 8;
+/// Characters of what the compiler says: it quotes the lines that it does not like, which may be all that was sent.
+const REASON_MAX: usize = 500;
 /// Stack for compiling. What is not touched takes no memory.
 const STACK_BYTES: usize = 256 << 20;
 
@@ -84,6 +90,8 @@ pub enum ConstraintError {
     TooManyProperties { n_property: usize },
     #[error("is nested more than {DEPTH_MAX} deep")]
     TooDeep,
+    #[error("intersects {n} expressions; at most {ALL_OF_MAX} are taken")]
+    TooManyAtOnce { n: usize },
     #[error("{0}")]
     Refused(String),
     #[error("nothing fulfils it: it contradicts itself, or refers to itself without end")]
@@ -276,8 +284,13 @@ impl Form {
         match self {
             Form::Json(schema) => schema.to_string().len(),
             Form::Regex(text) | Form::Lark(text) | Form::Gbnf(text) => text.len(),
-            Form::Choice(texts) => texts.iter().map(String::len).sum(),
-            Form::Calls(calls) => calls.tools.iter().map(|t| t["function"]["parameters"].to_string().len()).sum(),
+            // As they are written: an empty text is not for nothing.
+            Form::Choice(texts) => texts.iter().map(|text| quoted(text).len()).sum(),
+            Form::Calls(calls) => {
+                let of_tool =
+                    |t: &Value| t["function"]["name"].to_string().len() + t["function"]["parameters"].to_string().len();
+                calls.tools.iter().map(of_tool).sum()
+            }
         }
     }
 
@@ -295,6 +308,7 @@ impl Form {
             }
             Form::Lark(lark) => {
                 check_depth(lark)?;
+                check_all_of(lark)?;
                 Ok(GrammarWithLexer::from_lark(lark.clone()))
             }
             Form::Gbnf(gbnf) => {
@@ -339,6 +353,10 @@ fn with_options(schema: &Value, options: &JsonCompileOptions) -> Result<Value, C
     if size.depth * size.n_ref > DEPTH_TIMES_REFS_MAX {
         return Err(ConstraintError::TooDeep);
     }
+    let n = all_of(&schema);
+    if n > ALL_OF_MAX {
+        return Err(ConstraintError::TooManyAtOnce { n });
+    }
     if size.n_property > PROPERTIES_MAX {
         return Err(ConstraintError::TooManyProperties { n_property: size.n_property });
     }
@@ -370,6 +388,40 @@ impl Size {
             n_ref: a.n_ref + b.n_ref,
             n_property: a.n_property.max(b.n_property),
         })
+    }
+}
+
+/// Expressions that one text may have to match all of, or more: where nothing joins schemas there are those of one, otherwise
+/// all that stand under properties of the same name, whoever refers to them.
+fn all_of(schema: &Value) -> usize {
+    let (mut n_of, mut is_joined) = (BTreeMap::new(), false);
+    count_expressions(schema, "", &mut n_of, &mut is_joined);
+    let of_any = n_of.remove("").unwrap_or(0);
+    if is_joined { of_any + n_of.into_values().max().unwrap_or(0) } else { 1 }
+}
+
+fn count_expressions<'a>(schema: &'a Value, name: &'a str, n_of: &mut BTreeMap<&'a str, usize>, is_joined: &mut bool) {
+    let fields = match schema {
+        Value::Object(fields) => fields,
+        Value::Array(parts) => return parts.iter().for_each(|part| count_expressions(part, name, n_of, is_joined)),
+        _ => return,
+    };
+    let is_text = |key: &str| fields.get(key).is_some_and(Value::is_string);
+    let n = usize::from(is_text("pattern")) + usize::from(is_text("format"));
+    *n_of.entry(name).or_default() += n;
+    let joins = |key: &str| fields.get(key).is_some_and(|v| v.as_array().is_none_or(|parts| parts.len() > 1));
+    let refers = ["allOf", "anyOf", "oneOf", "$ref"].iter().any(|key| fields.contains_key(*key));
+    let says_more = ["pattern", "format", "properties", "items", "prefixItems", "additionalProperties"];
+    *is_joined |= joins("allOf") || refers && says_more.iter().any(|key| fields.contains_key(*key));
+    for (key, part) in fields {
+        match (key.as_str(), part) {
+            ("properties", Value::Object(of)) => {
+                of.iter().for_each(|(name, part)| count_expressions(part, name, n_of, is_joined));
+            }
+            // They may be any property's.
+            ("additionalProperties" | "patternProperties", part) => count_expressions(part, "", n_of, is_joined),
+            (_, part) => count_expressions(part, name, n_of, is_joined),
+        }
     }
 }
 
@@ -407,6 +459,14 @@ fn check_depth(text: &str) -> Result<(), ConstraintError> {
     if most > DEPTH_MAX { Err(ConstraintError::TooDeep) } else { Ok(()) }
 }
 
+/// Refuses more intersections than one text can be held to. Those in strings count too, and where schemas are joined all their patterns.
+fn check_all_of(lark: &str) -> Result<(), ConstraintError> {
+    // A schema within may write its words otherwise.
+    let n_pattern = ["\"pattern\"", "\"format\"", "\\u"].iter().map(|word| lark.matches(word).count()).sum();
+    let n = 1 + lark.matches('&').count().max(if lark.contains("%json") { n_pattern } else { 0 });
+    if n > ALL_OF_MAX { Err(ConstraintError::TooManyAtOnce { n }) } else { Ok(()) }
+}
+
 /// What the compiler says, without what is only of use to its authors.
 fn refused(e: &impl fmt::Display) -> ConstraintError {
     let text = format!("{e:#}");
@@ -415,7 +475,10 @@ fn refused(e: &impl fmt::Display) -> ConstraintError {
         return ConstraintError::Nothing;
     }
     let text = text.split("\n<").next().unwrap_or_default().trim();
-    ConstraintError::Refused(text.to_string())
+    match text.char_indices().nth(REASON_MAX) {
+        Some((end, _)) => ConstraintError::Refused(format!("{}…", &text[..end])),
+        None => ConstraintError::Refused(text.to_string()),
+    }
 }
 
 /// The file's vocabulary, as `llguidance` asks for it.

@@ -429,6 +429,9 @@ fn what_cannot_be_kept_is_refused_by_name() {
     assert!(refusal(Form::Lark("start: missing".to_string())).contains("missing"));
     let deep = "(".repeat(1000) + &")".repeat(1000);
     assert!(refusal(Form::Lark(format!("start: {deep}"))).contains("deep"));
+    let quoting = refusal(Form::Lark(format!("start: missing {}", "\"a\" ".repeat(20_000))));
+    assert!(quoting.contains("missing") && quoting.len() < 3000, "{} bytes", quoting.len());
+    assert!(refusal(Form::Choice(vec![String::new(); 200_000])).contains("at most 262144"));
     let large = json!({"enum": vec!["x".repeat(1000); 300]});
     assert!(schema(large).contains("at most 262144"));
 }
@@ -501,6 +504,38 @@ fn answers_obey_llamas_grammars() {
 fn rules(n: usize, what: impl Fn(usize) -> String) -> Form {
     let rules: String = (0..n).map(|i| format!("r{i} ::= {}\n", what(i + 1))).collect();
     Form::Gbnf(format!("{rules}root ::= r0\nr{n} ::= [a-z]*"))
+}
+
+#[test]
+fn what_would_take_all_memory_to_compile_is_refused() {
+    let engine = engine();
+    let pattern = |i: usize| json!({"pattern": format!("a.*{i}.*b")});
+    let patterns = |n: usize| (0..n).map(pattern).collect::<Vec<_>>();
+    // Each refers to the next, with a pattern of its own.
+    let chain: Map<String, Value> = (0..30)
+        .map(|i| (format!("d{i}"), json!({"pattern": format!("a.*{i}"), "$ref": format!("#/$defs/d{}", i + 1)})))
+        .chain([("d30".to_string(), json!({"type": "string"}))])
+        .collect();
+    let of_x = |i: usize| json!({"type": "object", "properties": {"x": pattern(i)}});
+    let expressions = (0..30).map(|i| format!("/(.|\\n)*a.{{{i}}}b(.|\\n)*/")).collect::<Vec<_>>().join(" & ");
+    let within = json!({"type": "string", "allOf": patterns(30)});
+    for form in [
+        Form::Json(json!({"type": "string", "allOf": patterns(30)})),
+        Form::Json(json!({"allOf": (0..30).map(of_x).collect::<Vec<_>>()})),
+        Form::Json(json!({"$defs": chain, "$ref": "#/$defs/d0"})),
+        Form::Lark(format!("start: T\nT: {expressions}\n")),
+        Form::Lark(format!("start: %json {within}\n")),
+        Form::Lark(format!("start: %json {}\n", within.to_string().replace("pattern", "p\\u0061ttern"))),
+    ] {
+        let refused = compile(&engine, form).unwrap_err();
+        assert!(matches!(refused, ConstraintError::TooManyAtOnce { n } if n >= 30), "{refused}");
+    }
+    // Patterns that no text has to match together are as many as one likes.
+    let of = |i: usize| (format!("x{i}"), json!({"type": "string", "pattern": format!("^a{i}$")}));
+    let many: Map<String, Value> = (0..30).map(of).collect();
+    let flag = json!({"type": "object", "properties": {"y": {"type": "boolean"}}});
+    let allowed = json!({"type": "object", "properties": many, "allOf": [flag]});
+    assert_eq!(compile(&engine, Form::Json(allowed)).map(|_| ()), Ok(()));
 }
 
 #[test]
