@@ -164,7 +164,10 @@ impl<B> PrefixCache<B> {
 
 /// Tokens with which both begin.
 pub(crate) fn n_equal(a: &[u32], b: &[u32]) -> usize {
-    a.iter().zip(b).take_while(|(a, b)| a == b).count()
+    // By pieces at first, which machines compare faster than one by one.
+    let pieces = a.chunks_exact(KV_BLOCK).zip(b.chunks_exact(KV_BLOCK));
+    let n = pieces.take_while(|(a, b)| a == b).count() * KV_BLOCK;
+    n + a[n..].iter().zip(&b[n..]).take_while(|(a, b)| a == b).count()
 }
 
 #[cfg(test)]

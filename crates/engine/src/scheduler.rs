@@ -275,7 +275,10 @@ impl Batcher {
             }
             let (tokens, has) = (answer.needed(), answer.sequence.n_tokens());
             let kept = self.kept.find(tokens);
-            let beside = self.running.iter().map(|r| (r.answer.n_in_common(tokens), &r.answer.sequence));
+            // Who has no more than what is there already is not worth a look.
+            let least = kept.n_tokens.max(has);
+            let ahead = self.running.iter().filter(|r| r.answer.sequence.n_tokens() > least);
+            let beside = ahead.map(|r| (r.answer.n_in_common(tokens), &r.answer.sequence));
             let beside = beside.max_by_key(|(n, _)| *n).filter(|(n, _)| *n > kept.n_tokens);
             let n_tokens = beside.map_or(kept.n_tokens, |(n, _)| n);
             // Part of a block is copied, which takes a block.
