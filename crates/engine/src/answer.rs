@@ -14,7 +14,7 @@ use crate::prefix_cache::n_equal;
 use crate::sampler::{Ranked, Sampler, ranked};
 use crate::session::{Logits, Part, Sequence, Session};
 use crate::shadow::{N_TOKENS_MAX, Served, Ticket};
-use crate::speculate::Speculate;
+use crate::speculate::{N_DRAFT_MAX, Speculate};
 use crate::text_stream::TextStream;
 use crate::tokenizer::Tokenizer;
 use crate::trace::served::{TRACED_CHUNK, Unfinished};
@@ -202,6 +202,14 @@ impl Answer {
             (true, false) => Logits::All,
         };
         (Part { sequence: &mut self.sequence, tokens: &self.feed, logits }, self.onlooker.as_mut())
+    }
+
+    /// Guesses that the next step may compute at most, where it may any.
+    pub(crate) fn n_guess_max(&self) -> usize {
+        match self.is_decoding() && !self.is_traced() {
+            true => (self.max_tokens - self.out.tokens.len()).saturating_sub(1).min(N_DRAFT_MAX),
+            false => 0,
+        }
     }
 
     /// Guesses of the tokens after the newest, as far as they are allowed.

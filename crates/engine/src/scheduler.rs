@@ -121,7 +121,7 @@ impl Running {
 
     /// Blocks that the tokens known so far and the next need beyond those it has.
     fn n_blocks_to_come(&self) -> usize {
-        n_blocks(self.answer.tokens().len() + 1) - n_blocks(self.answer.sequence.n_tokens())
+        n_blocks(self.answer.tokens().len() + 1).saturating_sub(self.answer.sequence.n_blocks())
     }
 }
 
@@ -197,13 +197,25 @@ impl Batcher {
         }
         match self.run(engine, &shares) {
             Ok(()) => self.keep(engine, &shares),
-            // Memory that the limits promised is not there: fewer at a time may do.
-            Err(StepError::Backend(BackendError::OutOfMemory { .. })) if self.running.len() > 1 => {
-                self.set_back_last(engine);
-            }
+            Err(StepError::Backend(BackendError::OutOfMemory { .. })) if self.makes_do(engine) => {}
             Err(e) => shares.iter().for_each(|s| self.running[s.i].failed = Some(e.clone().into())),
         }
         self.remove_done(engine);
+    }
+
+    /// Goes on with the memory that there is, where it is less than the limits promised; false where no less will do.
+    fn makes_do(&mut self, engine: &mut Engine) -> bool {
+        let n_there = engine.session.n_kv_blocks();
+        if n_there < self.limits.n_kv_block {
+            // The next step takes what is kept for later, then the blocks of who came last.
+            (self.limits.n_kv_block, self.counts.n_kv_block) = (n_there, n_there);
+            return true;
+        }
+        let others = self.running.len() > 1;
+        if others {
+            self.set_back_last(engine);
+        }
+        others
     }
 
     /// Tells the shadow whether it may go on.
@@ -309,22 +321,22 @@ impl Batcher {
     fn shares_that_fit(&mut self, engine: &mut Engine) -> Vec<Share> {
         loop {
             let shares = self.shares();
+            let is_alone = self.running.len() == 1;
             let grown = |s: &Share| {
-                let n = self.running[s.i].answer.sequence.n_tokens();
-                // Guesses take no more than one answer's room, as only who is alone guesses.
-                n_blocks(n + s.n_tokens) - n_blocks(n)
+                let (answer, sequence) = (&self.running[s.i].answer, &self.running[s.i].answer.sequence);
+                let n_guess = if is_alone { answer.n_guess_max() } else { 0 };
+                n_blocks(sequence.n_tokens() + s.n_tokens + n_guess).saturating_sub(sequence.n_blocks())
             };
             let need: usize = shares.iter().map(grown).sum();
-            if engine.session.n_kv_blocks() + need <= self.limits.n_kv_block {
-                return shares;
-            }
-            if let Some(block) = self.kept.forget_one(|block| !engine.session.is_used(block)) {
+            while engine.session.n_kv_blocks() + need > self.limits.n_kv_block {
+                let Some(block) = self.kept.forget_one(|block| !engine.session.is_used(block)) else { break };
                 engine.session.let_go(block);
-            } else if self.running.len() > 1 {
-                self.set_back_last(engine);
-            } else {
+            }
+            // Who is alone has what there is, whatever was promised.
+            if engine.session.n_kv_blocks() + need <= self.limits.n_kv_block || self.running.len() <= 1 {
                 return shares;
             }
+            self.set_back_last(engine);
         }
     }
 

@@ -153,6 +153,11 @@ impl Sequence {
         self.n_tokens
     }
 
+    /// Blocks that it has; those of tokens that were forgotten among them.
+    pub(crate) fn n_blocks(&self) -> usize {
+        self.blocks.len()
+    }
+
     /// Forgets the tokens from position `n_tokens` on.
     pub fn truncate(&mut self, n_tokens: usize) {
         self.n_tokens = self.n_tokens.min(n_tokens);
@@ -247,12 +252,11 @@ impl<B: Backend> Runner<B> {
     /// Gives a sequence blocks for `n_tokens` positions. A sequence holds a block only once there is memory for it.
     fn grow(&mut self, sequence: &mut Sequence, n_tokens: usize) -> Result<(), StepError> {
         while sequence.blocks.len() * KV_BLOCK < n_tokens {
-            let block = self.blocks.take();
-            if let Err(e) = self.backend.kv_reserve(&mut self.kv, self.blocks.n_users.len()) {
-                self.blocks.give_back(block);
-                return Err(e.into());
+            // A block is made once there is memory for it, so that without more memory those that are free go round.
+            if self.blocks.free.is_empty() {
+                self.backend.kv_reserve(&mut self.kv, self.blocks.n_users.len() + 1)?;
             }
-            sequence.blocks.push(block);
+            sequence.blocks.push(self.blocks.take());
         }
         Ok(())
     }

@@ -53,6 +53,8 @@ pub struct Speculator {
 
 /// Lengths of drafts. Few of them, so that each is soon measured; with the newest token they make 2 to 48 rows.
 const LENGTHS: [usize; 10] = [1, 2, 3, 5, 7, 11, 15, 23, 31, 47];
+/// Tokens of the longest draft.
+pub(crate) const N_DRAFT_MAX: usize = LENGTHS[LENGTHS.len() - 1];
 /// How much faster than plain decoding a draft must promise to be.
 const MARGIN: f64 = 1.1;
 /// Credit at the beginning, what a plain step adds, and the most there can be, in steps of one token.

@@ -51,6 +51,7 @@ macro_rules! delegate {
     };
     (plain) => {
         $crate::backend::decorator::delegate!(op upload(data: &$crate::backend::WeightData) -> Self::Weight);
+        $crate::backend::decorator::delegate!(op kv_reserve(kv: &mut Self::KvCache, n_blocks: usize) -> ());
         $crate::backend::decorator::delegate!(op kv_restore(kv: &mut Self::KvCache, block: u32, saved: &[u8]) -> ());
         $crate::backend::decorator::delegate!(op rms_norm(out: &mut Self::Tensor, x: &Self::Tensor, w: &Self::Weight, eps: f32) -> ());
         $crate::backend::decorator::delegate!(op rope(x: &mut Self::Tensor, cols: std::ops::Range<usize>, head_dim: usize, rope: &$crate::rope::Rope, batch: &$crate::batch::Batch) -> ());
@@ -112,7 +113,6 @@ macro_rules! delegate {
         }
         $crate::backend::decorator::delegate!(op write_ids(ids: &mut Self::Ids, values: &[u32]) -> ());
         $crate::backend::decorator::delegate!(op row_stats(t: &Self::Tensor, rows: std::ops::Range<usize>, cols: std::ops::Range<usize>, out: &mut Vec<$crate::stats::RowStats>) -> ());
-        $crate::backend::decorator::delegate!(op kv_reserve(kv: &mut Self::KvCache, n_blocks: usize) -> ());
         $crate::backend::decorator::delegate!(op kv_save(kv: &Self::KvCache, block: u32, out: &mut Vec<u8>) -> ());
         $crate::backend::decorator::delegate!(op embed(out: &mut Self::Tensor, table: &Self::Weight, batch: &$crate::batch::Batch) -> ());
         $crate::backend::decorator::delegate!(op add_bias(x: &mut Self::Tensor, at: usize, bias: &Self::Weight) -> ());

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::decorator::{Through, delegate};
-use super::{Backend, Bytes, FfnScratch, FfnWeights, Heads, Result, Routing, WeightData};
+use super::{Backend, BackendError, Bytes, FfnScratch, FfnWeights, Heads, Result, Routing, WeightData};
 use crate::batch::{Batch, Row};
 use crate::probe::Probe;
 use crate::qtype::GgmlType;
@@ -54,11 +54,16 @@ pub enum Fault {
     NeighbourLeaks,
     /// A KV block that is restored has lost its first byte of every four.
     KvRestoreForgets,
+    /// There is memory for [`N_KV_BLOCK`] blocks of keys and values only.
+    KvMemoryEnds,
 }
+
+/// Blocks that there is memory for under [`Fault::KvMemoryEnds`].
+pub const N_KV_BLOCK: usize = 7;
 
 impl Fault {
     /// Every fault.
-    pub const ALL: [Fault; 20] = [
+    pub const ALL: [Fault; 21] = [
         Fault::DropHeadNorm,
         Fault::ReadQ6kAsQ4k,
         Fault::SwapExperts,
@@ -79,6 +84,7 @@ impl Fault {
         Fault::DecodeDiffers,
         Fault::NeighbourLeaks,
         Fault::KvRestoreForgets,
+        Fault::KvMemoryEnds,
     ];
 
     /// The fault of this name, which is that of its variant.
@@ -189,6 +195,13 @@ impl<B: Backend> Backend for Faulty<B> {
             data.bytes = Bytes::from_vec(swapped);
         }
         self.0.upload(&data)
+    }
+
+    fn kv_reserve(&self, kv: &mut Self::KvCache, n_blocks: usize) -> Result<()> {
+        if self.makes(Fault::KvMemoryEnds) && n_blocks > N_KV_BLOCK {
+            return Err(BackendError::OutOfMemory { what: format!("KV block {N_KV_BLOCK}"), need_bytes: 1 });
+        }
+        self.0.kv_reserve(kv, n_blocks)
     }
 
     fn kv_restore(&self, kv: &mut Self::KvCache, block: u32, saved: &[u8]) -> Result<()> {

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use apr_core::backend::KvType;
-use apr_core::backend::faulty::{Fault, Faulty};
+use apr_core::backend::faulty::{Fault, Faulty, N_KV_BLOCK};
 use apr_cpu::CpuBackend;
 use proptest::prelude::*;
 
@@ -15,6 +15,7 @@ use crate::engine::EngineOptions;
 use crate::generate::{Ends, generate};
 use crate::sampler::SamplerConfig;
 use crate::session::{Runner, SessionSettings};
+use crate::speculate::Speculate;
 
 mod onlooking;
 mod shadowing;
@@ -103,6 +104,22 @@ impl Listener for Ear {
         let before = self.0.result.lock().unwrap().replace(result);
         assert!(before.is_none(), "there is one end");
     }
+}
+
+/// Guesses three tokens, the last of them wrong.
+struct Knows(Vec<u32>, usize);
+
+impl Speculate for Knows {
+    fn push(&mut self, _: u32) {
+        self.1 += 1;
+    }
+
+    fn draft(&mut self, n_max: usize) -> Vec<u32> {
+        let rest = self.0.iter().skip(self.1).take(2).copied().chain([7]);
+        rest.take(n_max).collect()
+    }
+
+    fn stepped(&mut self, _: usize, _: Duration) {}
 }
 
 fn submit(batcher: &mut Batcher, engine: &Engine, request: &Request) -> Arc<Told> {
@@ -194,6 +211,46 @@ fn answers_that_grow_into_each_other_s_room_are_set_back_and_end_the_same() {
     told.iter().zip(&want).for_each(|(told, want)| check_same(told, want));
     assert!(batcher.load(&engine).n_set_back > 0);
     check_empty(&mut batcher, &mut engine);
+}
+
+#[test]
+fn with_less_memory_than_was_promised_fewer_are_answered_at_a_time() {
+    let mut engine = load(400);
+    let mut requests: Vec<Request> = (0..4).map(|i| request((100 + i..150 + i).collect(), 200, u64::from(i))).collect();
+    requests.push(request((300..350).collect(), 350, 9));
+    let want: Vec<Generated> = requests.iter().map(|r| alone(&mut engine, r)).collect();
+    let settings = SessionSettings { kv_type: KvType::F16, n_ctx: 400 };
+    let backend = Faulty(CpuBackend::new(2, None).unwrap(), Fault::KvMemoryEnds);
+    engine.session = Box::new(Runner::load(backend, &engine.file, &engine.hparams, settings).unwrap());
+    let mut batcher = Batcher::new(limits(4, 100));
+    // The last takes all that there is, what was kept of the others too.
+    let told: Vec<_> = requests.iter().map(|r| submit(&mut batcher, &engine, r)).collect();
+    run(&mut batcher, &mut engine);
+    told.iter().zip(&want).for_each(|(told, want)| check_same(told, want));
+    let load = batcher.load(&engine);
+    assert!(load.n_set_back > 0);
+    assert_eq!(load.n_kv_block, N_KV_BLOCK, "it is known from then on what may be had");
+    check_empty(&mut batcher, &mut engine);
+}
+
+#[test]
+fn guesses_take_no_more_than_may_be_had() {
+    let mut engine = load(400);
+    let asked = request((100..220).collect(), 60, 1);
+    let want = alone(&mut engine, &asked);
+    let mut batcher = Batcher::new(limits(2, 4));
+    submit(&mut batcher, &engine, &request((500..600).collect(), 5, 1));
+    run(&mut batcher, &mut engine);
+    assert_eq!(engine.session.n_kv_blocks(), 2, "they are kept");
+    let told = Told::new();
+    let speculator = Box::new(Knows(want.tokens.clone(), 0));
+    let answer = Answer::new(&engine, asked, 60, speculator).unwrap();
+    batcher.running.push(Running { answer, listener: Box::new(Ear(told.clone())), failed: None });
+    while !batcher.is_idle() {
+        batcher.step(&mut engine);
+        assert!(engine.session.n_kv_blocks() <= 4, "a guess takes a block of those kept");
+    }
+    check_same(&told, &want);
 }
 
 #[test]

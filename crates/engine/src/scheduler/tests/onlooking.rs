@@ -6,7 +6,6 @@ use apr_core::stage::Stage;
 use super::*;
 use crate::onlook::{self, Experts};
 use crate::session::{Logits, Look, Part, Sequence};
-use crate::speculate::Speculate;
 use crate::trace::file::SavedTrace;
 use crate::trace::served::{SaveAsk, ServedTrace, TraceAsk};
 use crate::trace::{SaveRequest, TraceRequest, header_of, trace};
@@ -60,22 +59,6 @@ fn experts_are_those_of_the_tokens_whoever_else_is_answered() {
         }
         check_empty(&mut batcher, &mut engine);
     }
-}
-
-/// Guesses three tokens, the last of them wrong.
-struct Knows(Vec<u32>, usize);
-
-impl Speculate for Knows {
-    fn push(&mut self, _: u32) {
-        self.1 += 1;
-    }
-
-    fn draft(&mut self, n_max: usize) -> Vec<u32> {
-        let rest = self.0.iter().skip(self.1).take(2).copied().chain([7]);
-        rest.take(n_max).collect()
-    }
-
-    fn stepped(&mut self, _: usize, _: Duration) {}
 }
 
 #[test]
