@@ -29,6 +29,8 @@ pub struct Model {
     /// Answers that may be in the making or wait; one permit each.
     pub(crate) places: Arc<Semaphore>,
     pub(crate) n_places: usize,
+    /// Formats of answers that may be compiled at a time; see [`structured`](crate::openai::structured).
+    pub(crate) compiling: Arc<Semaphore>,
     pub(crate) system_lines: SystemLines,
     /// Answers in the making at a time.
     pub(crate) n_parallel: usize,
@@ -75,6 +77,7 @@ impl Model {
             defaults: about.sampling_defaults()?,
             places: Arc::new(Semaphore::new(n_places)),
             n_places,
+            compiling: Arc::new(Semaphore::new(crate::openai::structured::N_COMPILING)),
             system_lines: SystemLines::default(),
             n_parallel: limits.n_parallel,
             since: crate::openai::now(),

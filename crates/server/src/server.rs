@@ -10,6 +10,7 @@ use tokio::task::JoinHandle;
 use crate::accept;
 use crate::keys::Keys;
 use crate::model::Model;
+use crate::openai::structured::N_COMPILING;
 use crate::routes::router;
 use crate::state::{Phase, Settings, State};
 use crate::tls::Tls;
@@ -18,8 +19,11 @@ use crate::tls::Tls;
 const N_WORKER: usize = 2;
 /// Threads for prompts.
 const N_BLOCKING: usize = 4;
+const _: () = assert!(N_COMPILING < N_BLOCKING, "formats of answers leave threads to prompts");
 /// How long clients may take to read the last of their answers when the server ends.
 const CLOSING_TIME: Duration = Duration::from_secs(5);
+/// How often it is looked whether the engine still runs.
+const LOOK_TIME: Duration = Duration::from_millis(500);
 
 /// A server that listens. Requests are told to come back until it [has a model](Server::answer_with).
 pub struct Server {

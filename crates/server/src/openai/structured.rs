@@ -13,6 +13,9 @@ use crate::prompt::elsewhere;
 
 /// What a constraint may take to compile.
 const COMPILE_TIME: Duration = Duration::from_millis(900);
+/// Constraints that are compiled at a time. One that takes longer than it may cannot be stopped; with fewer of them than there are
+/// threads for prompts, prompts of others are made all the same.
+pub(crate) const N_COMPILING: usize = 2;
 
 /// Reads what the answer may be; none is any text.
 ///
@@ -69,7 +72,7 @@ fn nested(body: &Value) -> Result<&Value, ApiError> {
 /// Compiles forms of which an answer has one; none is any text.
 ///
 /// # Errors
-/// What is malformed, not supported, or too large.
+/// What is malformed, not supported, or too large; as many as are compiled at a time, where none of them is soon done.
 pub(crate) async fn constraint(
     model: &Model,
     thought: Thought,
@@ -94,7 +97,14 @@ pub(crate) async fn constraint(
     };
     elsewhere(prepare).await?;
     let (about, begun) = (model.about.clone(), begun.to_string());
-    let compiling = elsewhere(move || Ok(about.constraints.compile(&Grammar { thought, forms }, &begun)));
+    let turn = tokio::time::timeout(COMPILE_TIME, model.compiling.clone().acquire_owned()).await;
+    let turn = turn.map_err(|_| ApiError::busy())?;
+    let compiling = elsewhere(move || {
+        let compiled = about.constraints.compile(&Grammar { thought, forms }, &begun);
+        // Held however long it took, whether or not somebody still waits.
+        drop(turn);
+        Ok(compiled)
+    });
     match tokio::time::timeout(COMPILE_TIME, compiling).await {
         Ok(compiled) => compiled?.map(Some).map_err(refused),
         Err(_) => {
@@ -183,4 +193,33 @@ fn choice(param: &str, value: &Value) -> Result<Form, ApiError> {
     let texts = value.as_array().filter(|list| !list.is_empty());
     let texts = texts.and_then(|list| list.iter().map(|t| t.as_str().map(str::to_string)).collect());
     texts.map(Form::Choice).ok_or_else(|| ApiError::field(param, "expected a list of strings"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use apr_engine::device::Device;
+    use apr_engine::{Engine, EngineOptions, KvType};
+
+    use super::*;
+    use crate::model::limits;
+
+    const TINY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../fixtures/tiny-qwen3moe.gguf");
+
+    #[tokio::test]
+    async fn only_so_many_are_compiled_at_a_time() {
+        let device = Device::Cpu { n_threads: Some(1), isa: None };
+        let options = EngineOptions { device, kv_type: KvType::F16, n_ctx: Some(64) };
+        let engine = Engine::load(Path::new(TINY), options).unwrap();
+        let limits = limits(&engine, 1, 1);
+        let model = Model::start(engine, limits, Vec::new()).unwrap();
+        let compile = || constraint(&model, Thought::None, vec![Form::Regex("a".to_string())], "");
+        // As if as many were being compiled and came to no end.
+        let held = model.compiling.clone().acquire_many_owned(N_COMPILING as u32).await.unwrap();
+        assert_eq!(compile().await.unwrap_err().code.as_deref(), Some("queue_full"));
+        drop(held);
+        assert!(compile().await.unwrap().is_some());
+        assert_eq!(model.compiling.available_permits(), N_COMPILING);
+    }
 }
