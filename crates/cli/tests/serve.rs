@@ -159,9 +159,15 @@ fn the_log_has_a_line_for_each_request_and_neither_prompts_nor_keys() {
         "method=POST",
         "path=/v1/completions",
         "status=200",
+        "model=\"tiny-qwen3moe\"",
         "generated_tokens=3",
         "finish=\"length\"",
     ] {
+        assert!(line.contains(part), "{part} in {line}");
+    }
+    send(&addr, "POST /v1/embeddings", r#"{"input":[[5,6,7],[8,9]]}"#);
+    let line = line_with(&mut err, "request");
+    for part in ["model=\"tiny-qwen3moe\"", "prompt_tokens=5", "finish=\"stop\""] {
         assert!(line.contains(part), "{part} in {line}");
     }
     send(&addr, "GET /health", "");

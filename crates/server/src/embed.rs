@@ -15,6 +15,7 @@ use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
 use crate::errors::ApiError;
 use crate::model::Model;
+use crate::note::Note;
 use crate::openai::prompts::Written;
 use crate::prompt;
 use crate::state::Active;
@@ -79,10 +80,14 @@ pub(crate) async fn embed(model: &Model, _active: Active, texts: Vec<Vec<u32>>) 
     let more = std::iter::from_fn(|| place().ok().map(Arc::new));
     places.extend(more.take(texts.len().min(model.n_parallel) - 1));
     let n_token = texts.iter().map(Vec::len).sum();
+    let note = Note::current();
+    note.iter().for_each(|note| note.embeds(n_token));
     // A text may begin when the one before it on its place has ended.
     let of_text = |(i, tokens): (usize, Vec<u32>)| one(model, places[i % places.len()].clone(), tokens);
     let vectors = stream::iter(texts.into_iter().enumerate()).map(of_text).buffered(places.len());
-    Ok(Embedded { vectors: vectors.try_collect().await?, n_token })
+    let vectors = vectors.try_collect().await;
+    note.iter().for_each(|note| note.finish_with(if vectors.is_ok() { "stop" } else { "error" }));
+    Ok(Embedded { vectors: vectors?, n_token })
 }
 
 async fn one(model: &Model, place: Arc<OwnedSemaphorePermit>, tokens: Vec<u32>) -> Result<Vec<f32>, ApiError> {

@@ -37,6 +37,7 @@ pub(crate) struct Note {
 /// What became of it.
 #[derive(Clone, Default)]
 struct Answered {
+    model: Option<String>,
     n_prompt: Option<u64>,
     n_cached: Option<u64>,
     n_generated: Option<u64>,
@@ -85,6 +86,16 @@ impl Note {
         }
     }
 
+    /// Which model it asks.
+    pub(crate) fn asks(&self, model: &str) {
+        self.answered().model = Some(model.to_string());
+    }
+
+    /// Tokens of texts that it has embedded.
+    pub(crate) fn embeds(&self, n_token: usize) {
+        self.answered().n_prompt = Some(n_token as u64);
+    }
+
     /// How it ended, unless that is known.
     pub(crate) fn finish_with(&self, how: &'static str) {
         self.answered().finish.get_or_insert(how);
@@ -106,6 +117,7 @@ impl Note {
                     method = %self.method,
                     path = %self.path.escape_debug(),
                     status,
+                    model = a.model,
                     prompt_tokens = a.n_prompt,
                     cached_tokens = a.n_cached,
                     generated_tokens = a.n_generated,
@@ -167,6 +179,9 @@ struct Line {
 
 impl Drop for Line {
     fn drop(&mut self) {
+        if self.status == CLIENT_LEFT {
+            self.note.finish_with("cancelled");
+        }
         self.note.log(&self.id, self.status);
     }
 }

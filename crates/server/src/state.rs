@@ -14,6 +14,7 @@ use crate::errors::ApiError;
 use crate::keys::Keys;
 use crate::metrics::ServerMetrics;
 use crate::model::Model;
+use crate::note::Note;
 use crate::tls::Tls;
 
 /// Limits of what a client may take, and how long things may last.
@@ -205,7 +206,9 @@ impl State {
     pub(crate) fn begin(self: &Arc<State>) -> Result<(Arc<Model>, Active), ApiError> {
         // Counted first: a server that begins to drain meanwhile either refuses it here or waits for it.
         let active = self.count();
-        Ok((self.model()?, active))
+        let model = self.model()?;
+        Note::current().into_iter().for_each(|note| note.asks(&model.names.id));
+        Ok((model, active))
     }
 
     /// Counts a request until the result is dropped.
