@@ -13,7 +13,7 @@ use apr_engine::trace::TraceError;
 use apr_engine::trace::file::TraceFileError;
 use apr_engine::verify::VerifyError;
 use apr_engine::{BackendError, EngineError};
-use apr_server::{BindError, KeyFileError, ModelError, TlsError};
+use apr_server::{BindError, KeyFileError, ModelError, RunError, TlsError};
 
 /// The command could not do what was asked.
 pub const FAILED: u8 = 1;
@@ -139,6 +139,13 @@ impl From<ModelError> for Failure {
             ModelError::Engine(e) => e.into(),
             e => Failure { code: FAILED, error: e.into() },
         }
+    }
+}
+
+impl From<RunError> for Failure {
+    /// A service manager starts again what fails so.
+    fn from(e: RunError) -> Failure {
+        Failure { code: FAILED, error: e.into() }
     }
 }
 

@@ -36,7 +36,7 @@ mod trace;
 
 pub use keys::{KeyFileError, Keys};
 pub use model::{Model, ModelError, limits};
-pub use server::{BindError, Server};
+pub use server::{BindError, RunError, Server};
 pub use state::Settings;
 pub use system_lines::SystemLines;
 pub use tls::{Tls, TlsError};

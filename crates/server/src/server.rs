@@ -35,6 +35,15 @@ pub struct Server {
     runtime: Runtime,
 }
 
+/// Why a server ended, where nobody told it to.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    #[error("signals of the system cannot be listened for: {0}")]
+    Signals(std::io::Error),
+    #[error("the engine has failed and answers nothing more; what it said is above. Start the server again")]
+    Engine,
+}
+
 /// Why a server cannot listen.
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
@@ -109,37 +118,39 @@ impl Server {
 
     /// Runs until the process is told to stop (SIGINT, SIGTERM), then as [`stop`](Server::stop) does. A second signal ends the
     /// process at once, with 128 and the signal's number. `ready` is called once signals are listened for, `told` hears
-    /// of the first, `reload` of every SIGHUP before it.
+    /// of the first, `reload` of every SIGHUP before it. A server whose engine has failed stops by itself: whoever keeps
+    /// it running sees that and starts it again, where one that only refuses would be left as it is.
     ///
     /// # Errors
-    /// A system without signals.
+    /// A system without signals, and an engine that has failed.
     pub fn run(
         mut self,
         ready: impl FnOnce(),
         told: impl FnOnce(usize),
         mut reload: impl FnMut(&Server),
-    ) -> std::io::Result<()> {
+    ) -> Result<(), RunError> {
         let mut signals = {
             let _in = self.runtime.enter();
-            Signals::new()?
+            Signals::new().map_err(RunError::Signals)?
         };
         ready();
-        let mut is_told = false;
-        while !is_told {
-            is_told = self.runtime.block_on(async {
+        let ended = loop {
+            let ended = self.runtime.block_on(async {
                 tokio::select! {
-                    _ = signals.next() => true,
-                    () = self.hangups.next() => false,
+                    _ = signals.next() => Some(Ok(())),
+                    () = failed(&self.state) => Some(Err(RunError::Engine)),
+                    () = self.hangups.next() => None,
                 }
             });
-            if !is_told {
-                reload(&self);
+            match ended {
+                Some(ended) => break ended,
+                None => reload(&self),
             }
-        }
+        };
         told(self.n_active());
         self.runtime.spawn(async move { std::process::exit(128 + signals.next().await) });
         self.stop();
-        Ok(())
+        ended
     }
 
     /// Takes no more requests, lets those that have begun end, for as long as the settings allow, then cancels them.
@@ -157,6 +168,13 @@ impl Server {
             _ = tokio::time::timeout(CLOSING_TIME, accepting).await;
         });
         runtime.shutdown_timeout(CLOSING_TIME);
+    }
+}
+
+/// Waits until the engine has failed.
+async fn failed(state: &State) {
+    while state.loaded().is_none_or(|model| model.scheduler.is_alive()) {
+        tokio::time::sleep(LOOK_TIME).await;
     }
 }
 

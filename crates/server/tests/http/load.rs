@@ -206,3 +206,20 @@ fn an_engine_that_fails_ends_what_it_was_to_answer_and_is_unhealthy() {
     assert_eq!(refused.status, 503);
     assert!(refused.text().contains("the engine has failed"), "{}", refused.text());
 }
+
+#[test]
+fn an_engine_that_fails_ends_the_server_too() {
+    let server = start_with(Settings::default(), |limits| limits.n_parallel = 1);
+    let model = server.model().unwrap();
+    let mut client = Client::connect(server.addr());
+    client.request("POST", CHAT, &[], long(false).to_string().as_bytes());
+    soon("it has been taken", || model.n_free_places() == 1 + 16 - 1);
+    let (is_told, hears) = std::sync::mpsc::channel();
+    let running = std::thread::spawn(move || server.run(|| (), |_| is_told.send(()).unwrap(), |_| ()));
+    let answer: Option<()> = model.scheduler().with_engine(|_| panic!("a fault of the engine"));
+    assert!(answer.is_none());
+    assert_eq!(client.reply().status, 500, "who waits is told");
+    hears.recv_timeout(Duration::from_secs(20)).expect("it stops by itself");
+    let error = running.join().unwrap().unwrap_err();
+    assert!(error.to_string().contains("the engine has failed"), "{error}");
+}
