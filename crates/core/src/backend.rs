@@ -33,6 +33,12 @@ pub enum BackendError {
     /// The weight's type has no kernel on this device.
     #[error("tensor '{tensor}' has type {qtype}, which {device} cannot multiply")]
     UnsupportedType { tensor: String, qtype: GgmlType, device: &'static str },
+    /// The device does not do what it is asked to.
+    #[error("{device} failed: {what}")]
+    Device { device: String, what: String },
+    /// The model has a shape that the device's kernels are not written for.
+    #[error("{device} cannot run {what}")]
+    UnsupportedShape { device: &'static str, what: String },
     /// Whoever looked on ended the pass, and knows why.
     #[error("the pass was stopped by whoever looked on")]
     Stopped,
@@ -257,6 +263,12 @@ pub trait Backend: Sized {
 
     /// Precision of activations in products with quantized weights.
     fn precision(&self) -> Precision;
+
+    /// Whether a row's values are the same, bit for bit, whatever other rows are in its step. Where they are not, sums are in another
+    /// order; the same step twice gives the same bits on any backend.
+    fn is_batch_invariant(&self) -> bool {
+        true
+    }
 
     /// Whether the ops as this backend runs them report the stage to a probe.
     fn shows(&self, stage: Stage) -> bool;

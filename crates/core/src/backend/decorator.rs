@@ -92,6 +92,12 @@ macro_rules! delegate {
         fn read_bytes(&self) -> Option<u64> {
             self.0.read_bytes()
         }
+        fn is_batch_invariant(&self) -> bool {
+            self.0.is_batch_invariant()
+        }
+        fn run_step(&self, step: &mut dyn FnMut() -> $crate::backend::Result<()>) -> $crate::backend::Result<()> {
+            self.0.run_step(step)
+        }
         fn tensor(&self, n_cols: usize, consumers: &[&Self::Weight]) -> Self::Tensor {
             self.0.tensor(n_cols, consumers)
         }

@@ -1,0 +1,210 @@
+// A host's stand-in for a GPU: the primitives of `prims.cuh` with the meaning that NVIDIA's PTX manual gives them.
+//
+// The threads of a block are fibers on one host thread. A fiber runs until it waits for others: at a barrier, a shuffle or a
+// matrix product. Which fiber runs next is the launch's choice (ascending, descending, shuffled), so that a kernel that lacks a
+// barrier gives different results in different orders. Shared memory starts as garbage, asynchronous copies arrive when they are
+// waited for and not before, and a barrier that some threads never reach ends the launch with an error.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+#define DEVICE static inline
+#define DEVICE_MEMBER
+#define UNROLL
+#define SHARED(type, name, n)                                                                                         \
+    static char id_of_##name;                                                                                         \
+    type *name = (type *)emulation::shared(&id_of_##name, sizeof(type) * (n))
+#define SHARED_DYNAMIC(name) u8 *name = emulation::shared_dynamic()
+#define KERNEL(name, threads, ...)                                                                                    \
+    static void name(__VA_ARGS__);                                                                                    \
+    static emulation::Register register_##name(#name, threads, name);                                                 \
+    static void name(__VA_ARGS__)
+
+namespace emulation {
+
+struct Place {
+    u32 thread, block[3], grid[3];
+};
+
+// Where the running thread stands.
+extern thread_local Place place;
+
+// The block's shared array of this name.
+void *shared(const void *id, size_t bytes);
+u8 *shared_dynamic();
+// Waits for the threads of the block.
+void barrier();
+// Waits for the lanes of the warp with `n` words of each in hand, at most six; returns those of lane 0, the others follow.
+const u32 (*exchange(const u32 *words, int n))[6];
+void copy_async(void *to, const void *from);
+void copy_async_commit();
+void copy_async_wait(int n);
+
+// Arguments come as 64-bit words, `kinds` has a letter for each: p pointer, u 32-bit integer, f float.
+typedef void (*Entry)(const u64 *args);
+
+struct Kernel {
+    const char *name;
+    u32 threads;
+    const char *kinds;
+    // `f` is the kernel, which `call` knows the type of.
+    void (*f)();
+    void (*call)(void (*f)(), const u64 *args);
+    const Kernel *next;
+};
+
+extern const Kernel *kernels;
+
+template <class T> struct Kind;
+template <class T> struct Kind<T *> {
+    static constexpr char letter = 'p';
+    static T *of(u64 word) { return (T *)word; }
+};
+template <> struct Kind<u32> {
+    static constexpr char letter = 'u';
+    static u32 of(u64 word) { return (u32)word; }
+};
+template <> struct Kind<i32> {
+    static constexpr char letter = 'u';
+    static i32 of(u64 word) { return (i32)(u32)word; }
+};
+template <> struct Kind<f32> {
+    static constexpr char letter = 'f';
+    static f32 of(u64 word) {
+        u32 low = (u32)word;
+        f32 v;
+        memcpy(&v, &low, 4);
+        return v;
+    }
+};
+
+template <int... I> struct Indices {};
+template <int n, int... I> struct Count : Count<n - 1, n - 1, I...> {};
+template <int... I> struct Count<0, I...> {
+    typedef Indices<I...> type;
+};
+
+template <class... A> struct Caller {
+    static constexpr char kinds[] = {Kind<A>::letter..., 0};
+    template <int... I> static void spread(void (*f)(A...), const u64 *args, Indices<I...>) { f(Kind<A>::of(args[I])...); }
+    static void call(void (*f)(), const u64 *args) {
+        spread((void (*)(A...))f, args, typename Count<sizeof...(A)>::type());
+    }
+};
+template <class... A> constexpr char Caller<A...>::kinds[];
+
+// Puts a kernel in the list.
+struct Register {
+    Kernel kernel;
+    template <class... A> Register(const char *name, u32 threads, void (*f)(A...)) {
+        kernel = {name, threads, Caller<A...>::kinds, (void (*)())f, Caller<A...>::call, kernels};
+        kernels = &kernel;
+    }
+};
+
+} // namespace emulation
+
+DEVICE u32 thread_x() { return emulation::place.thread; }
+DEVICE u32 block_x() { return emulation::place.block[0]; }
+DEVICE u32 block_y() { return emulation::place.block[1]; }
+DEVICE u32 block_z() { return emulation::place.block[2]; }
+DEVICE u32 grid_x() { return emulation::place.grid[0]; }
+
+DEVICE void barrier() { emulation::barrier(); }
+DEVICE void warp_barrier() { emulation::exchange(nullptr, 0); }
+DEVICE u32 shuffle(u32 v, u32 lane) { return emulation::exchange(&v, 1)[lane % 32][0]; }
+DEVICE u32 shuffle_xor(u32 v, u32 mask) { return emulation::exchange(&v, 1)[(thread_x() ^ mask) % 32][0]; }
+
+DEVICE i32 dp4a(u32 a, u32 b, i32 c) {
+    u32 sum = (u32)c;
+    for (int i = 0; i < 32; i += 8) sum += (u32)((i32)(i8)(a >> i) * (i32)(i8)(b >> i));
+    return (i32)sum;
+}
+
+DEVICE u32 sub_bytes(u32 a, u32 b) {
+    u32 r = 0;
+    for (int i = 0; i < 32; i += 8) r |= (u32)(u8)((u8)(a >> i) - (u8)(b >> i)) << i;
+    return r;
+}
+
+DEVICE u32 bits(f32 v) {
+    u32 r;
+    memcpy(&r, &v, 4);
+    return r;
+}
+DEVICE f32 from_bits(u32 v) {
+    f32 r;
+    memcpy(&r, &v, 4);
+    return r;
+}
+
+// IEEE 754 binary16. As the bits of a float its exponent is 112 too small.
+DEVICE f32 half_to_float(u16 v) {
+    const u32 magnitude = (u32)(v & 0x7fff) << 13, sign = (u32)(v & 0x8000) << 16;
+    if (magnitude >= 0x0f800000) return from_bits(sign | magnitude | 0x70000000);
+    return from_bits(sign | bits(from_bits(magnitude) * 0x1p112f));
+}
+
+DEVICE u16 float_to_half(f32 v) {
+    u16 sign = (u16)(bits(v) >> 16 & 0x8000);
+    f32 magnitude = fabsf(v);
+    if (magnitude != magnitude) return 0x7fff;
+    if (magnitude >= 65520.0f) return sign | 0x7c00;
+    // Steps of this binade, of the smallest one below it; nearbyintf rounds ties to even.
+    int exponent = magnitude < 6.103515625e-5f ? -14 : ilogbf(magnitude);
+    u32 steps = (u32)nearbyintf(ldexpf(magnitude, 10 - exponent));
+    return sign | (u16)(((u32)(exponent + 14) << 10) + steps);
+}
+
+namespace emulation {
+
+DEVICE i32 byte_of(u32 word, int i) { return (i8)(word >> 8 * i); }
+DEVICE f32 half_of(u32 word, int i) { return half_to_float((u16)(word >> 16 * i)); }
+
+} // namespace emulation
+
+DEVICE void mma_s8_k32(i32 (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+    const u32 words[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+    const u32(*lanes)[6] = emulation::exchange(words, 6);
+    u32 g = thread_x() % 32 / 4, t = thread_x() % 4;
+    for (int i = 0; i < 4; i++) {
+        u32 row_half = i / 2, column = 2 * t + i % 2;
+        for (u32 k = 0; k < 32; k++) {
+            u32 upper = k / 16, of = k % 16 / 4;
+            i32 left = emulation::byte_of(lanes[4 * g + of][row_half + 2 * upper], k % 4);
+            c[i] += left * emulation::byte_of(lanes[4 * column + of][4 + upper], k % 4);
+        }
+    }
+}
+
+DEVICE void mma_s8_k16(i32 (&c)[4], const u32 (&a)[2], u32 b) {
+    const u32 words[3] = {a[0], a[1], b};
+    const u32(*lanes)[6] = emulation::exchange(words, 3);
+    u32 g = thread_x() % 32 / 4, t = thread_x() % 4;
+    for (int i = 0; i < 4; i++) {
+        u32 row_half = i / 2, column = 2 * t + i % 2;
+        for (u32 k = 0; k < 16; k++) {
+            i32 left = emulation::byte_of(lanes[4 * g + k / 4][row_half], k % 4);
+            c[i] += left * emulation::byte_of(lanes[4 * column + k / 4][2], k % 4);
+        }
+    }
+}
+
+DEVICE void mma_f16(f32 (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+    const u32 words[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+    const u32(*lanes)[6] = emulation::exchange(words, 6);
+    u32 g = thread_x() % 32 / 4, t = thread_x() % 4;
+    for (int i = 0; i < 4; i++) {
+        u32 row_half = i / 2, column = 2 * t + i % 2;
+        for (u32 k = 0; k < 16; k++) {
+            u32 upper = k / 8, of = k % 8 / 2;
+            f32 left = emulation::half_of(lanes[4 * g + of][row_half + 2 * upper], k % 2);
+            c[i] += left * emulation::half_of(lanes[4 * column + of][4 + upper], k % 2);
+        }
+    }
+}
+
+DEVICE void copy_async(void *to, const void *from) { emulation::copy_async(to, from); }
+DEVICE void copy_async_commit() { emulation::copy_async_commit(); }
+template <int n> DEVICE void copy_async_wait() { emulation::copy_async_wait(n); }

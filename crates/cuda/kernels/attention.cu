@@ -1,0 +1,222 @@
+// Attention over keys and values in blocks of 64 positions.
+//
+// A block of a sequence lies at an address of its own: [n_layer, 2 (keys, values), n_head_kv, 64, head_dim] in the cache's type.
+#include "prims.cuh"
+
+#define KV_BLOCK 64
+// Heads and values that one block of threads holds at once.
+#define MAX_HEADS 16
+#define MAX_VALUES 2048
+
+// Reads 8 neighbouring values of a row, and says how many bytes a head's 64 rows have.
+struct KvF32 {
+    static DEVICE_MEMBER u64 bytes(u32 head_dim) { return (u64)KV_BLOCK * head_dim * 4; }
+    static DEVICE_MEMBER f32 at(const u8 *tile, u32 head_dim, u32 row, u32 d) { return ((const f32 *)tile)[row * head_dim + d]; }
+    static DEVICE_MEMBER void read8(f32 *to, const u8 *tile, u32 head_dim, u32 row, u32 d) {
+        UNROLL for (u32 i = 0; i < 8; i++) to[i] = at(tile, head_dim, row, d + i);
+    }
+    static DEVICE_MEMBER void write(u8 *tile, u32 head_dim, u32 row, const f32 *from) {
+        for (u32 d = thread_x() % 32; d < head_dim; d += 32) ((f32 *)tile)[row * head_dim + d] = from[d];
+    }
+};
+
+struct KvF16 {
+    static DEVICE_MEMBER u64 bytes(u32 head_dim) { return (u64)KV_BLOCK * head_dim * 2; }
+    static DEVICE_MEMBER f32 at(const u8 *tile, u32 head_dim, u32 row, u32 d) {
+        return half_to_float(((const u16 *)tile)[row * head_dim + d]);
+    }
+    static DEVICE_MEMBER void read8(f32 *to, const u8 *tile, u32 head_dim, u32 row, u32 d) {
+        const u32x4 v = *(const u32x4 *)(tile + (row * head_dim + d) * 2);
+        const u32 words[4] = {v.x, v.y, v.z, v.w};
+        UNROLL for (u32 i = 0; i < 8; i++) to[i] = half_to_float((u16)(words[i / 2] >> i % 2 * 16));
+    }
+    static DEVICE_MEMBER void write(u8 *tile, u32 head_dim, u32 row, const f32 *from) {
+        for (u32 d = thread_x() % 32; d < head_dim; d += 32) ((u16 *)tile)[row * head_dim + d] = float_to_half(from[d]);
+    }
+};
+
+// 64 rows of codes, then 64 rows of a half for every 32 of them.
+struct KvQ80 {
+    static DEVICE_MEMBER u64 bytes(u32 head_dim) { return (u64)KV_BLOCK * (head_dim / 32) * 34; }
+    static DEVICE_MEMBER f32 scale(const u8 *tile, u32 head_dim, u32 row, u32 d) {
+        return half_to_float(((const u16 *)(tile + KV_BLOCK * head_dim))[row * (head_dim / 32) + d / 32]);
+    }
+    static DEVICE_MEMBER f32 at(const u8 *tile, u32 head_dim, u32 row, u32 d) {
+        return scale(tile, head_dim, row, d) * (f32)((const i8 *)tile)[row * head_dim + d];
+    }
+    static DEVICE_MEMBER void read8(f32 *to, const u8 *tile, u32 head_dim, u32 row, u32 d) {
+        const u32x2 v = *(const u32x2 *)(tile + row * head_dim + d);
+        const f32 s = scale(tile, head_dim, row, d);
+        UNROLL for (u32 i = 0; i < 8; i++) to[i] = s * (f32)(i8)((i < 4 ? v.x : v.y) >> i % 4 * 8);
+    }
+    static DEVICE_MEMBER void write(u8 *tile, u32 head_dim, u32 row, const f32 *from) {
+        const u32 lane = thread_x() % 32;
+        for (u32 g = 0; g < head_dim / 32; g++) {
+            const f32 v = from[32 * g + lane];
+            const u16 d = float_to_half(warp_max(fabsf(v)) / 127);
+            const f32 scale = half_to_float(d), inverse = scale > 0 ? 1 / scale : 0;
+            // What is not finite stays so: the scale is not.
+            const f32 code = most(-127.0f, least(127.0f, rintf(v * inverse)));
+            ((i8 *)tile)[row * head_dim + 32 * g + lane] = (i8)(code == code ? code : 0);
+            const f32 all = warp_sum(fabsf(v));
+            if (lane == 0) ((u16 *)(tile + KV_BLOCK * head_dim))[row * (head_dim / 32) + g] = all < INFINITY ? d : 0x7e00;
+        }
+    }
+};
+
+// Stores a step's keys and values. qkv: [n_tokens, n_qkv], keys at column `k_at`, values behind them; `blocks`: addresses of all
+// sequences' blocks, token t's sequence from `tables[t]` on. A warp per head. Grid: tokens, 2 · n_head_kv / 4.
+template <class Kv>
+DEVICE void kv_store(const f32 *qkv, u8 *const *blocks, const u32 *tables, const u32 *positions, u32 n_qkv, u32 k_at,
+                     u32 n_head_kv, u32 head_dim, u32 layer) {
+    const u32 head = block_y() * 4 + thread_x() / 32;
+    if (head >= 2 * n_head_kv) return;
+    const u32 position = positions[block_x()];
+    u8 *block = blocks[tables[block_x()] + position / KV_BLOCK];
+    u8 *tile = block + ((u64)layer * 2 * n_head_kv + head) * Kv::bytes(head_dim);
+    Kv::write(tile, head_dim, position % KV_BLOCK, qkv + (u64)block_x() * n_qkv + k_at + head * head_dim);
+}
+
+// What a block of threads finds in its part of a row's keys and values is put together by `attention_merge`.
+// parts: [n_tokens, n_head, n_split, 2 + head_dim]: largest score, sum of weights, weighted sum of values.
+//
+// q: [n_tokens, n_qkv] from column 0; out: [n_tokens, n_head · head_dim], written where n_split is 1. A block of threads has
+// `chunk` of the heads that share a KV head, and the KV blocks split · per_split...
+// Grid: tokens, n_head / chunk, splits.
+template <class Kv>
+DEVICE void attention(f32 *out, f32 *parts, const f32 *qkv, u8 *const *blocks, const u32 *tables, const u32 *positions,
+                      u32 n_qkv, u32 n_head, u32 n_head_kv, u32 head_dim, u32 layer, u32 chunk, u32 n_split, u32 per_split) {
+    SHARED(f32, q, MAX_VALUES);
+    SHARED(f32, weights, MAX_HEADS * KV_BLOCK);
+    SHARED(f32, largest, MAX_HEADS);
+    SHARED(f32, sums, MAX_HEADS);
+    SHARED(f32, rescale, MAX_HEADS);
+    const u32 t = thread_x(), warp = t / 32, lane = t % 32, first_head = block_y() * chunk;
+    const u32 head_kv = first_head / (n_head / n_head_kv), n_kv = positions[block_x()] + 1;
+    const u64 head_bytes = Kv::bytes(head_dim);
+    const f32 scale = 1 / sqrtf((f32)head_dim);
+    for (u32 i = t; i < chunk * head_dim; i += 128) q[i] = qkv[(u64)block_x() * n_qkv + first_head * head_dim + i] * scale;
+    if (t < chunk) largest[t] = -INFINITY, sums[t] = 0;
+
+    // Threads stand side by side along a head's values; where a head is short they share out the heads.
+    const u32 n_beside = most(1u, 128 / head_dim), beside = t / head_dim, d = head_dim > 128 ? t : t % head_dim;
+    f32 values[2][MAX_HEADS];
+    UNROLL for (u32 i = 0; i < MAX_HEADS; i++) values[0][i] = values[1][i] = 0;
+
+    const u32 last_block = least((block_z() + 1) * per_split, (n_kv + KV_BLOCK - 1) / KV_BLOCK);
+    for (u32 b = block_z() * per_split; b < last_block; b++) {
+        const u8 *block = blocks[tables[block_x()] + b];
+        const u8 *keys = block + ((u64)layer * 2 * n_head_kv + head_kv) * head_bytes;
+        const u8 *vals = keys + n_head_kv * head_bytes;
+        const u32 n_here = least((u32)KV_BLOCK, n_kv - b * KV_BLOCK);
+        barrier();
+        // Scores: a thread has one position and every other head.
+        const u32 p = t % KV_BLOCK;
+        f32 scores[MAX_HEADS / 2];
+        UNROLL for (u32 i = 0; i < MAX_HEADS / 2; i++) scores[i] = 0;
+        if (p < n_here) {
+            for (u32 at = 0; at < head_dim; at += 8) {
+                f32 k[8];
+                Kv::read8(k, keys, head_dim, p, at);
+                UNROLL for (u32 i = 0; i < MAX_HEADS / 2; i++) {
+                    const u32 h = 2 * i + t / KV_BLOCK;
+                    if (h >= chunk) break;
+                    UNROLL for (u32 j = 0; j < 8; j++) scores[i] += k[j] * q[h * head_dim + at + j];
+                }
+            }
+        }
+        UNROLL for (u32 i = 0; i < MAX_HEADS / 2; i++) {
+            const u32 h = 2 * i + t / KV_BLOCK;
+            if (h < chunk) weights[h * KV_BLOCK + p] = p < n_here ? scores[i] : -INFINITY;
+        }
+        barrier();
+        // Weights relative to the largest score so far: a warp per head.
+        for (u32 h = warp; h < chunk; h += 4) {
+            const f32 a = weights[h * KV_BLOCK + lane], c = weights[h * KV_BLOCK + lane + 32];
+            const f32 before = largest[h], now = fmaxf(before, warp_max(fmaxf(a, c)));
+            const f32 wa = expf(a - now), wc = expf(c - now), sum = warp_sum(wa + wc);
+            weights[h * KV_BLOCK + lane] = wa;
+            weights[h * KV_BLOCK + lane + 32] = wc;
+            warp_barrier();
+            if (lane == 0) {
+                rescale[h] = expf(before - now);
+                sums[h] = sums[h] * rescale[h] + sum;
+                largest[h] = now;
+            }
+        }
+        barrier();
+        UNROLL for (u32 i = 0; i < MAX_HEADS; i++) {
+            const u32 h = i * n_beside + beside;
+            if (h >= chunk) break;
+            values[0][i] *= rescale[h];
+            values[1][i] *= rescale[h];
+        }
+        if (beside < n_beside || head_dim > 128) {
+            UNROLL for (u32 far = 0; far < 2; far++) {
+                if (d + 128 * far >= head_dim) break;
+                for (u32 row = 0; row < n_here; row++) {
+                    const f32 v = Kv::at(vals, head_dim, row, d + 128 * far);
+                    UNROLL for (u32 i = 0; i < MAX_HEADS; i++) {
+                        const u32 h = i * n_beside + (head_dim > 128 ? 0 : beside);
+                        if (h >= chunk) break;
+                        values[far][i] += weights[h * KV_BLOCK + row] * v;
+                    }
+                }
+            }
+        }
+    }
+    barrier();
+    if (head_dim <= 128 && beside >= n_beside) return;
+    UNROLL for (u32 i = 0; i < MAX_HEADS; i++) {
+        const u32 h = i * n_beside + (head_dim > 128 ? 0 : beside);
+        if (h >= chunk) break;
+        UNROLL for (u32 far = 0; far < 2; far++) {
+            const u32 at = d + 128 * far;
+            if (at >= head_dim) break;
+            const u64 row = (u64)block_x() * n_head + first_head + h;
+            if (n_split == 1) {
+                out[row * head_dim + at] = values[far][i] / sums[h];
+            } else {
+                f32 *part = parts + (row * n_split + block_z()) * (2 + head_dim);
+                if (at == 0) part[0] = largest[h], part[1] = sums[h];
+                part[2 + at] = values[far][i];
+            }
+        }
+    }
+}
+
+#define ATTENTION(name, Kv)                                                                                           \
+    KERNEL(kv_store_##name, 128, const f32 *qkv, u8 *const *blocks, const u32 *tables, const u32 *positions,          \
+           u32 n_qkv, u32 k_at, u32 n_head_kv, u32 head_dim, u32 layer) {                                             \
+        kv_store<Kv>(qkv, blocks, tables, positions, n_qkv, k_at, n_head_kv, head_dim, layer);                        \
+    }                                                                                                                 \
+    KERNEL(attention_##name, 128, f32 *out, f32 *parts, const f32 *qkv, u8 *const *blocks, const u32 *tables,         \
+           const u32 *positions, u32 n_qkv, u32 n_head, u32 n_head_kv, u32 head_dim, u32 layer, u32 chunk,            \
+           u32 n_split, u32 per_split) {                                                                              \
+        attention<Kv>(out, parts, qkv, blocks, tables, positions, n_qkv, n_head, n_head_kv, head_dim, layer, chunk,   \
+                      n_split, per_split);                                                                            \
+    }
+ATTENTION(f32, KvF32)
+ATTENTION(f16, KvF16)
+ATTENTION(q8_0, KvQ80)
+#undef ATTENTION
+
+// Puts the parts of every head together, in order. Grid: tokens, n_head.
+KERNEL(attention_merge, 128, f32 *out, const f32 *parts, u32 n_head, u32 head_dim, u32 n_split) {
+    const u64 row = (u64)block_x() * n_head + block_y();
+    parts += row * n_split * (2 + head_dim);
+    f32 largest = -INFINITY;
+    for (u32 s = 0; s < n_split; s++) largest = fmaxf(largest, parts[s * (2 + head_dim)]);
+    for (u32 d = thread_x(); d < head_dim; d += 128) {
+        f32 sum = 0, value = 0;
+        for (u32 s = 0; s < n_split; s++) {
+            const f32 *part = parts + s * (2 + head_dim);
+            // A part beyond the row's end has no weight, and what it holds is not looked at.
+            if (part[1] == 0) continue;
+            const f32 weight = expf(part[0] - largest);
+            sum += weight * part[1];
+            value += weight * part[2 + d];
+        }
+        out[row * head_dim + d] = value / sum;
+    }
+}

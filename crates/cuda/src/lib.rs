@@ -1,0 +1,407 @@
+//! The CUDA backend: the ops of the models as kernels that are compiled on the user's machine.
+//!
+//! Ops put launches in a queue; a step hands its queue to the device as one, which replays it where it has run it before. Quantized
+//! weights meet activations quantized to 8 bits, 32 to a scale; everything else is computed in 32-bit floats. Nothing that changes
+//! from one step to the next of the same shape is an argument of a launch: it lies in device memory.
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use apr_core::backend::{
+    Backend, BackendError, FfnScratch, FfnWeights, Heads, KvShape, KvType, Precision, Result, Routing, WeightData,
+    check_restore,
+};
+use apr_core::batch::Batch;
+use apr_core::probe::{Probe, seen};
+use apr_core::rope::{Pairing, Rope};
+use apr_core::stage::Stage;
+
+mod batch;
+pub mod compile;
+pub mod driver;
+mod kv;
+mod memory;
+pub mod nvidia;
+pub mod nvrtc;
+mod products;
+mod tensor;
+
+use batch::DeviceBatch;
+use driver::{Arg, Driver, DriverError};
+pub use kv::KvCache;
+use memory::{Buffer, Device};
+use products::Groups;
+pub use tensor::{CudaIds, CudaTensor, CudaWeight};
+
+/// Runs models on an NVIDIA GPU, or on whatever else implements [`Driver`].
+pub struct CudaBackend {
+    device: Device,
+    shared: Mutex<Shared>,
+}
+
+/// Buffers that ops share.
+#[derive(Default)]
+struct Shared {
+    batch: DeviceBatch,
+    groups: Groups,
+    /// Parts of attention that are yet to be merged.
+    parts: Option<Buffer>,
+    /// Rows on their way to another place.
+    moved: Option<Buffer>,
+}
+
+/// A driver's error as a backend's.
+pub(crate) fn failed(device: &Device, e: DriverError) -> BackendError {
+    match e {
+        DriverError::OutOfMemory { need_bytes } => BackendError::OutOfMemory {
+            what: format!("a buffer on {}", device.driver().description().name),
+            need_bytes,
+        },
+        DriverError::Failed(what) => BackendError::Device { device: device.driver().description().name.clone(), what },
+    }
+}
+
+impl CudaBackend {
+    /// A backend on a device.
+    pub fn new(driver: Arc<dyn Driver>) -> CudaBackend {
+        CudaBackend { device: Device::new(driver), shared: Mutex::default() }
+    }
+
+    fn shared(&self) -> MutexGuard<'_, Shared> {
+        self.shared.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    fn ok<T>(&self, result: driver::Result<T>) -> Result<T> {
+        result.map_err(|e| failed(&self.device, e))
+    }
+
+    /// Launches a kernel with a thread per value of `n`.
+    fn each(&self, kernel: &'static str, n: usize, args: &[Arg]) {
+        self.device.launch(kernel, 256, [n.div_ceil(256), 1, 1], args);
+    }
+
+    /// The part of a step that one block of threads of attention computes, and how often: heads at once, splits, KV blocks of each.
+    fn split(&self, heads: Heads, batch: &Batch) -> (usize, usize, usize) {
+        let group = heads.n_head / heads.n_head_kv;
+        let most = (2048 / heads.head_dim).clamp(1, 16);
+        let chunk = (1..=group.min(most)).rev().find(|n| group.is_multiple_of(*n)).unwrap_or(1);
+        let n_kv = batch.rows().iter().map(|r| r.position as usize + 1).max().unwrap_or(1);
+        let n_blocks = n_kv.div_ceil(apr_core::backend::KV_BLOCK);
+        // Rounded up by at most an eighth: launches stay the same for a while as contexts grow.
+        let n_blocks = n_blocks.next_multiple_of((n_blocks.next_power_of_two() / 16).max(1));
+        let n_beside = batch.rows().len() * (heads.n_head / chunk);
+        let wanted = (4 * self.device.driver().description().n_sm as usize).div_ceil(n_beside);
+        let per_split = n_blocks.div_ceil(wanted.clamp(1, n_blocks));
+        (chunk, n_blocks.div_ceil(per_split), per_split)
+    }
+}
+
+fn kv_kernel(kv: KvType, store: bool) -> &'static str {
+    match (kv, store) {
+        (KvType::F32, true) => "kv_store_f32",
+        (KvType::F16, true) => "kv_store_f16",
+        (KvType::Q8_0, true) => "kv_store_q8_0",
+        (KvType::F32, false) => "attention_f32",
+        (KvType::F16, false) => "attention_f16",
+        (KvType::Q8_0, false) => "attention_q8_0",
+    }
+}
+
+impl Backend for CudaBackend {
+    type Tensor = CudaTensor;
+    type Ids = CudaIds;
+    type Weight = CudaWeight;
+    type KvCache = KvCache;
+
+    fn precision(&self) -> Precision {
+        Precision::Int8
+    }
+
+    fn is_batch_invariant(&self) -> bool {
+        false
+    }
+
+    fn shows(&self, stage: Stage) -> bool {
+        use Stage::*;
+        !matches!(stage, AttnScores | AttnSoftmax | FfnGate | FfnSilu | MoeExpertGate)
+    }
+
+    fn upload(&self, data: &WeightData) -> Result<CudaWeight> {
+        if products::kernel_of(data.qtype, 1).is_none() {
+            let (tensor, qtype) = (data.name.clone(), data.qtype);
+            return Err(BackendError::UnsupportedType { tensor, qtype, device: "cuda" });
+        }
+        self.ok(CudaWeight::upload(&self.device, data))
+    }
+
+    fn tensor(&self, n_cols: usize, _: &[&CudaWeight]) -> CudaTensor {
+        CudaTensor::new(&self.device, n_cols)
+    }
+
+    fn ids(&self, n_cols: usize) -> CudaIds {
+        CudaIds::new(&self.device, n_cols)
+    }
+
+    fn shape(&self, t: &CudaTensor) -> (usize, usize) {
+        (t.n_rows(), t.n_cols())
+    }
+
+    fn read(&self, t: &CudaTensor, out: &mut Vec<f32>) -> Result<()> {
+        self.ok(t.read(0..t.n_rows(), out))
+    }
+
+    fn write(&self, t: &mut CudaTensor, values: &[f32]) -> Result<()> {
+        self.ok(t.write(values))
+    }
+
+    fn read_row(&self, t: &CudaTensor, row: usize, out: &mut Vec<f32>) -> Result<()> {
+        assert!(row < t.n_rows(), "row {row} of {}", t.n_rows());
+        self.ok(t.read(row..row + 1, out))
+    }
+
+    fn read_ids(&self, ids: &CudaIds, out: &mut Vec<u32>) -> Result<(usize, usize)> {
+        self.ok(ids.read(out))?;
+        Ok(self.ids_shape(ids))
+    }
+
+    fn ids_shape(&self, ids: &CudaIds) -> (usize, usize) {
+        (ids.n_rows(), ids.n_cols())
+    }
+
+    fn write_ids(&self, ids: &mut CudaIds, values: &[u32]) -> Result<()> {
+        self.ok(ids.write(values))
+    }
+
+    fn kv_cache(&self, shape: KvShape) -> KvCache {
+        KvCache::new(&self.device, shape)
+    }
+
+    fn kv_reserve(&self, kv: &mut KvCache, n_blocks: usize) -> Result<()> {
+        kv.reserve(n_blocks)
+    }
+
+    fn kv_save(&self, kv: &KvCache, block: u32, out: &mut Vec<u8>) -> Result<()> {
+        self.ok(kv.save(block, out))
+    }
+
+    fn kv_restore(&self, kv: &mut KvCache, block: u32, saved: &[u8]) -> Result<()> {
+        check_restore(kv.shape().block_bytes(), saved.len())?;
+        self.ok(kv.restore(block, saved))
+    }
+
+    fn embed(&self, out: &mut CudaTensor, table: &CudaWeight, batch: &Batch) -> Result<()> {
+        let n_rows = batch.rows().len();
+        self.ok(out.set_rows(n_rows))?;
+        let tokens = self.ok(self.shared().batch.tokens(&self.device, batch))?;
+        let [w0, w1, w2, w3] = table.planes();
+        let args = [out.arg_mut(), w0, w1, w2, w3, tokens, table.n_cols.into()];
+        self.device.launch(products::embed_kernel(table.qtype), 128, [n_rows, 1, 1], &args);
+        Ok(())
+    }
+
+    fn rms_norm(&self, out: &mut CudaTensor, x: &CudaTensor, w: &CudaWeight, eps: f32) -> Result<()> {
+        self.ok(out.set_rows(x.n_rows()))?;
+        let args = [out.arg_mut(), x.arg(), w.vector(), x.n_cols().into(), eps.into()];
+        self.device.launch("rms_norm", 512, [x.n_rows(), 1, 1], &args);
+        Ok(())
+    }
+
+    fn matmul(&self, out: &mut CudaTensor, at: usize, w: &CudaWeight, x: &CudaTensor) -> Result<()> {
+        if out.n_rows() != x.n_rows() {
+            self.ok(out.set_rows(x.n_rows()))?;
+        }
+        self.ok(products::matmul(&self.device, out, at, w, x))
+    }
+
+    fn add_bias(&self, x: &mut CudaTensor, at: usize, bias: &CudaWeight) -> Result<()> {
+        let (n, rows) = (bias.n_cols, x.n_rows());
+        let args = [x.arg_mut(), bias.vector(), x.n_cols().into(), at.into(), n.into()];
+        self.device.launch("add_bias", 256, [n.div_ceil(256), rows, 1], &args);
+        Ok(())
+    }
+
+    fn head_norm(&self, x: &mut CudaTensor, cols: Range<usize>, w: &CudaWeight, eps: f32) -> Result<()> {
+        let (n_heads, rows) = (cols.len() / w.n_cols, x.n_rows());
+        let n_cols = x.n_cols();
+        let args =
+            [x.arg_mut(), w.vector(), n_cols.into(), cols.start.into(), n_heads.into(), w.n_cols.into(), eps.into()];
+        self.device.launch("head_norm", 128, [n_heads.div_ceil(4), rows, 1], &args);
+        Ok(())
+    }
+
+    fn rope(&self, x: &mut CudaTensor, cols: Range<usize>, head_dim: usize, rope: &Rope, batch: &Batch) -> Result<()> {
+        let [cosines, sines] = self.ok(self.shared().batch.angles(&self.device, batch, rope))?;
+        let (n_heads, rows, n_cols) = (cols.len() / head_dim, x.n_rows(), x.n_cols());
+        let args = [
+            x.arg_mut(),
+            cosines,
+            sines,
+            n_cols.into(),
+            cols.start.into(),
+            n_heads.into(),
+            head_dim.into(),
+            rope.inv_freq.len().into(),
+            (rope.pairing == Pairing::Adjacent).into(),
+        ];
+        self.device.launch("rope", 128, [n_heads.div_ceil(4), rows, 1], &args);
+        Ok(())
+    }
+
+    fn attention<P: Probe<Self>>(
+        &self,
+        out: &mut CudaTensor,
+        qkv: &CudaTensor,
+        kv: &mut KvCache,
+        il: usize,
+        heads: Heads,
+        batch: &Batch,
+        _: &mut P,
+    ) -> Result<()> {
+        let rows = qkv.n_rows();
+        self.ok(out.set_rows(rows))?;
+        let mut shared = self.shared();
+        let places = self.ok(shared.batch.places(&self.device, batch, kv))?;
+        let kv_type = kv.shape().kv_type;
+        let (n_head, n_head_kv, head_dim) = (heads.n_head, heads.n_head_kv, heads.head_dim);
+        let common = [places.blocks, places.tables, places.positions, qkv.n_cols().into()];
+        let store = [heads.k().start.into(), n_head_kv.into(), head_dim.into(), il.into()];
+        let args = [&[qkv.arg()], &common[..], &store].concat();
+        self.device.launch(kv_kernel(kv_type, true), 128, [rows, (2 * n_head_kv).div_ceil(4), 1], &args);
+
+        let (chunk, n_split, per_split) = self.split(heads, batch);
+        if n_split > 1 {
+            let n_bytes = rows * n_head * n_split * (2 + head_dim) * 4;
+            self.ok(tensor::ensure(&self.device, &mut shared.parts, n_bytes.next_power_of_two()))?;
+        }
+        let parts = shared.parts.as_ref().map_or(Arg::Address(0), Buffer::arg);
+        let sizes = [n_head, n_head_kv, head_dim, il, chunk, n_split, per_split].map(Arg::from);
+        let args = [&[out.arg_mut(), parts, qkv.arg()], &common[..], &sizes].concat();
+        self.device.launch(kv_kernel(kv_type, false), 128, [rows, n_head / chunk, n_split], &args);
+        if n_split > 1 {
+            let args = [out.arg_mut(), parts, n_head.into(), head_dim.into(), n_split.into()];
+            self.device.launch("attention_merge", 128, [rows, n_head, 1], &args);
+        }
+        Ok(())
+    }
+
+    fn keep_rows(&self, x: &mut CudaTensor, rows: &[u32]) -> Result<()> {
+        let n_cols = x.n_cols();
+        let all = rows.len() == x.n_rows();
+        if !all && !rows.is_empty() {
+            let mut shared = self.shared();
+            let kept = self.ok(shared.batch.kept(&self.device, rows))?;
+            let n_bytes = (rows.len() * n_cols * 4).next_power_of_two();
+            self.ok(tensor::ensure(&self.device, &mut shared.moved, n_bytes))?;
+            let moved = shared.moved.as_ref().expect("it was ensured").arg();
+            let grid = [n_cols.div_ceil(256), rows.len(), 1];
+            self.device.launch("gather_rows", 256, grid, &[moved, x.arg(), kept, n_cols.into()]);
+            let n = rows.len() * n_cols;
+            self.each("copy", n, &[x.arg_mut(), moved, n.into()]);
+        }
+        self.ok(x.set_rows(rows.len()))
+    }
+
+    fn route(&self, r: &mut Routing<CudaTensor, CudaIds>) -> Result<()> {
+        let (n_rows, n_expert, k) = (r.logits.n_rows(), r.logits.n_cols(), r.ids.n_cols());
+        self.ok(r.ids.set_rows(n_rows))?;
+        self.ok(r.weights.set_rows(n_rows))?;
+        let args = [r.ids.arg(), r.weights.arg_mut(), r.logits.arg(), n_rows.into(), n_expert.into(), k.into()];
+        self.device.launch("route", 128, [n_rows.div_ceil(4), 1, 1], &args);
+        Ok(())
+    }
+
+    fn matmul_experts(&self, out: &mut CudaTensor, w: &CudaWeight, ids: &CudaIds, x: &CudaTensor) -> Result<()> {
+        self.ok(out.set_rows(x.n_rows()))?;
+        let groups = &mut self.shared().groups;
+        self.ok(groups.prepare(&self.device, ids, w.n_mat))?;
+        self.ok(products::matmul_experts(&self.device, groups, out, w, ids, x))
+    }
+
+    fn silu(&self, x: &mut CudaTensor) -> Result<()> {
+        let n = x.n();
+        self.each("silu", n, &[x.arg_mut(), n.into()]);
+        Ok(())
+    }
+
+    fn mul(&self, x: &mut CudaTensor, y: &CudaTensor) -> Result<()> {
+        let n = x.n();
+        self.each("mul", n, &[x.arg_mut(), y.arg(), n.into()]);
+        Ok(())
+    }
+
+    fn weighted_sum(&self, out: &mut CudaTensor, x: &CudaTensor, weights: &CudaTensor) -> Result<()> {
+        self.ok(out.set_rows(weights.n_rows()))?;
+        let (rows, n) = (out.n_rows(), out.n_cols());
+        let args = [out.arg_mut(), x.arg(), weights.arg(), weights.n_cols().into(), n.into()];
+        self.device.launch("weighted_sum", 256, [n.div_ceil(256), rows, 1], &args);
+        Ok(())
+    }
+
+    fn add(&self, x: &mut CudaTensor, y: &CudaTensor) -> Result<()> {
+        let n = x.n();
+        self.each("add", n, &[x.arg_mut(), y.arg(), n.into()]);
+        Ok(())
+    }
+
+    fn dense_ffn<P: Probe<Self>>(
+        &self,
+        out: &mut CudaTensor,
+        s: &mut FfnScratch<CudaTensor>,
+        w: &FfnWeights<CudaWeight>,
+        x: &CudaTensor,
+        il: usize,
+        probe: &mut P,
+    ) -> Result<()> {
+        self.matmul(&mut s.gate, 0, &w.gate, x)?;
+        self.matmul(&mut s.up, 0, &w.up, x)?;
+        self.swiglu(s);
+        seen(probe, self, Stage::FfnUp, il, &s.up)?;
+        seen(probe, self, Stage::FfnSwigl, il, &s.gate)?;
+        self.matmul(out, 0, &w.down, &s.gate)
+    }
+
+    fn experts_ffn<P: Probe<Self>>(
+        &self,
+        out: &mut CudaTensor,
+        s: &mut FfnScratch<CudaTensor>,
+        w: &FfnWeights<CudaWeight>,
+        routing: &Routing<CudaTensor, CudaIds>,
+        x: &CudaTensor,
+        il: usize,
+        probe: &mut P,
+    ) -> Result<()> {
+        {
+            let groups = &mut self.shared().groups;
+            let device = &self.device;
+            self.ok(groups.prepare(device, &routing.ids, w.gate.n_mat))?;
+            for (out, w) in [(&mut s.gate, &w.gate), (&mut s.up, &w.up)] {
+                self.ok(out.set_rows(x.n_rows()))?;
+                self.ok(products::matmul_experts(device, groups, out, w, &routing.ids, x))?;
+            }
+            self.swiglu(s);
+            self.ok(s.down.set_rows(x.n_rows()))?;
+            self.ok(products::matmul_experts(device, groups, &mut s.down, &w.down, &routing.ids, &s.gate))?;
+        }
+        seen(probe, self, Stage::MoeExpertUp, il, &s.up)?;
+        seen(probe, self, Stage::MoeExpertSwigl, il, &s.gate)?;
+        seen(probe, self, Stage::MoeExpertOut, il, &s.down)?;
+        self.weighted_sum(out, &s.down, &routing.weights)
+    }
+
+    fn run_step(&self, step: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        self.ok(self.device.begin_step())?;
+        self.shared().batch.set_step(true);
+        let done = step();
+        self.shared().batch.set_step(false);
+        let flushed = self.ok(self.device.flush());
+        done.and(flushed)
+    }
+}
+
+impl CudaBackend {
+    /// `gate = silu(gate) · up`
+    fn swiglu(&self, s: &mut FfnScratch<CudaTensor>) {
+        let n = s.gate.n();
+        self.each("swiglu", n, &[s.gate.arg_mut(), s.up.arg(), n.into()]);
+    }
+}

@@ -1,0 +1,303 @@
+//! Every op of the CUDA backend on the emulation against the reference backend, on odd shapes and in several orders of threads.
+
+#[path = "../../core/tests/support/blocks.rs"]
+mod blocks;
+
+use apr_core::backend::reference::Reference;
+use apr_core::backend::{Backend, Bytes, Heads, KvShape, KvType, Routing, WeightData};
+use apr_core::batch::{Batch, Row, Wants};
+use apr_core::probe::NoProbe;
+use apr_core::qtype::GgmlType;
+use apr_core::rope::{Pairing, Rope, Scaling};
+use apr_cuda::CudaBackend;
+use apr_cuda_emu::{Order, connect};
+use blocks::{Blocks, Rng};
+
+const QUANTIZED: [GgmlType; 8] = [
+    GgmlType::Q4_K,
+    GgmlType::Q5_K,
+    GgmlType::Q6_K,
+    GgmlType::Q8_0,
+    GgmlType::Q4_0,
+    GgmlType::Q4_1,
+    GgmlType::Q5_0,
+    GgmlType::Q5_1,
+];
+const FLOATS: [GgmlType; 3] = [GgmlType::F32, GgmlType::F16, GgmlType::BF16];
+
+fn cuda() -> CudaBackend {
+    CudaBackend::new(connect(Order::Shuffled(7)))
+}
+
+fn weight(qtype: GgmlType, (n_mat, n_rows, n_cols): (usize, usize, usize), rng: &mut Rng) -> WeightData {
+    let bytes = Bytes::from_vec(Blocks::of(qtype).random(n_mat * n_rows * n_cols, rng));
+    WeightData { name: format!("{qtype}"), qtype, n_cols, n_rows, n_mat, bytes }
+}
+
+fn vector(values: &[f32]) -> WeightData {
+    let bytes = Bytes::from_vec(values.iter().flat_map(|v| v.to_le_bytes()).collect());
+    WeightData { name: "v".into(), qtype: GgmlType::F32, n_cols: values.len(), n_rows: 1, n_mat: 1, bytes }
+}
+
+/// Activations as products with quantized weights see them: 32 to a scale, codes of -127..=127.
+fn rounded(x: &[f32]) -> Vec<f32> {
+    let group = |x: &[f32]| {
+        let d = x.iter().fold(0f32, |m, v| m.max(v.abs())) / 127.0;
+        x.iter().map(|v| if d > 0.0 { (v * (1.0 / d)).round_ties_even() * d } else { 0.0 }).collect::<Vec<f32>>()
+    };
+    x.chunks(32).flat_map(group).collect()
+}
+
+/// A tensor of a backend with these values.
+fn tensor<B: Backend>(b: &B, n_cols: usize, values: &[f32]) -> B::Tensor {
+    let mut t = b.tensor(n_cols, &[]);
+    b.write(&mut t, values).unwrap();
+    t
+}
+
+fn values<B: Backend>(b: &B, t: &B::Tensor) -> Vec<f32> {
+    let mut out = Vec::new();
+    b.read(t, &mut out).unwrap();
+    out
+}
+
+/// Values agree to `bound` of the largest.
+fn assert_close(got: &[f32], expected: &[f32], bound: f32, what: &str) {
+    assert_eq!(got.len(), expected.len(), "{what}: values");
+    let largest = expected.iter().fold(1e-6f32, |m, v| m.max(v.abs()));
+    for (i, (g, e)) in got.iter().zip(expected).enumerate() {
+        assert!((g - e).abs() <= bound * largest, "{what}: value {i} is {g}, expected {e} of at most {largest}");
+    }
+}
+
+/// `x wᵀ` on a backend, into the middle of a wider tensor.
+fn matmul<B: Backend>(b: &B, w: &WeightData, x: &[f32]) -> Vec<f32> {
+    let n_rows = x.len() / w.n_cols;
+    let mut out = tensor(b, w.n_rows + 5, &vec![0.0; n_rows * (w.n_rows + 5)]);
+    b.matmul(&mut out, 3, &b.upload(w).unwrap(), &tensor(b, w.n_cols, x)).unwrap();
+    values(b, &out)
+}
+
+#[test]
+fn products_of_every_type_are_those_of_the_reference() {
+    let mut rng = Rng(1);
+    for (qtype, n_cols) in
+        QUANTIZED.iter().flat_map(|q| [(*q, 256), (*q, 768)]).chain(FLOATS.iter().flat_map(|q| [(*q, 40), (*q, 256)]))
+    {
+        for n_tokens in [1, 3, 9] {
+            let w = weight(qtype, (1, 11, n_cols), &mut rng);
+            let x = rng.activations(n_tokens * n_cols);
+            let seen = if qtype.is_float() { x.clone() } else { rounded(&x) };
+            let what = format!("{qtype}, {n_cols} columns, {n_tokens} tokens");
+            assert_close(&matmul(&cuda(), &w, &x), &matmul(&Reference, &w, &seen), 2e-6, &what);
+        }
+    }
+}
+
+#[test]
+fn rows_of_32_weight_blocks_may_end_with_half_a_unit() {
+    let mut rng = Rng(2);
+    for qtype in QUANTIZED.into_iter().filter(|q| q.block_len() == 32) {
+        let w = weight(qtype, (1, 7, 96), &mut rng);
+        let x = rng.activations(2 * 96);
+        assert_close(&matmul(&cuda(), &w, &x), &matmul(&Reference, &w, &rounded(&x)), 2e-6, &format!("{qtype}"));
+    }
+}
+
+/// Products with experts on a backend, one input per token and one per slot.
+fn matmul_experts<B: Backend>(b: &B, w: &WeightData, ids: &[u32], k: usize, x: &[f32]) -> Vec<f32> {
+    let mut out = b.tensor(k * w.n_rows, &[]);
+    let mut on_device = b.ids(k);
+    b.write_ids(&mut on_device, ids).unwrap();
+    let x = tensor(b, x.len() / (ids.len() / k), x);
+    b.matmul_experts(&mut out, &b.upload(w).unwrap(), &on_device, &x).unwrap();
+    values(b, &out)
+}
+
+#[test]
+fn experts_get_their_tokens() {
+    let mut rng = Rng(3);
+    let (n_expert, k) = (6, 2);
+    for qtype in [GgmlType::Q4_K, GgmlType::Q6_K, GgmlType::Q8_0, GgmlType::F16] {
+        for n_tokens in [1, 2, 5, 40] {
+            let w = weight(qtype, (n_expert, 9, 256), &mut rng);
+            // Expert 5 gets nobody, and expert 0 nearly half of the slots.
+            let ids: Vec<u32> = (0..n_tokens).flat_map(|_| [0, 1 + rng.below(4) as u32]).collect();
+            for n_parts in [1, k] {
+                let x = rng.activations(n_tokens * n_parts * 256);
+                let seen = if qtype.is_float() { x.clone() } else { rounded(&x) };
+                let expected = matmul_experts(&Reference, &w, &ids, k, &seen);
+                let what = format!("{qtype}, {n_tokens} tokens, {n_parts} inputs each");
+                assert_close(&matmul_experts(&cuda(), &w, &ids, k, &x), &expected, 2e-6, &what);
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_not_finite_stays_so() {
+    let mut rng = Rng(4);
+    let w = weight(GgmlType::Q4_K, (1, 4, 256), &mut rng);
+    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        let mut x = rng.activations(3 * 256);
+        x[256 + 77] = bad;
+        let out = matmul(&cuda(), &w, &x);
+        let rows: Vec<&[f32]> = out.chunks(9).map(|row| &row[3..7]).collect();
+        assert!(rows[1].iter().all(|v| v.is_nan()), "{bad}: {:?}", rows[1]);
+        assert!(rows[0].iter().chain(rows[2]).all(|v| v.is_finite()), "{bad} stays in its row");
+    }
+}
+
+#[test]
+fn tokens_are_looked_up_in_every_type() {
+    let mut rng = Rng(5);
+    for (qtype, n_cols) in QUANTIZED.into_iter().map(|q| (q, q.block_len().max(96))).chain(FLOATS.map(|q| (q, 40))) {
+        let w = weight(qtype, (1, 12, n_cols), &mut rng);
+        let rows = [11, 0, 5].map(|token| Row { token, position: token, sequence: token, wants: Wants::Logits });
+        let batch = Batch::new(rows.to_vec(), vec![vec![0]; 12]);
+        let mut here = Reference.tensor(n_cols, &[]);
+        Reference.embed(&mut here, &w, &batch).unwrap();
+        let b = cuda();
+        let mut there = b.tensor(n_cols, &[]);
+        b.embed(&mut there, &b.upload(&w).unwrap(), &batch).unwrap();
+        assert_close(&values(&b, &there), &here.data, 1e-6, &format!("{qtype}"));
+    }
+}
+
+/// What ops on rows give on a backend.
+fn rows_of<B: Backend>(b: &B, x: &[f32], y: &[f32], w: &[f32]) -> Vec<(&'static str, Vec<f32>)> {
+    let n = w.len();
+    let (x, y, w) = (|| tensor(b, n, x), tensor(b, n, y), b.upload(&vector(w)).unwrap());
+    let mut all = Vec::new();
+    let mut out = b.tensor(n, &[]);
+    b.rms_norm(&mut out, &x(), &w, 1e-6).unwrap();
+    all.push(("rms_norm", values(b, &out)));
+    let mut t = x();
+    b.add(&mut t, &y).unwrap();
+    all.push(("add", values(b, &t)));
+    let mut t = x();
+    b.mul(&mut t, &y).unwrap();
+    all.push(("mul", values(b, &t)));
+    let mut t = x();
+    b.silu(&mut t).unwrap();
+    all.push(("silu", values(b, &t)));
+    let mut t = x();
+    b.add_bias(&mut t, 0, &w).unwrap();
+    all.push(("add_bias", values(b, &t)));
+    let mut t = x();
+    b.keep_rows(&mut t, &[1, 3]).unwrap();
+    all.push(("keep_rows", values(b, &t)));
+    all
+}
+
+#[test]
+fn ops_on_rows_are_those_of_the_reference() {
+    let mut rng = Rng(6);
+    for n in [40, 576, 2048] {
+        let (x, y, w) = (rng.activations(4 * n), rng.activations(4 * n), rng.activations(n));
+        for ((what, got), (_, expected)) in rows_of(&cuda(), &x, &y, &w).iter().zip(rows_of(&Reference, &x, &y, &w)) {
+            assert_close(got, &expected, 1e-6, &format!("{what} of {n}"));
+        }
+    }
+}
+
+/// Ids and weights that a backend routes by.
+fn routed<B: Backend>(b: &B, logits: &[f32], n_expert: usize, k: usize) -> (Vec<u32>, Vec<f32>) {
+    let mut r = Routing { logits: tensor(b, n_expert, logits), ids: b.ids(k), weights: b.tensor(k, &[]) };
+    b.route(&mut r).unwrap();
+    let mut ids = Vec::new();
+    b.read_ids(&r.ids, &mut ids).unwrap();
+    (ids, values(b, &r.weights))
+}
+
+#[test]
+fn tokens_are_routed_as_by_the_reference() {
+    let mut rng = Rng(7);
+    for (n_expert, k) in [(4, 2), (6, 6), (128, 8), (160, 8)] {
+        let mut logits = rng.activations(9 * n_expert);
+        // A tie, which the lower id wins, and logits of which softmax leaves nothing.
+        logits[..4].copy_from_slice(&[1.0, 9.0, 2.0, 9.0]);
+        logits[n_expert..n_expert + 4].copy_from_slice(&[0.0, 400.0, -300.0, 200.0]);
+        let (ids, weights) = routed(&cuda(), &logits, n_expert, k);
+        let (expected_ids, expected) = routed(&Reference, &logits, n_expert, k);
+        assert_eq!(ids, expected_ids, "{k} of {n_expert}");
+        assert_close(&weights, &expected, 1e-6, &format!("{k} of {n_expert}"));
+    }
+}
+
+#[test]
+fn experts_exist_even_where_no_logit_is_a_number() {
+    let (ids, weights) = routed(&cuda(), &[f32::NAN; 16], 16, 4);
+    assert!(ids.iter().all(|&id| id < 16), "{ids:?}");
+    assert!(weights.iter().all(|w| w.is_nan()), "{weights:?}");
+}
+
+/// Attention of some sequences after rotation, step by step.
+fn attended<B: Backend>(b: &B, heads: Heads, kv_type: KvType, rope: &Rope, steps: &[(Batch, Vec<f32>)]) -> Vec<f32> {
+    let shape = KvShape { n_layer: 2, n_head_kv: heads.n_head_kv, head_dim: heads.head_dim, kv_type };
+    let mut kv = b.kv_cache(shape);
+    b.kv_reserve(&mut kv, 12).unwrap();
+    let mut all = Vec::new();
+    for (batch, qkv) in steps {
+        let (mut qkv, mut out) = (tensor(b, heads.n_qkv(), qkv), b.tensor(heads.q().len(), &[]));
+        b.rope(&mut qkv, heads.q().start..heads.k().end, heads.head_dim, rope, batch).unwrap();
+        all.extend(values(b, &qkv));
+        b.attention(&mut out, &qkv, &mut kv, 1, heads, batch, &mut NoProbe).unwrap();
+        all.extend(values(b, &out));
+    }
+    all
+}
+
+#[test]
+fn attention_is_that_of_the_reference() {
+    let mut rng = Rng(8);
+    // The fifth has more values in its heads than a block of threads, the fourth as many heads as one has room for and more.
+    for (n_head, n_head_kv, head_dim) in [(4, 2, 32), (8, 1, 128), (3, 3, 40), (40, 2, 64), (4, 2, 256)] {
+        let heads = Heads { n_head, n_head_kv, head_dim };
+        for kv_type in [KvType::F32, KvType::F16, KvType::Q8_0] {
+            if kv_type == KvType::Q8_0 && head_dim % 32 != 0 {
+                continue;
+            }
+            let pairing = if n_head == 3 { Pairing::Adjacent } else { Pairing::Halves };
+            let rope = Rope::new(pairing, head_dim / 2, 1e4, Scaling::None, None);
+            let tables = vec![vec![7, 2, 9, 4], vec![0, 11]];
+            let row = |sequence: u32, position: u32| Row { token: 0, position, sequence, wants: Wants::Logits };
+            let mut step = |rows: Vec<Row>| {
+                let qkv = rng.activations(rows.len() * heads.n_qkv());
+                (Batch::new(rows, tables.clone()), qkv)
+            };
+            let steps = [
+                step((0..70).map(|p| row(0, p)).chain((0..3).map(|p| row(1, p))).collect()),
+                step((70..201).map(|p| row(0, p)).collect()),
+                step(vec![row(1, 3), row(0, 201)]),
+            ];
+            let what = format!("{n_head} heads, {n_head_kv} of keys, of {head_dim}, {kv_type}");
+            let expected = attended(&Reference, heads, kv_type, &rope, &steps);
+            assert_close(&attended(&cuda(), heads, kv_type, &rope, &steps), &expected, 2e-5, &what);
+        }
+    }
+}
+
+#[test]
+fn blocks_of_keys_and_values_are_saved_and_restored() {
+    let b = cuda();
+    let shape = KvShape { n_layer: 1, n_head_kv: 2, head_dim: 32, kv_type: KvType::F16 };
+    let mut kv = b.kv_cache(shape);
+    b.kv_reserve(&mut kv, 5).unwrap();
+    let block: Vec<u8> = (0..shape.block_bytes()).map(|i| i as u8).collect();
+    b.kv_restore(&mut kv, 3, &block).unwrap();
+    let mut saved = Vec::new();
+    b.kv_save(&kv, 3, &mut saved).unwrap();
+    assert_eq!(saved, block);
+    assert!(b.kv_restore(&mut kv, 3, &block[1..]).is_err(), "a block of another size");
+}
+
+#[test]
+fn a_type_without_a_kernel_is_refused_by_name() {
+    let mut rng = Rng(9);
+    let mut w = weight(GgmlType::F32, (1, 1, 256), &mut rng);
+    w.name = "blk.0.attn_q.weight".to_string();
+    w.qtype = GgmlType::Q2_K;
+    let e = cuda().upload(&w).err().map(|e| e.to_string()).unwrap_or_default();
+    assert!(e.contains("blk.0.attn_q.weight") && e.contains("Q2_K"), "{e}");
+}
