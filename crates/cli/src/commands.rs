@@ -1,6 +1,7 @@
 //! One file per command: its arguments and what it does with them.
 
 pub mod bench;
+pub mod devices;
 pub mod diff;
 pub mod inspect;
 pub mod replay;

@@ -4,6 +4,7 @@ use clap::{Parser, Subcommand};
 
 mod commands;
 mod failure;
+mod gpu;
 mod options;
 mod page;
 mod print;
@@ -28,6 +29,9 @@ enum Command {
     Run(commands::run::Args),
     /// Answer requests over HTTP.
     Serve(commands::serve::Args),
+    /// List what models can be computed on: this CPU and the GPUs.
+    #[command(after_help = EXIT_CODES)]
+    Devices(commands::devices::Args),
     /// Show what a model file holds: metadata, tensors, quant types, bytes per token, chat template.
     #[command(after_help = EXIT_CODES)]
     Inspect(commands::inspect::Args),
@@ -55,6 +59,7 @@ fn main() -> std::process::ExitCode {
     let result = match Cli::parse().command {
         Command::Run(args) => commands::run::run(args),
         Command::Serve(args) => commands::serve::run(args),
+        Command::Devices(args) => commands::devices::run(args),
         Command::Inspect(args) => commands::inspect::run(args),
         Command::Tokenize(args) => commands::tokenize::run(args),
         Command::Bench(args) => commands::bench::run(args),

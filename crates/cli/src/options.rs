@@ -9,6 +9,18 @@ use apr_engine::{Engine, EngineOptions, Isa, KvType, Precision};
 use crate::failure::Result;
 use crate::print::{bytes, say, show_reading};
 
+/// What `--device` may be.
+pub const DEVICES: [&str; 3] = ["cpu", "cuda", "reference"];
+
+/// The device of a name among [`DEVICES`].
+pub fn device_of(name: &str, n_threads: Option<usize>, isa: Option<Isa>) -> Device {
+    match name {
+        "cuda" => Device::Cuda(crate::gpu::CUDA),
+        "reference" => Device::Reference { activations: Precision::F32 },
+        _ => Device::Cpu { n_threads, isa },
+    }
+}
+
 /// The model and how to load it.
 #[derive(clap::Args)]
 pub struct LoadArgs {
@@ -27,10 +39,10 @@ pub struct LoadArgs {
     /// that this CPU has; the others have not run on such a CPU yet]
     #[arg(long, env = "APR_ISA", value_name = "ISA")]
     pub isa: Option<Isa>,
-    /// Where to compute: cpu, or reference (plain loops in high precision, slow)
-    #[arg(long, env = "APR_DEVICE", default_value = "cpu", value_name = "DEVICE", value_parser = ["cpu", "reference"])]
+    /// Where to compute: cpu, cuda (an NVIDIA GPU), or reference (plain loops in high precision, slow)
+    #[arg(long, env = "APR_DEVICE", default_value = "cpu", value_name = "DEVICE", value_parser = DEVICES)]
     pub device: String,
-    /// Compute on a GPU
+    /// Compute on a GPU; the same as --device cuda
     #[arg(long)]
     pub gpu: bool,
 }
@@ -61,11 +73,7 @@ impl LoadArgs {
 
     /// Where to compute.
     pub fn device(&self) -> Device {
-        match self.device.as_str() {
-            _ if self.gpu => Device::Gpu,
-            "reference" => Device::Reference { activations: Precision::F32 },
-            _ => Device::Cpu { n_threads: self.threads, isa: self.isa },
-        }
+        device_of(if self.gpu { "cuda" } else { &self.device }, self.threads, self.isa)
     }
 
     /// These options on another command line of `apr`, the model left out.

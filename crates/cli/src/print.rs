@@ -101,6 +101,13 @@ pub fn show_reading(progress: Arc<Progress>) {
     let _ = std::thread::Builder::new().name("apr-progress".to_string()).spawn(show);
 }
 
+/// Puts a line on a terminal until the next one or something said; elsewhere nobody could see it change.
+pub fn show_status(text: String) {
+    if std::io::stderr().is_terminal() {
+        bar(Bar::Shown(text));
+    }
+}
+
 /// `reading [#####.....] 1.20 GB of 3.46 GB, 1.81 GB/s`
 fn bar_text(n: u64, n_all: u64, elapsed: Duration) -> String {
     let full = (n as f64 / n_all.max(1) as f64 * BAR_WIDTH as f64) as usize;

@@ -1,11 +1,14 @@
 //! Which backend runs a model: the only place that knows them all.
 
+use std::sync::Arc;
+
 use apr_core::backend::reference::Reference;
 use apr_core::backend::rounded::Rounded;
-use apr_core::backend::{Backend, BackendError, Precision};
+use apr_core::backend::{Backend, BackendError, KV_BLOCK, KvShape, Precision};
 use apr_core::hparams::Hparams;
 use apr_cpu::CpuBackend;
 use apr_cpu::kernels::Isa;
+use apr_cuda::CudaBackend;
 
 use crate::diff::op::StageOp;
 use crate::engine::EngineError;
@@ -14,6 +17,10 @@ use crate::session::{Runner, Session, SessionSettings};
 use crate::threads::THREADS_MAX;
 
 pub use crate::threads::default_threads;
+pub use apr_cuda::compile::Toolchain;
+pub use apr_cuda::driver::{Description, Driver};
+pub use apr_cuda::nvidia::{ConnectError, connect as connect_nvidia, devices as nvidia_devices};
+pub use apr_cuda::nvrtc::Nvrtc;
 
 /// Where to run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,13 +31,25 @@ pub enum Device {
     /// the noise that comparisons judge by.
     Reference { activations: Precision },
     /// A CUDA device.
-    Gpu,
+    Cuda(Cuda),
 }
+
+/// How a CUDA device is reached. Whoever reads the environment knows where compilers and caches are.
+#[derive(Clone, Copy, Debug)]
+pub struct Cuda(pub fn() -> Result<Arc<dyn Driver>, ConnectError>);
+
+impl PartialEq for Cuda {
+    fn eq(&self, other: &Cuda) -> bool {
+        std::ptr::fn_addr_eq(self.0, other.0)
+    }
+}
+
+impl Eq for Cuda {}
 
 /// What a model runs on.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DeviceInfo {
-    /// `cpu` or `reference`
+    /// `cpu`, `cuda` or `reference`
     pub kind: &'static str,
     /// Instruction set of the kernels, where there is a choice.
     pub isa: Option<Isa>,
@@ -40,9 +59,16 @@ pub struct DeviceInfo {
     pub name: String,
 }
 
+/// Device memory for activations and while weights are taken apart.
+const CUDA_BUFFER_BYTES: u64 = 512 << 20;
+
 /// What can be done with a backend, whichever it is.
 trait Task {
     type Out;
+    /// Refuses what a device of its own memory, of which so much is free, cannot hold.
+    fn fits(&self, _free_bytes: u64) -> Result<(), EngineError> {
+        Ok(())
+    }
     fn on<B>(self, backend: B) -> Result<Self::Out, EngineError>
     where
         B: Backend + Send + 'static,
@@ -74,7 +100,15 @@ fn with_backend<T: Task>(device: Device, task: T) -> Result<(T::Out, DeviceInfo)
             let info = DeviceInfo { kind: "reference", isa: None, n_threads: None, name };
             Ok((task.on(Rounded(Reference))?, info))
         }
-        Device::Gpu => Err(EngineError::NoGpu),
+        Device::Cuda(Cuda(connect)) => {
+            let driver = connect()?;
+            let d = driver.description();
+            let name = format!("cuda ({}, sm_{})", d.name, d.arch);
+            let free_bytes = driver.free_bytes().map_err(|e| ConnectError::Failed(d.name.clone(), e.to_string()))?;
+            task.fits(free_bytes)?;
+            let info = DeviceInfo { kind: "cuda", isa: None, n_threads: None, name };
+            Ok((task.on(CudaBackend::new(driver))?, info))
+        }
     }
 }
 
@@ -88,6 +122,24 @@ pub(crate) fn open(
     struct Load<'a>(&'a ModelFile, &'a Hparams, SessionSettings);
     impl Task for Load<'_> {
         type Out = Box<dyn Session>;
+
+        fn fits(&self, free_bytes: u64) -> Result<(), EngineError> {
+            let Load(file, h, settings) = self;
+            let (n_head_kv, head_dim) = (h.heads.n_head_kv, h.heads.head_dim);
+            let kv = KvShape { n_layer: h.n_layer, n_head_kv, head_dim, kv_type: settings.kv_type };
+            let kv_bytes = settings.n_ctx.div_ceil(KV_BLOCK) as u64 * kv.block_bytes() as u64;
+            let need = file.file_bytes + kv_bytes + CUDA_BUFFER_BYTES;
+            match need <= free_bytes {
+                true => Ok(()),
+                false => Err(EngineError::GpuMemory {
+                    weights: file.file_bytes,
+                    n_ctx: settings.n_ctx,
+                    kv: kv_bytes,
+                    free: free_bytes,
+                }),
+            }
+        }
+
         fn on<B>(self, backend: B) -> Result<Self::Out, EngineError>
         where
             B: Backend + Send + 'static,

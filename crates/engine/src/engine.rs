@@ -10,6 +10,7 @@ use apr_core::hparams::{Hparams, HparamsError};
 use apr_core::models::LoadError;
 
 use apr_cpu::CpuError;
+use apr_cuda::nvidia::ConnectError;
 
 use crate::chat_template::{ChatInput, ChatTemplate, RenderedPiece, TemplateError};
 use crate::constraint::Constraints;
@@ -100,8 +101,13 @@ pub enum EngineError {
     Cpu(#[from] CpuError),
     #[error("{got} threads: expected between 1 and {max}")]
     Threads { got: usize, max: usize },
-    #[error("no GPU: this build of apr has no GPU backend; leave --gpu out to run on the CPU")]
-    NoGpu,
+    #[error(transparent)]
+    Gpu(#[from] ConnectError),
+    #[error(
+        "the GPU has {free} bytes free: weights need {weights}, keys and values of --ctx {n_ctx} {kv}; use a smaller --ctx, --kv q8_0, \
+         or leave --gpu out"
+    )]
+    GpuMemory { weights: u64, n_ctx: usize, kv: u64, free: u64 },
     #[error("the file has no chat template; use --raw to give the text to the model as it is")]
     NoTemplate,
 }
@@ -115,7 +121,8 @@ impl EngineError {
         use EngineError::*;
         matches!(
             self,
-            NoGpu
+            Gpu(_)
+                | GpuMemory { .. }
                 | KvMemory { .. }
                 | BufferMemory { .. }
                 | Cpu(CpuError::Threads { .. })

@@ -189,12 +189,12 @@ pub fn generate(
     cancel: &AtomicBool,
     on_text: &mut dyn FnMut(&str),
 ) -> Result<Generated, GenerateError> {
-    generate_with(engine, request, speculator(request), cancel, on_text)
+    generate_with(engine, request, speculator(engine, request), cancel, on_text)
 }
 
-/// Who guesses tokens of an answer.
-pub(crate) fn speculator(request: &Request) -> Box<dyn Speculate + Send> {
-    match request.speculate {
+/// Who guesses tokens of an answer. Guesses are checked several at a time, which must not change what is answered.
+pub(crate) fn speculator(engine: &Engine, request: &Request) -> Box<dyn Speculate + Send> {
+    match request.speculate && engine.session.is_batch_invariant() {
         true => Box::new(Speculator::new(&request.prompt)),
         false => Box::new(NoSpeculation),
     }

@@ -491,7 +491,7 @@ impl Batcher {
 /// An answer to a request that fits.
 fn begin(engine: &Engine, request: Request) -> Result<Answer, GenerateError> {
     let max_tokens = check_fits(engine, request.prompt.len(), request.max_tokens)?;
-    let speculator = speculator(&request);
+    let speculator = speculator(engine, &request);
     Answer::new(engine, request, max_tokens, speculator)
 }
 

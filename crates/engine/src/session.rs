@@ -93,6 +93,9 @@ pub trait Session: Send {
     /// Precision of activations in products with quantized weights.
     fn precision(&self) -> Precision;
 
+    /// Whether a row's values are the same, bit for bit, whatever other rows are in its step.
+    fn is_batch_invariant(&self) -> bool;
+
     /// How keys and values are stored.
     fn kv_type(&self) -> KvType;
 
@@ -345,6 +348,10 @@ where
 
     fn precision(&self) -> Precision {
         self.backend.precision()
+    }
+
+    fn is_batch_invariant(&self) -> bool {
+        self.backend.is_batch_invariant()
     }
 
     fn kv_type(&self) -> KvType {

@@ -7,10 +7,11 @@ use std::path::{Path, PathBuf};
 use apr_engine::device::Device;
 use apr_engine::diff::bundle::{self, BundleError};
 use apr_engine::diff::{DiffOptions, ModelSource, Prompt, Report, Source, diff, replay};
-use apr_engine::{EngineOptions, Isa, KvType, Precision};
+use apr_engine::{EngineOptions, Isa, KvType};
 
 use self::fail_on::Condition;
 use crate::failure::{Done, Failure, Result, USAGE, usage};
+use crate::options::{DEVICES, device_of};
 use crate::options::{TokenList, token_list};
 use crate::print::{one_line, say};
 
@@ -57,12 +58,12 @@ pub struct Args {
 /// How the sides are run. What is not said for one side holds for both.
 #[derive(clap::Args)]
 struct SideArgs {
-    /// Where to compute: cpu, or reference (plain loops in high precision, slow)
-    #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = ["cpu", "reference"])]
+    /// Where to compute: cpu, cuda (an NVIDIA GPU), or reference (plain loops in high precision, slow)
+    #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = DEVICES)]
     device: String,
-    #[arg(long, value_name = "DEVICE", value_parser = ["cpu", "reference"])]
+    #[arg(long, value_name = "DEVICE", value_parser = DEVICES)]
     device_a: Option<String>,
-    #[arg(long, value_name = "DEVICE", value_parser = ["cpu", "reference"])]
+    #[arg(long, value_name = "DEVICE", value_parser = DEVICES)]
     device_b: Option<String>,
     /// Instruction set of the kernels: scalar, avx2, avx-vnni or avx512-vnni [default: the fastest of scalar and avx2
     /// that this CPU has; the others have not run on such a CPU yet]
@@ -104,10 +105,7 @@ impl SideArgs {
             true => (&self.device_a, self.isa_a, self.unfused_a, self.kv_a),
             false => (&self.device_b, self.isa_b, self.unfused_b, self.kv_b),
         };
-        let device = match device.as_ref().unwrap_or(&self.device).as_str() {
-            "reference" => Device::Reference { activations: Precision::F32 },
-            _ => Device::Cpu { n_threads: self.threads, isa: isa.or(self.isa) },
-        };
+        let device = device_of(device.as_ref().unwrap_or(&self.device), self.threads, isa.or(self.isa));
         let options = EngineOptions { device, kv_type: kv.unwrap_or(self.kv), n_ctx: self.ctx };
         Ok(Source::Model(ModelSource { path: path.to_path_buf(), options, unfused: unfused || self.unfused }))
     }

@@ -3,21 +3,21 @@
 use std::io::{self, Write};
 use std::path::PathBuf;
 
-use apr_engine::device::Device;
 use apr_engine::diff::bundle::Bundle;
 use apr_engine::diff::replay::{ELEMENT_RATIO_MAX, RATIO_MAX, Reason, Replay, replay};
 use apr_engine::{Isa, Precision};
 use serde_json::{Value, json};
 
 use crate::failure::{Done, Result};
+use crate::options::{DEVICES, device_of};
 use crate::print::{command_line, harmless, number, one_line};
 
 #[derive(clap::Args)]
 pub struct Args {
     /// A bundle, as `apr diff --bundle` writes it
     file: PathBuf,
-    /// Where to compute: cpu, or reference (plain loops in high precision)
-    #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = ["cpu", "reference"])]
+    /// Where to compute: cpu, cuda (an NVIDIA GPU), or reference (plain loops in high precision)
+    #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = DEVICES)]
     device: String,
     /// Instruction set of the kernels: scalar, avx2, avx-vnni or avx512-vnni [default: the fastest of scalar and avx2
     /// that this CPU has; the others have not run on such a CPU yet]
@@ -34,10 +34,7 @@ pub struct Args {
 /// As with `apr diff`, whatever keeps the op from running is exit code 2.
 pub fn run(args: Args) -> Result<Done> {
     let bundle = Bundle::read(&args.file)?;
-    let device = match args.device.as_str() {
-        "reference" => Device::Reference { activations: Precision::F32 },
-        _ => Device::Cpu { n_threads: args.threads, isa: args.isa },
-    };
+    let device = device_of(&args.device, args.threads, args.isa);
     let done = replay(&bundle, device)?;
     if args.json {
         writeln!(io::stdout(), "{}", one_line(&report(&args, &bundle, &done)))?;

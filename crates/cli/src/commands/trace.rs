@@ -2,11 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
+use apr_engine::Engine;
 use apr_engine::model_file::ModelFile;
 use apr_engine::stage::{Place, Stage};
 use apr_engine::trace::file::TraceHeader;
 use apr_engine::trace::{SaveRequest, TraceRequest, header_of, trace};
-use apr_engine::{Engine, EngineError};
 use serde_json::json;
 
 use self::select::{Positions, Span, StageNames};
@@ -81,7 +81,7 @@ impl Args {
 pub fn run(args: Args) -> Result<Done> {
     if !args.runs() {
         if args.load.gpu {
-            return Err(EngineError::NoGpu.into());
+            apr_engine::device::info(args.load.device())?;
         }
         if args.unfused {
             say("note: --unfused acts on a pass; add --payload to run one");
