@@ -23,24 +23,6 @@ pub struct Emulated {
     order: Order,
 }
 
-unsafe extern "C" {
-    fn apr_emulation_launch(
-        name: *const c_char,
-        grid: *const u32,
-        threads: u32,
-        dynamic_bytes: u32,
-        args: *const u64,
-        kinds: *const c_char,
-        order: u32,
-        seed: u64,
-        error: *mut c_char,
-        error_bytes: usize,
-    ) -> c_int;
-    fn apr_emulation_kernel(i: u32) -> *const c_char;
-    fn apr_emulation_alloc(n_bytes: usize) -> *mut c_void;
-    fn apr_emulation_free(at: *mut c_void, n_bytes: usize);
-}
-
 /// A device that runs threads in an order.
 pub fn connect(order: Order) -> Arc<dyn Driver> {
     connect_with(order, 1 << 34)
@@ -142,4 +124,23 @@ impl Driver for Emulated {
     unsafe fn run(&self, launches: &[Launch], _: bool) -> Result<()> {
         launches.iter().try_for_each(|launch| self.launch(launch))
     }
+}
+
+// What `emulation.cpp` offers.
+unsafe extern "C" {
+    fn apr_emulation_launch(
+        name: *const c_char,
+        grid: *const u32,
+        threads: u32,
+        dynamic_bytes: u32,
+        args: *const u64,
+        kinds: *const c_char,
+        order: u32,
+        seed: u64,
+        error: *mut c_char,
+        error_bytes: usize,
+    ) -> c_int;
+    fn apr_emulation_kernel(i: u32) -> *const c_char;
+    fn apr_emulation_alloc(n_bytes: usize) -> *mut c_void;
+    fn apr_emulation_free(at: *mut c_void, n_bytes: usize);
 }
