@@ -73,7 +73,8 @@ fn only_one_file_chooses_by_features() {
 fn only_the_command_reads_the_environment() {
     let found = offenders(|path, text| {
         let bad = ["env::var", "env::vars", "option_env!"].into_iter().find(|b| text.contains(b));
-        bad.filter(|_| !path.starts_with("crates/cli/") && !path.ends_with("build.rs") && !is_test(path)).map(str::to_string)
+        bad.filter(|_| !path.starts_with("crates/cli/") && !path.ends_with("build.rs") && !is_test(path))
+            .map(str::to_string)
     });
     none("options travel as values; only crates/cli reads the environment", found);
 }
