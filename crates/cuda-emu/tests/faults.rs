@@ -1,6 +1,6 @@
 //! The emulation shows what it is there to show: kernels with a fault each.
 
-use apr_cuda::driver::{Arg, Driver, DriverError, Launch};
+use apr_cuda::driver::{Arg, DriverError, Launch};
 use apr_cuda_emu::{Order, connect};
 
 /// What a kernel of 64 or 32 threads makes of the numbers from 0 on: its `n_out` floats or words.

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use apr_engine::device::{ConnectError, Cuda, Device};
-use apr_engine::generate::{Request, generate};
+use apr_engine::generate::{Ends, Request, generate};
 use apr_engine::sampler::SamplerConfig;
 use apr_engine::verify::{Outcome, VerifyOptions, verify};
 use apr_engine::{Engine, EngineError, EngineOptions, KvType, Precision};
@@ -31,6 +31,7 @@ fn request(n: usize) -> Request {
         show_experts: false,
         trace: None,
         embed: false,
+        ends: Ends::default(),
     }
 }
 

@@ -217,7 +217,7 @@ mod tests {
         let compile = || constraint(&model, Thought::None, vec![Form::Regex("a".to_string())], "");
         // As if as many were being compiled and came to no end.
         let held = model.compiling.clone().acquire_many_owned(N_COMPILING as u32).await.unwrap();
-        assert_eq!(compile().await.unwrap_err().code.as_deref(), Some("queue_full"));
+        assert_eq!(compile().await.unwrap_err().code, Some("queue_full"));
         drop(held);
         assert!(compile().await.unwrap().is_some());
         assert_eq!(model.compiling.available_permits(), N_COMPILING);
