@@ -8,10 +8,11 @@ use sha2::{Digest, Sha256};
 use crate::nvrtc::{Nvrtc, NvrtcError};
 
 /// Sources of the kernels: a module each.
-pub(crate) const SOURCES: [(&str, &str); 5] = [
+pub(crate) const SOURCES: [(&str, &str); 6] = [
     ("attention.cu", include_str!("../kernels/attention.cu")),
     ("matvec.cu", include_str!("../kernels/matvec.cu")),
     ("norm.cu", include_str!("../kernels/norm.cu")),
+    ("primitives.cu", include_str!("../kernels/primitives.cu")),
     ("route.cu", include_str!("../kernels/route.cu")),
     ("rows.cu", include_str!("../kernels/rows.cu")),
 ];

@@ -73,8 +73,8 @@ pub struct BenchResult {
     pub bytes_per_token: Option<u64>,
     /// Multiply-adds per token, the mean over the test's tokens.
     pub macs_per_token: f64,
-    /// The machine's, measured just before the test.
-    pub limits: Limits,
+    /// The machine's, measured just before the test; absent where something else than its cores computes.
+    pub limits: Option<Limits>,
     pub reps: usize,
 }
 
@@ -158,18 +158,18 @@ impl BenchResult {
 
     /// The part of the machine's read bandwidth that is reached.
     pub fn share_of_read(&self) -> Option<f64> {
-        self.gb_per_s().map(|gb| gb / self.limits.read_gb_per_s)
+        Some(self.gb_per_s()? / self.limits?.read_gb_per_s)
     }
 
     /// The part of the cores' multiply-adds of bytes that is reached.
-    pub fn share_of_int8(&self) -> f64 {
-        self.macs_per_s() / self.limits.int8_macs_per_s
+    pub fn share_of_int8(&self) -> Option<f64> {
+        Some(self.macs_per_s() / self.limits?.int8_macs_per_s)
     }
 
     /// The limit of which the larger part is reached; unknown where bytes are not counted.
     pub fn bound(&self) -> Option<Bound> {
         let read = self.share_of_read()?;
-        Some(if read > self.share_of_int8() { Bound::Bandwidth } else { Bound::Compute })
+        Some(if read > self.share_of_int8()? { Bound::Bandwidth } else { Bound::Compute })
     }
 }
 
@@ -185,7 +185,8 @@ pub fn bench(
     o.check(engine)?;
     for test in o.tests() {
         let n_threads = engine.device.n_threads.unwrap_or_else(default_threads);
-        let limits = Limits::measure(n_threads, engine.device.isa.unwrap_or(Isa::Scalar));
+        let is_host = engine.device.kind != "cuda";
+        let limits = is_host.then(|| Limits::measure(n_threads, engine.device.isa.unwrap_or(Isa::Scalar)));
         let mut sequences: Vec<Sequence> = (0..test.n_sequence).map(|_| Sequence::default()).collect();
         let runs = timed_runs(engine, test, o.reps, &mut sequences);
         sequences.iter_mut().for_each(|s| engine.session.release(s));
@@ -252,7 +253,7 @@ fn decode(
     Ok(())
 }
 
-fn summary(engine: &Engine, test: Test, limits: Limits, runs: &[Timed]) -> BenchResult {
+fn summary(engine: &Engine, test: Test, limits: Option<Limits>, runs: &[Timed]) -> BenchResult {
     let n_tokens = test.n * test.n_sequence;
     let (tok_per_s, spread_tok_per_s) = median_and_spread(runs.iter().map(|(seconds, _)| n_tokens as f64 / seconds));
     // Of a prefill only the last token's logits are computed, in a decode every token's.

@@ -76,7 +76,7 @@ pub fn run(args: Args) -> Result<Done> {
         }
         let mut written = Ok(());
         bench(&mut engine, &options, &mut |r| {
-            limits = Some(limits.map_or(r.limits, |l| l.best(r.limits)));
+            limits = r.limits.map(|of_test| limits.map_or(of_test, |l| l.best(of_test)));
             results.push(entry(r));
             if !args.json {
                 written = writeln!(out, "{}", line(r));
@@ -169,10 +169,11 @@ fn percent(share: f64) -> String {
 fn line(r: &BenchResult) -> String {
     let or_dash = |text: Option<String>| text.unwrap_or("-".to_string());
     let (gb, of_read) = (or_dash(r.gb_per_s().map(|g| format!("{g:.1}"))), or_dash(r.share_of_read().map(percent)));
-    let (bound, of_int8) = (or_dash(r.bound().map(|b| b.to_string())), percent(r.share_of_int8()));
-    let (gmac, per_cycle) = (r.macs_per_s() / 1e9, r.limits.per_cycle_and_core(r.macs_per_s()));
+    let (bound, of_int8) = (or_dash(r.bound().map(|b| b.to_string())), or_dash(r.share_of_int8().map(percent)));
+    let per_cycle = or_dash(r.limits.map(|l| format!("{:.2}", l.per_cycle_and_core(r.macs_per_s()))));
+    let gmac = r.macs_per_s() / 1e9;
     format!(
-        "{:<16} {:>9.2} {:>8.2} {gb:>7} {of_read:>8} {gmac:>8.1} {per_cycle:>10.2} {of_int8:>8}  {bound}",
+        "{:<16} {:>9.2} {:>8.2} {gb:>7} {of_read:>8} {gmac:>8.1} {per_cycle:>10} {of_int8:>8}  {bound}",
         r.test.to_string(),
         r.tok_per_s,
         r.spread_tok_per_s
@@ -195,8 +196,8 @@ fn entry(r: &BenchResult) -> Value {
         "test": r.test.to_string(), "tok_per_s": r.tok_per_s, "spread_tok_per_s": r.spread_tok_per_s, "reps": r.reps,
         "read_bytes_per_token": r.bytes_per_token, "gb_per_s": r.gb_per_s(), "share_of_read": r.share_of_read(),
         "mac_per_token": r.macs_per_token, "gmac_per_s": r.macs_per_s() / 1e9,
-        "mac_per_cycle_per_core": r.limits.per_cycle_and_core(r.macs_per_s()), "share_of_int8": r.share_of_int8(),
-        "bound_by": r.bound().map(|b| b.to_string()), "limits": limits_entry(&r.limits),
+        "mac_per_cycle_per_core": r.limits.map(|l| l.per_cycle_and_core(r.macs_per_s())), "share_of_int8": r.share_of_int8(),
+        "bound_by": r.bound().map(|b| b.to_string()), "limits": r.limits.as_ref().map(limits_entry),
     })
 }
 
