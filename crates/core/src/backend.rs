@@ -356,6 +356,18 @@ pub trait Backend: Sized {
     fn rope(&self, x: &mut Self::Tensor, cols: Range<usize>, head_dim: usize, rope: &Rope, batch: &Batch)
     -> Result<()>;
 
+    /// Normalises every head of queries and keys on its own where `norms` has their weights and eps, then rotates it by its row's position.
+    fn norm_rope(
+        &self,
+        qkv: &mut Self::Tensor,
+        heads: Heads,
+        norms: Option<(&[Self::Weight; 2], f32)>,
+        rope: &Rope,
+        batch: &Batch,
+    ) -> Result<()> {
+        unfused::norm_rope(self, qkv, heads, norms, rope, batch)
+    }
+
     /// Stores the keys and values of `qkv` in layer `il` of the cache, then attends: `out[i] = softmax(q_i Kᵀ / √head_dim) V` over
     /// the positions up to row `i`'s own. `out` is `[n_tokens, n_head * head_dim]`.
     fn attention<P: Probe<Self>>(

@@ -1,5 +1,5 @@
 // Norms and rotary embedding.
-#include "prims.cuh"
+#include "q8.cuh"
 
 // out[t] = x[t] / rms(x[t]) · w; [n_tokens, n_cols]. Grid: tokens.
 KERNEL(rms_norm, 512, f32 *out, const f32 *x, const f32 *w, u32 n_cols, f32 eps) {
@@ -13,6 +13,31 @@ KERNEL(rms_norm, 512, f32 *out, const f32 *x, const f32 *w, u32 n_cols, f32 eps)
     for (u32 i = thread_x(); i < n_cols; i += 512) out[i] = x[i] * scale * w[i];
 }
 
+// The same where columns are in groups of 32, and its 8-bit form.
+KERNEL(rms_norm_q8, 512, f32x4 *out, u32 *codes, f32x2 *scales, const f32x4 *x, const f32x4 *w, u32 n_cols, f32 eps) {
+    SHARED(f32, scratch, 16);
+    const u64 row = (u64)block_x() * (n_cols / 4);
+    f32 sum = 0;
+    for (u32 i = thread_x(); i < n_cols / 4; i += 512) {
+        const f32x4 v = x[row + i];
+        sum += v.x * v.x + v.y * v.y + (v.z * v.z + v.w * v.w);
+    }
+    sum = block_sum<512>(sum, scratch);
+    const f32 scale = 1 / sqrtf(sum / (f32)n_cols + eps);
+    for (u32 first = 0; first < n_cols / 4; first += 512) {
+        const u32 i = first + thread_x();
+        const bool there = i < n_cols / 4;
+        f32x4 v = {0, 0, 0, 0};
+        if (there) {
+            v = x[row + i];
+            const f32x4 by = w[i];
+            v = f32x4{v.x * scale * by.x, v.y * scale * by.y, v.z * scale * by.z, v.w * scale * by.w};
+            out[row + i] = v;
+        }
+        quantize_four(codes, scales, v, row + i, there);
+    }
+}
+
 // Each head of a row's columns `at..at + n_heads · head_dim` likewise, in place; a warp per head. Grid: heads / 4, tokens.
 KERNEL(head_norm, 128, f32 *x, const f32 *w, u32 n_cols, u32 at, u32 n_heads, u32 head_dim, f32 eps) {
     const u32 head = block_x() * 4 + thread_x() / 32, lane = thread_x() % 32;
@@ -22,6 +47,30 @@ KERNEL(head_norm, 128, f32 *x, const f32 *w, u32 n_cols, u32 at, u32 n_heads, u3
     for (u32 i = lane; i < head_dim; i += 32) sum += x[i] * x[i];
     const f32 scale = 1 / sqrtf(warp_sum(sum) / (f32)head_dim + eps);
     for (u32 i = lane; i < head_dim; i += 32) x[i] = x[i] * scale * w[i];
+}
+
+// Normalises every head of queries and keys, where `q_norm` is not null, and rotates it. `n_head` of the `n_heads` are queries.
+// A warp per head. Grid: heads / 4, tokens.
+KERNEL(norm_rope, 128, f32 *x, const f32 *q_norm, const f32 *k_norm, const f32 *cosines, const f32 *sines, u32 n_cols,
+       u32 n_head, u32 n_heads, u32 head_dim, u32 n_pair, u32 neighbours, f32 eps) {
+    const u32 head = block_x() * 4 + thread_x() / 32, lane = thread_x() % 32;
+    if (head >= n_heads) return;
+    x += (u64)block_y() * n_cols + head * head_dim;
+    if (q_norm) {
+        const f32 *w = head < n_head ? q_norm : k_norm;
+        f32 sum = 0;
+        for (u32 i = lane; i < head_dim; i += 32) sum += x[i] * x[i];
+        const f32 scale = 1 / sqrtf(warp_sum(sum) / (f32)head_dim + eps);
+        for (u32 i = lane; i < head_dim; i += 32) x[i] = x[i] * scale * w[i];
+        warp_barrier();
+    }
+    for (u32 i = lane; i < n_pair; i += 32) {
+        const f32 c = cosines[(u64)block_y() * n_pair + i], s = sines[(u64)block_y() * n_pair + i];
+        const u32 a = neighbours ? 2 * i : i, b = neighbours ? 2 * i + 1 : i + n_pair;
+        const f32 first = x[a], second = x[b];
+        x[a] = first * c - second * s;
+        x[b] = first * s + second * c;
+    }
 }
 
 // Cosine and sine of every pair at every token's position; cos, sin: [n_tokens, n_pair]. Grid: tokens.

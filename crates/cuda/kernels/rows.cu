@@ -1,4 +1,5 @@
 // Ops on rows of floats: embedding, sums and products element by element, rows kept, and the 8-bit form of activations.
+#include "q8.cuh"
 #include "qtypes.cuh"
 
 // Takes one plane out of GGUF blocks: `length` bytes at `offset` of each block of `block_bytes`, all even.
@@ -95,21 +96,23 @@ KERNEL(gather_rows, 256, f32 *to, const f32 *from, const u32 *rows, u32 n_cols) 
     if (i < n_cols) to[(u64)block_y() * n_cols + i] = from[(u64)rows[block_y()] * n_cols + i];
 }
 
-// The 8-bit form of n values, 32 to a group: codes, and of each group its scale and what a weight of 1 adds, scale · Σ codes.
-// A group that is not finite makes NaN of every product it takes part in.
+// The 8-bit form of n values.
 KERNEL(quantize, 256, u32 *codes, f32x2 *scales, const f32x4 *x, u32 n) {
     const u32 i = block_x() * 256 + thread_x();
-    const f32x4 v = i < n / 4 ? x[i] : f32x4{0, 0, 0, 0};
-    // Not fmaxf, which loses NaN: the sum of magnitudes keeps it.
-    f32 largest = most(most(fabsf(v.x), fabsf(v.y)), most(fabsf(v.z), fabsf(v.w)));
-    const f32 all = warp_sum<8>(fabsf(v.x) + fabsf(v.y) + fabsf(v.z) + fabsf(v.w));
-    largest = warp_max<8>(largest);
-    const bool finite = largest < INFINITY && all == all;
-    const f32 d = largest / 127, inverse = d > 0 && finite ? 1 / d : 0;
-    const i32 a = (i32)rintf(v.x * inverse), b = (i32)rintf(v.y * inverse);
-    const i32 c = (i32)rintf(v.z * inverse), e = (i32)rintf(v.w * inverse);
-    const f32 sum = warp_sum<8>((f32)(a + b + c + e));
-    if (i >= n / 4) return;
-    codes[i] = finite ? (u32)(a & 255) | (u32)(b & 255) << 8 | (u32)(c & 255) << 16 | (u32)e << 24 : 0;
-    if (i % 8 == 0) scales[i / 8] = finite ? f32x2{d, d * sum} : f32x2{NAN, NAN};
+    const bool there = i < n / 4;
+    quantize_four(codes, scales, there ? x[i] : f32x4{0, 0, 0, 0}, i, there);
+}
+
+// gate = silu(gate) · up over n values, and its 8-bit form.
+KERNEL(swiglu_q8, 256, f32x4 *gate, const f32x4 *up, u32 *codes, f32x2 *scales, u32 n) {
+    const u32 i = block_x() * 256 + thread_x();
+    const bool there = i < n / 4;
+    f32x4 v = {0, 0, 0, 0};
+    if (there) {
+        const f32x4 g = gate[i], u = up[i];
+        v = f32x4{g.x / (1 + expf(-g.x)) * u.x, g.y / (1 + expf(-g.y)) * u.y, g.z / (1 + expf(-g.z)) * u.z,
+                  g.w / (1 + expf(-g.w)) * u.w};
+        gate[i] = v;
+    }
+    quantize_four(codes, scales, v, i, there);
 }

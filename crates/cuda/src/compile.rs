@@ -18,8 +18,9 @@ pub(crate) const SOURCES: [(&str, &str); 6] = [
 ];
 
 /// What they include.
-const HEADERS: [(&str, &str); 3] = [
+const HEADERS: [(&str, &str); 4] = [
     ("prims.cuh", include_str!("../kernels/prims.cuh")),
+    ("q8.cuh", include_str!("../kernels/q8.cuh")),
     ("qtypes.cuh", include_str!("../kernels/qtypes.cuh")),
     ("tiles.cuh", include_str!("../kernels/tiles.cuh")),
 ];

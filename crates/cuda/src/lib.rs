@@ -134,8 +134,8 @@ impl Backend for CudaBackend {
         self.ok(CudaWeight::upload(&self.device, data))
     }
 
-    fn tensor(&self, n_cols: usize, _: &[&CudaWeight]) -> CudaTensor {
-        CudaTensor::new(&self.device, n_cols)
+    fn tensor(&self, n_cols: usize, consumers: &[&CudaWeight]) -> CudaTensor {
+        CudaTensor::new(&self.device, n_cols, consumers)
     }
 
     fn ids(&self, n_cols: usize) -> CudaIds {
@@ -201,8 +201,15 @@ impl Backend for CudaBackend {
 
     fn rms_norm(&self, out: &mut CudaTensor, x: &CudaTensor, w: &CudaWeight, eps: f32) -> Result<()> {
         self.ok(out.set_rows(x.n_rows()))?;
-        let args = [out.arg_mut(), x.arg(), w.vector(), x.n_cols().into(), eps.into()];
-        self.device.launch("rms_norm", 512, [x.n_rows(), 1, 1], &args);
+        let (to, n_cols) = (out.arg_mut(), x.n_cols());
+        let grid = [x.n_rows(), 1, 1];
+        match self.ok(out.q8_mut())? {
+            Some([codes, scales]) => {
+                let args = [to, codes, scales, x.arg(), w.vector(), n_cols.into(), eps.into()];
+                self.device.launch("rms_norm_q8", 512, grid, &args);
+            }
+            None => self.device.launch("rms_norm", 512, grid, &[to, x.arg(), w.vector(), n_cols.into(), eps.into()]),
+        }
         Ok(())
     }
 
@@ -244,6 +251,38 @@ impl Backend for CudaBackend {
             (rope.pairing == Pairing::Adjacent).into(),
         ];
         self.device.launch("rope", 128, [n_heads.div_ceil(4), rows, 1], &args);
+        Ok(())
+    }
+
+    fn norm_rope(
+        &self,
+        qkv: &mut CudaTensor,
+        heads: Heads,
+        norms: Option<(&[CudaWeight; 2], f32)>,
+        rope: &Rope,
+        batch: &Batch,
+    ) -> Result<()> {
+        let [cosines, sines] = self.ok(self.shared().batch.angles(&self.device, batch, rope))?;
+        let (q_norm, k_norm, eps) = match norms {
+            Some(([q, k], eps)) => (q.vector(), k.vector(), eps),
+            None => (Arg::Address(0), Arg::Address(0), 0.0),
+        };
+        let (n_heads, rows, n_cols) = (heads.n_head + heads.n_head_kv, qkv.n_rows(), qkv.n_cols());
+        let args = [
+            qkv.arg_mut(),
+            q_norm,
+            k_norm,
+            cosines,
+            sines,
+            n_cols.into(),
+            heads.n_head.into(),
+            n_heads.into(),
+            heads.head_dim.into(),
+            rope.inv_freq.len().into(),
+            (rope.pairing == Pairing::Adjacent).into(),
+            eps.into(),
+        ];
+        self.device.launch("norm_rope", 128, [n_heads.div_ceil(4), rows, 1], &args);
         Ok(())
     }
 
@@ -354,7 +393,7 @@ impl Backend for CudaBackend {
     ) -> Result<()> {
         self.matmul(&mut s.gate, 0, &w.gate, x)?;
         self.matmul(&mut s.up, 0, &w.up, x)?;
-        self.swiglu(s);
+        self.ok(self.swiglu(s))?;
         seen(probe, self, Stage::FfnUp, il, &s.up)?;
         seen(probe, self, Stage::FfnSwigl, il, &s.gate)?;
         self.matmul(out, 0, &w.down, &s.gate)
@@ -378,7 +417,7 @@ impl Backend for CudaBackend {
                 self.ok(out.set_rows(x.n_rows()))?;
                 self.ok(products::matmul_experts(device, groups, out, w, &routing.ids, x))?;
             }
-            self.swiglu(s);
+            self.ok(self.swiglu(s))?;
             self.ok(s.down.set_rows(x.n_rows()))?;
             self.ok(products::matmul_experts(device, groups, &mut s.down, &w.down, &routing.ids, &s.gate))?;
         }
@@ -400,8 +439,12 @@ impl Backend for CudaBackend {
 
 impl CudaBackend {
     /// `gate = silu(gate) · up`
-    fn swiglu(&self, s: &mut FfnScratch<CudaTensor>) {
-        let n = s.gate.n();
-        self.each("swiglu", n, &[s.gate.arg_mut(), s.up.arg(), n.into()]);
+    fn swiglu(&self, s: &mut FfnScratch<CudaTensor>) -> driver::Result<()> {
+        let (n, gate) = (s.gate.n(), s.gate.arg_mut());
+        match s.gate.q8_mut()? {
+            Some([codes, scales]) => self.each("swiglu_q8", n / 4, &[gate, s.up.arg(), codes, scales, n.into()]),
+            None => self.each("swiglu", n, &[gate, s.up.arg(), n.into()]),
+        }
+        Ok(())
     }
 }

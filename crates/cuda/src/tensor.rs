@@ -15,6 +15,8 @@ pub struct CudaTensor {
     data: Option<Buffer>,
     n_rows: usize,
     n_cols: usize,
+    /// Whether it is multiplied with quantized weights, so that ops that write it had better make its 8-bit form too.
+    feeds_quantized: bool,
     q8: RefCell<Q8>,
 }
 
@@ -61,8 +63,9 @@ pub(crate) fn ensure(device: &Device, buffer: &mut Option<Buffer>, n_bytes: usiz
 }
 
 impl CudaTensor {
-    pub(crate) fn new(device: &Device, n_cols: usize) -> CudaTensor {
-        CudaTensor { device: device.clone(), data: None, n_rows: 0, n_cols, q8: RefCell::default() }
+    pub(crate) fn new(device: &Device, n_cols: usize, consumers: &[&CudaWeight]) -> CudaTensor {
+        let feeds_quantized = consumers.iter().any(|w| !w.qtype.is_float());
+        CudaTensor { device: device.clone(), data: None, n_rows: 0, n_cols, feeds_quantized, q8: RefCell::default() }
     }
 
     pub fn n_rows(&self) -> usize {
@@ -97,14 +100,21 @@ impl CudaTensor {
         self.arg()
     }
 
+    /// The 8-bit form, codes and scales, to be written together with the values by the launch that comes next, where it is needed.
+    pub(crate) fn q8_mut(&mut self) -> Result<Option<[Arg; 2]>> {
+        if !self.feeds_quantized {
+            return Ok(None);
+        }
+        let (device, n_rows, n_cols) = (&self.device, self.n_rows, self.n_cols);
+        let q8 = self.q8.get_mut();
+        q8.is_fresh = true;
+        q8.args(device, n_rows, n_cols).map(Some)
+    }
+
     /// The 8-bit form: codes and scales. Made at most once per content.
     pub(crate) fn q8(&self) -> Result<[Arg; 2]> {
-        assert!(self.n_cols.is_multiple_of(32), "quantized weights have columns in groups of 32");
         let mut q8 = self.q8.borrow_mut();
-        let q8 = &mut *q8;
-        ensure_rows(&self.device, &mut q8.codes, self.n_rows, self.n_cols)?;
-        ensure_rows(&self.device, &mut q8.scales, self.n_rows, self.n_cols / 32 * 8)?;
-        let args = [&q8.codes, &q8.scales].map(|b| b.as_ref().map_or(Arg::Address(0), Buffer::arg));
+        let args = q8.args(&self.device, self.n_rows, self.n_cols)?;
         if !q8.is_fresh {
             let grid = [(self.n() / 4).div_ceil(256), 1, 1];
             self.device.launch("quantize", 256, grid, &[args[0], args[1], self.arg(), self.n().into()]);
@@ -126,6 +136,16 @@ impl CudaTensor {
         self.device.flush()?;
         self.set_rows(values.len() / self.n_cols)?;
         self.data.as_mut().map_or(Ok(()), |data| data.write(0, bytemuck::cast_slice(values)))
+    }
+}
+
+impl Q8 {
+    /// Codes and scales, with room for so many rows.
+    fn args(&mut self, device: &Device, n_rows: usize, n_cols: usize) -> Result<[Arg; 2]> {
+        assert!(n_cols.is_multiple_of(32), "quantized weights have columns in groups of 32");
+        ensure_rows(device, &mut self.codes, n_rows, n_cols)?;
+        ensure_rows(device, &mut self.scales, n_rows, n_cols / 32 * 8)?;
+        Ok([&self.codes, &self.scales].map(|b| b.as_ref().map_or(Arg::Address(0), Buffer::arg)))
     }
 }
 

@@ -301,3 +301,67 @@ fn a_type_without_a_kernel_is_refused_by_name() {
     let e = cuda().upload(&w).err().map(|e| e.to_string()).unwrap_or_default();
     assert!(e.contains("blk.0.attn_q.weight") && e.contains("Q2_K"), "{e}");
 }
+
+/// A product with what a norm gave, the norm's output, and a product with a block's inner values.
+fn normed<B: Backend>(b: &B, x: &[f32], norm: &[f32], w: &WeightData) -> [Vec<f32>; 2] {
+    let w = b.upload(w).unwrap();
+    let (mut xn, mut out) = (b.tensor(norm.len(), &[&w]), b.tensor(11, &[]));
+    b.rms_norm(&mut xn, &tensor(b, norm.len(), x), &b.upload(&vector(norm)).unwrap(), 1e-6).unwrap();
+    b.matmul(&mut out, 0, &w, &xn).unwrap();
+    [values(b, &xn), values(b, &out)]
+}
+
+#[test]
+fn a_norm_that_quantizes_gives_the_same_twice_over() {
+    let mut rng = Rng(10);
+    for n in [256, 768, 4096] {
+        let w = weight(GgmlType::Q4_K, (1, 11, n), &mut rng);
+        let (mut x, norm) = (rng.activations(3 * n), rng.activations(n));
+        x[n..n + 64].fill(0.0);
+        let [xn, out] = normed(&cuda(), &x, &norm, &w);
+        let [expected, _] = normed(&Reference, &x, &norm, &w);
+        assert_close(&xn, &expected, 1e-6, &format!("norm of {n}"));
+        // Judged by what the device itself gave: the last bit of a value may be another code.
+        assert_close(&out, &products_of(&Reference, &w, &rounded(&xn)), 2e-6, &format!("product with a norm of {n}"));
+        x[2 * n + 5] = f32::NAN;
+        let [_, out] = normed(&cuda(), &x, &norm, &w);
+        assert!(
+            out[..22].iter().all(|v| v.is_finite()) && out[22..].iter().all(|v| v.is_nan()),
+            "NaN stays in its row"
+        );
+    }
+}
+
+fn products_of<B: Backend>(b: &B, w: &WeightData, x: &[f32]) -> Vec<f32> {
+    let mut out = b.tensor(w.n_rows, &[]);
+    b.matmul(&mut out, 0, &b.upload(w).unwrap(), &tensor(b, w.n_cols, x)).unwrap();
+    values(b, &out)
+}
+
+/// Queries, keys and values after norms, where there are any, and rotation.
+fn rotated<B: Backend>(b: &B, heads: Heads, norms: Option<&[Vec<f32>; 2]>, rope: &Rope, qkv: &[f32]) -> Vec<f32> {
+    let rows = [3, 17, 100_000].map(|position| Row { token: 0, position, sequence: 0, wants: Wants::Logits });
+    let batch = Batch::new(rows.to_vec(), vec![(0..1563).collect()]);
+    let norms = norms.map(|norms| norms.each_ref().map(|w| b.upload(&vector(w)).unwrap()));
+    let mut qkv = tensor(b, heads.n_qkv(), qkv);
+    b.norm_rope(&mut qkv, heads, norms.as_ref().map(|norms| (norms, 1e-6)), rope, &batch).unwrap();
+    values(b, &qkv)
+}
+
+#[test]
+fn heads_are_normalised_and_rotated_as_by_the_reference() {
+    let mut rng = Rng(12);
+    for (n_head, n_head_kv, head_dim, n_rot) in [(4, 2, 128, 128), (3, 1, 40, 20), (2, 2, 256, 64)] {
+        let heads = Heads { n_head, n_head_kv, head_dim };
+        let qkv = rng.activations(3 * heads.n_qkv());
+        let norms = [rng.activations(head_dim), rng.activations(head_dim)];
+        for (pairing, norms) in
+            [(Pairing::Halves, Some(&norms)), (Pairing::Adjacent, Some(&norms)), (Pairing::Halves, None)]
+        {
+            let rope = Rope::new(pairing, n_rot, 1e6, Scaling::None, None);
+            let (got, expected) =
+                (rotated(&cuda(), heads, norms, &rope, &qkv), rotated(&Reference, heads, norms, &rope, &qkv));
+            assert_close(&got, &expected, 2e-6, &format!("{n_head} heads of {head_dim}, {n_rot} rotate, {pairing:?}"));
+        }
+    }
+}

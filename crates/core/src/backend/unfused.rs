@@ -2,8 +2,10 @@
 //! forward is needed to see the stages that a fused kernel keeps to itself.
 
 use super::decorator::delegate;
-use super::{Backend, FfnScratch, FfnWeights, Result, Routing};
+use super::{Backend, FfnScratch, FfnWeights, Heads, Result, Routing};
+use crate::batch::Batch;
 use crate::probe::{Probe, seen};
+use crate::rope::Rope;
 use crate::stage::Stage;
 
 /// `B` with the plain bodies of the fusable ops.
@@ -28,6 +30,22 @@ pub const INTERIOR: [Stage; 8] = [
     Stage::MoeExpertSwigl,
     Stage::MoeExpertOut,
 ];
+
+/// What [`Backend::norm_rope`] means.
+pub fn norm_rope<B: Backend>(
+    b: &B,
+    qkv: &mut B::Tensor,
+    heads: Heads,
+    norms: Option<(&[B::Weight; 2], f32)>,
+    rope: &Rope,
+    batch: &Batch,
+) -> Result<()> {
+    if let Some(([q_norm, k_norm], eps)) = norms {
+        b.head_norm(qkv, heads.q(), q_norm, eps)?;
+        b.head_norm(qkv, heads.k(), k_norm, eps)?;
+    }
+    b.rope(qkv, heads.q().start..heads.k().end, heads.head_dim, rope, batch)
+}
 
 /// What [`Backend::dense_ffn`] means.
 pub fn dense_ffn<B: Backend, P: Probe<B>>(

@@ -128,11 +128,8 @@ pub fn attention_block<B: Backend, P: Probe<B>>(
         }
         seen(probe, b, Stage::QkvBias, il, &s.qkv)?;
     }
-    if let Some([q_norm, k_norm]) = &w.head_norm {
-        b.head_norm(&mut s.qkv, q.clone(), q_norm, f.rms_eps)?;
-        b.head_norm(&mut s.qkv, k.clone(), k_norm, f.rms_eps)?;
-    }
-    b.rope(&mut s.qkv, q.start..k.end, f.heads.head_dim, &f.rope, batch)?;
+    let norms = w.head_norm.as_ref().map(|norms| (norms, f.rms_eps));
+    b.norm_rope(&mut s.qkv, f.heads, norms, &f.rope, batch)?;
     seen_cols(probe, b, Stage::QPostRope, il, &s.qkv, q)?;
     seen_cols(probe, b, Stage::KPostRope, il, &s.qkv, k)?;
     b.attention(&mut s.attn, &s.qkv, kv, il, f.heads, batch, probe)?;
