@@ -45,6 +45,9 @@ pub struct LoadArgs {
     /// Compute on a GPU; the same as --device cuda
     #[arg(long)]
     pub gpu: bool,
+    /// Do not hold a GPU against the reference before a model is first used on it
+    #[arg(long)]
+    pub no_check: bool,
 }
 
 impl LoadArgs {
@@ -57,6 +60,15 @@ impl LoadArgs {
 
     /// As [`load`](Self::load), without showing how far it is.
     pub fn load_quietly(&self) -> Result<Engine> {
+        let mut engine = self.load_unchecked()?;
+        if engine.device.kind == "cuda" && !self.no_check {
+            crate::gpu::check_first_use(&mut engine, &self.model)?;
+        }
+        Ok(engine)
+    }
+
+    /// As [`load`](Self::load), by a command that checks the device itself.
+    pub fn load_unchecked(&self) -> Result<Engine> {
         let device = self.device();
         let is_reference = matches!(device, Device::Reference { .. });
         if is_reference && (self.threads.is_some() || self.isa.is_some()) {
@@ -83,6 +95,7 @@ impl LoadArgs {
         args.extend(self.threads.map(|n| format!("--threads={n}")));
         args.extend(self.isa.map(|isa| format!("--isa={isa}")));
         args.extend(self.gpu.then(|| "--gpu".to_string()));
+        args.extend(self.no_check.then(|| "--no-check".to_string()));
         args
     }
 }

@@ -69,6 +69,11 @@ pub fn modules(toolchain: &Toolchain, arch: u32, driver: &str) -> Result<Vec<Vec
 
 /// The name of the folder of one set of modules.
 fn key(arch: u32, driver: &str) -> String {
+    format!("sm_{arch}-{}", sources_hash(driver))
+}
+
+/// A name for the kernels of this build, other where `more` is.
+pub fn sources_hash(more: &str) -> String {
     let mut hash = Sha256::new();
     for (name, text) in SOURCES.iter().chain(&HEADERS) {
         hash.update(name);
@@ -76,10 +81,8 @@ fn key(arch: u32, driver: &str) -> String {
         hash.update(text);
         hash.update([0]);
     }
-    hash.update(driver);
-    let digest = hash.finalize();
-    let hex: String = digest[..12].iter().map(|b| format!("{b:02x}")).collect();
-    format!("sm_{arch}-{hex}")
+    hash.update(more);
+    hash.finalize()[..12].iter().map(|b| format!("{b:02x}")).collect()
 }
 
 /// The modules in a folder, if they are all there and whole.

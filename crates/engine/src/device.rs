@@ -17,7 +17,7 @@ use crate::session::{Runner, Session, SessionSettings};
 use crate::threads::THREADS_MAX;
 
 pub use crate::threads::default_threads;
-pub use apr_cuda::compile::Toolchain;
+pub use apr_cuda::compile::{Toolchain, sources_hash};
 pub use apr_cuda::driver::{Description, Driver};
 pub use apr_cuda::nvidia::{ConnectError, connect as connect_nvidia, devices as nvidia_devices};
 pub use apr_cuda::nvrtc::Nvrtc;

@@ -198,6 +198,24 @@ pub fn verify(
     run(engine, options, &reload, report)
 }
 
+/// Tokens of the check before a first use.
+const N_FIRST_USE: usize = 8;
+
+/// Holds a device against the reference before a model is first used on it: a few positions, the first, a middle and the last layer and
+/// the output, each op given what the reference would be given. Takes seconds also on a large model.
+///
+/// # Errors
+/// A context too small to try anything in, or a machine that cannot go on. Another result than the reference's is a result.
+pub fn before_first_use(engine: &mut Engine) -> Result<CheckResult, VerifyError> {
+    let positions = (0..N_FIRST_USE as u32).collect();
+    let options = VerifyOptions { layers: None, positions: Some(positions) };
+    precision::check(engine, &options)?;
+    let mut found = None;
+    let mut send = |result| found = Some(result);
+    precision::run(engine, &options, Vec::new(), &mut Reporter::new(&mut send))?;
+    Ok(found.expect("the check has a result"))
+}
+
 /// As [`verify`], with sessions of other numbers of threads as `reload` makes them.
 fn run(
     engine: &mut Engine,

@@ -32,7 +32,7 @@ fn number<T: std::str::FromStr>(text: &str) -> std::result::Result<T, String> {
 }
 
 pub fn run(args: Args) -> Result<Done> {
-    let mut engine = args.load.load()?;
+    let mut engine = args.load.load_unchecked()?;
     let (name, device) = (model_name(&args.load.model), engine.device.name.clone());
     let mut out = std::io::stdout();
     let (mut written, mut head) = (Ok(()), format!("{name} on {device}\n"));
@@ -73,7 +73,8 @@ pub fn or_refuse(engine: &mut Engine) -> Result<()> {
     }
 }
 
-fn line(r: &CheckResult) -> String {
+/// A result for people.
+pub fn line(r: &CheckResult) -> String {
     let (mark, found) = match &r.outcome {
         Outcome::Passed => ("✓", format!("{} ({})", measured(r), r.sampled)),
         Outcome::Failed => {
