@@ -159,50 +159,52 @@ DEVICE u16 float_to_half(f32 v) {
 
 namespace emulation {
 
-DEVICE i32 byte_of(u32 word, int i) { return (i8)(word >> 8 * i); }
-DEVICE f32 half_of(u32 word, int i) { return half_to_float((u16)(word >> 16 * i)); }
+// `Σ a[i] b[i]` over `n` signed bytes: as pairs of 16-bit words, which compilers have an instruction for.
+template <int n> DEVICE i32 dot(const u32 *a, const u32 *b) {
+    i8 left[n], right[n];
+    memcpy(left, a, n);
+    memcpy(right, b, n);
+    i32 sum = 0;
+    for (int i = 0; i < n; i++) sum += (i16)left[i] * (i16)right[i];
+    return sum;
+}
+
+// Adds to a lane's part of a warp's product of 16 rows by 8 columns, whose `words` words each four lanes hold: of rows word w is
+// `words / 4 · 2` of them, in pairs of rows g and g + 8; columns come behind.
+template <int words, class C, class Dot> DEVICE void add_products(C (&c)[4], const u32 (*lanes)[6], Dot dot) {
+    const u32 g = thread_x() % 32 / 4, t = thread_x() % 4;
+    u32 rows[2][words], columns[2][words];
+    for (u32 i = 0; i < 2; i++)
+        for (u32 w = 0; w < words; w++) {
+            rows[i][w] = lanes[4 * g + w % 4][i + w / 4 * 2];
+            columns[i][w] = lanes[4 * (2 * t + i) + w % 4][words / 4 * 2 + w / 4];
+        }
+    for (u32 i = 0; i < 4; i++) c[i] = dot(c[i], rows[i / 2], columns[i % 2]);
+}
 
 } // namespace emulation
 
 DEVICE void mma_s8_k32(i32 (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
     const u32 words[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
-    const u32(*lanes)[6] = emulation::exchange(words, 6);
-    u32 g = thread_x() % 32 / 4, t = thread_x() % 4;
-    for (int i = 0; i < 4; i++) {
-        u32 row_half = i / 2, column = 2 * t + i % 2;
-        for (u32 k = 0; k < 32; k++) {
-            u32 upper = k / 16, of = k % 16 / 4;
-            i32 left = emulation::byte_of(lanes[4 * g + of][row_half + 2 * upper], k % 4);
-            c[i] += left * emulation::byte_of(lanes[4 * column + of][4 + upper], k % 4);
-        }
-    }
+    auto dot = [](i32 c, const u32 *left, const u32 *right) { return c + emulation::dot<32>(left, right); };
+    emulation::add_products<8>(c, emulation::exchange(words, 6), dot);
 }
 
 DEVICE void mma_s8_k16(i32 (&c)[4], const u32 (&a)[2], u32 b) {
     const u32 words[3] = {a[0], a[1], b};
-    const u32(*lanes)[6] = emulation::exchange(words, 3);
-    u32 g = thread_x() % 32 / 4, t = thread_x() % 4;
-    for (int i = 0; i < 4; i++) {
-        u32 row_half = i / 2, column = 2 * t + i % 2;
-        for (u32 k = 0; k < 16; k++) {
-            i32 left = emulation::byte_of(lanes[4 * g + k / 4][row_half], k % 4);
-            c[i] += left * emulation::byte_of(lanes[4 * column + k / 4][2], k % 4);
-        }
-    }
+    auto dot = [](i32 c, const u32 *left, const u32 *right) { return c + emulation::dot<16>(left, right); };
+    emulation::add_products<4>(c, emulation::exchange(words, 3), dot);
 }
 
+// Products of halves are exact in floats; they are summed in order.
 DEVICE void mma_f16(f32 (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
     const u32 words[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
-    const u32(*lanes)[6] = emulation::exchange(words, 6);
-    u32 g = thread_x() % 32 / 4, t = thread_x() % 4;
-    for (int i = 0; i < 4; i++) {
-        u32 row_half = i / 2, column = 2 * t + i % 2;
-        for (u32 k = 0; k < 16; k++) {
-            u32 upper = k / 8, of = k % 8 / 2;
-            f32 left = emulation::half_of(lanes[4 * g + of][row_half + 2 * upper], k % 2);
-            c[i] += left * emulation::half_of(lanes[4 * column + of][4 + upper], k % 2);
-        }
-    }
+    auto dot = [](f32 c, const u32 *left, const u32 *right) {
+        for (u32 i = 0; i < 16; i++)
+            c += half_to_float((u16)(left[i / 2] >> i % 2 * 16)) * half_to_float((u16)(right[i / 2] >> i % 2 * 16));
+        return c;
+    };
+    emulation::add_products<8>(c, emulation::exchange(words, 6), dot);
 }
 
 DEVICE void copy_async(void *to, const void *from) { emulation::copy_async(to, from); }

@@ -46,7 +46,10 @@ DEVICE void k_scale(const u32x4 &meta, u32 j, f32 &scale, f32 &min) {
 // Planes: 128 bytes of codes, 16 of scales.
 struct Q4K {
     static const u32 BLOCK = 256;
+    // Whether the halves of a sub-block have scales of their own.
     static const bool HALVES = false;
+    // Whether a sub-block may have a min.
+    static const bool MINS = true;
     static DEVICE_MEMBER u32 column(u32 unit, u32 half) { return 64 * unit + 32 * half; }
     static DEVICE_MEMBER void load(const Planes &w, u64 block, u32 unit, u32, Sub (&s)[2]) {
         block += unit / 4;
@@ -66,6 +69,7 @@ struct Q4K {
 struct Q5K {
     static const u32 BLOCK = 256;
     static const bool HALVES = false;
+    static const bool MINS = true;
     static DEVICE_MEMBER u32 column(u32 unit, u32 half) { return 64 * unit + 32 * half; }
     static DEVICE_MEMBER void load(const Planes &w, u64 block, u32 unit, u32, Sub (&s)[2]) {
         block += unit / 4;
@@ -88,8 +92,8 @@ struct Q5K {
 // Planes: 128 bytes of low bits, 16 of scales, 64 of high bits, 2 of the block's scale.
 struct Q6K {
     static const u32 BLOCK = 256;
-    // Whether the halves of a sub-block have scales of their own.
     static const bool HALVES = true;
+    static const bool MINS = false;
     // Sub-blocks that share bytes are 64 columns apart.
     static DEVICE_MEMBER u32 column(u32 unit, u32 half) { return unit / 2 * 128 + unit % 2 * 32 + 64 * half; }
     static DEVICE_MEMBER void load(const Planes &w, u64 block, u32 unit, u32, Sub (&s)[2]) {
@@ -152,6 +156,7 @@ DEVICE void fifth_bits(u32 *codes, const u8 *p) {
 
 // Planes: 32 bytes of codes, 2 of scale.
 struct Q80 : Of32<Q80> {
+    static const bool MINS = false;
     static DEVICE_MEMBER void sub(const Planes &w, u64 block, Sub &s) {
         words_of(s.codes, w.p0 + block * 32);
         words_of(s.codes + 4, w.p0 + block * 32 + 16);
@@ -162,6 +167,7 @@ struct Q80 : Of32<Q80> {
 
 // Planes: 16 bytes of codes, 2 of scale. A code of 8 is zero.
 struct Q40 : Of32<Q40> {
+    static const bool MINS = false;
     static DEVICE_MEMBER void sub(const Planes &w, u64 block, Sub &s) {
         nibbles(s.codes, w.p0 + block * 16);
         UNROLL for (int i = 0; i < 8; i++) s.codes[i] = sub_bytes(s.codes[i], 0x08080808u);
@@ -172,6 +178,7 @@ struct Q40 : Of32<Q40> {
 
 // Planes: 16 bytes of codes, 2 of scale and 2 of what is added.
 struct Q41 : Of32<Q41> {
+    static const bool MINS = true;
     static DEVICE_MEMBER void sub(const Planes &w, u64 block, Sub &s) {
         nibbles(s.codes, w.p0 + block * 16);
         s.scale[0] = s.scale[1] = half_to_float(load2(w.p1 + block * 4));
@@ -181,6 +188,7 @@ struct Q41 : Of32<Q41> {
 
 // Planes: 16 bytes of low bits, 2 of scale, 4 of fifth bits. A code of 16 is zero.
 struct Q50 : Of32<Q50> {
+    static const bool MINS = false;
     static DEVICE_MEMBER void sub(const Planes &w, u64 block, Sub &s) {
         nibbles(s.codes, w.p0 + block * 16);
         fifth_bits(s.codes, w.p2 + block * 4);
@@ -192,6 +200,7 @@ struct Q50 : Of32<Q50> {
 
 // Planes: 16 bytes of low bits, 2 of scale and 2 of what is added, 4 of fifth bits.
 struct Q51 : Of32<Q51> {
+    static const bool MINS = true;
     static DEVICE_MEMBER void sub(const Planes &w, u64 block, Sub &s) {
         nibbles(s.codes, w.p0 + block * 16);
         fifth_bits(s.codes, w.p2 + block * 4);

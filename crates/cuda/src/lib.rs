@@ -352,7 +352,7 @@ impl Backend for CudaBackend {
     fn matmul_experts(&self, out: &mut CudaTensor, w: &CudaWeight, ids: &CudaIds, x: &CudaTensor) -> Result<()> {
         self.ok(out.set_rows(x.n_rows()))?;
         let groups = &mut self.shared().groups;
-        self.ok(groups.prepare(&self.device, ids, w.n_mat))?;
+        self.ok(groups.prepare(&self.device, ids, &[w]))?;
         self.ok(products::matmul_experts(&self.device, groups, out, w, ids, x))
     }
 
@@ -412,7 +412,7 @@ impl Backend for CudaBackend {
         {
             let groups = &mut self.shared().groups;
             let device = &self.device;
-            self.ok(groups.prepare(device, &routing.ids, w.gate.n_mat))?;
+            self.ok(groups.prepare(device, &routing.ids, &[&w.gate, &w.up, &w.down]))?;
             for (out, w) in [(&mut s.gate, &w.gate), (&mut s.up, &w.up)] {
                 self.ok(out.set_rows(x.n_rows()))?;
                 self.ok(products::matmul_experts(device, groups, out, w, &routing.ids, x))?;

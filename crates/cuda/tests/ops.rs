@@ -84,8 +84,10 @@ fn products_of_every_type_are_those_of_the_reference() {
     for (qtype, n_cols) in
         QUANTIZED.iter().flat_map(|q| [(*q, 256), (*q, 768)]).chain(FLOATS.iter().flat_map(|q| [(*q, 40), (*q, 256)]))
     {
-        for n_tokens in [1, 3, 9] {
-            let w = weight(qtype, (1, 11, n_cols), &mut rng);
+        // From 16 on tensor cores take over, with tiles of 32 and then of 64.
+        for n_tokens in [1, 3, 9, 16, 17, 70] {
+            let n_rows = if n_tokens == 17 { 130 } else { 11 };
+            let w = weight(qtype, (1, n_rows, n_cols), &mut rng);
             let x = rng.activations(n_tokens * n_cols);
             let seen = if qtype.is_float() { x.clone() } else { rounded(&x) };
             let what = format!("{qtype}, {n_cols} columns, {n_tokens} tokens");
@@ -98,9 +100,12 @@ fn products_of_every_type_are_those_of_the_reference() {
 fn rows_of_32_weight_blocks_may_end_with_half_a_unit() {
     let mut rng = Rng(2);
     for qtype in QUANTIZED.into_iter().filter(|q| q.block_len() == 32) {
-        let w = weight(qtype, (1, 7, 96), &mut rng);
-        let x = rng.activations(2 * 96);
-        assert_close(&matmul(&cuda(), &w, &x), &matmul(&Reference, &w, &rounded(&x)), 2e-6, &format!("{qtype}"));
+        for (n_tokens, n_cols) in [(2, 96), (20, 32), (35, 96), (20, 160), (35, 224)] {
+            let w = weight(qtype, (1, 7, n_cols), &mut rng);
+            let x = rng.activations(n_tokens * n_cols);
+            let what = format!("{qtype}, {n_cols} columns, {n_tokens} tokens");
+            assert_close(&matmul(&cuda(), &w, &x), &matmul(&Reference, &w, &rounded(&x)), 2e-6, &what);
+        }
     }
 }
 
@@ -118,8 +123,8 @@ fn matmul_experts<B: Backend>(b: &B, w: &WeightData, ids: &[u32], k: usize, x: &
 fn experts_get_their_tokens() {
     let mut rng = Rng(3);
     let (n_expert, k) = (6, 2);
-    for qtype in [GgmlType::Q4_K, GgmlType::Q6_K, GgmlType::Q8_0, GgmlType::F16] {
-        for n_tokens in [1, 2, 5, 40] {
+    for qtype in QUANTIZED.into_iter().chain([GgmlType::F16]) {
+        for n_tokens in [1, 2, 5, 40, 300] {
             let w = weight(qtype, (n_expert, 9, 256), &mut rng);
             // Expert 5 gets nobody, and expert 0 nearly half of the slots.
             let ids: Vec<u32> = (0..n_tokens).flat_map(|_| [0, 1 + rng.below(4) as u32]).collect();
@@ -139,12 +144,14 @@ fn what_is_not_finite_stays_so() {
     let mut rng = Rng(4);
     let w = weight(GgmlType::Q4_K, (1, 4, 256), &mut rng);
     for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-        let mut x = rng.activations(3 * 256);
-        x[256 + 77] = bad;
-        let out = matmul(&cuda(), &w, &x);
-        let rows: Vec<&[f32]> = out.chunks(9).map(|row| &row[3..7]).collect();
-        assert!(rows[1].iter().all(|v| v.is_nan()), "{bad}: {:?}", rows[1]);
-        assert!(rows[0].iter().chain(rows[2]).all(|v| v.is_finite()), "{bad} stays in its row");
+        for n_tokens in [3, 18] {
+            let mut x = rng.activations(n_tokens * 256);
+            x[256 + 77] = bad;
+            let out = matmul(&cuda(), &w, &x);
+            let rows: Vec<&[f32]> = out.chunks(9).map(|row| &row[3..7]).collect();
+            assert!(rows[1].iter().all(|v| v.is_nan()), "{bad}: {:?}", rows[1]);
+            assert!(rows[0].iter().chain(&rows[2..].concat()).all(|v| v.is_finite()), "{bad} stays in its row");
+        }
     }
 }
 
