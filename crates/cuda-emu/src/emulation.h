@@ -20,6 +20,7 @@
     static void name(__VA_ARGS__);                                                                                    \
     static emulation::Register register_##name(#name, threads, name);                                                 \
     static void name(__VA_ARGS__)
+#define KERNEL_BESIDE(name, threads, blocks, ...) KERNEL(name, threads, __VA_ARGS__)
 
 namespace emulation {
 
@@ -115,6 +116,15 @@ DEVICE void barrier() { emulation::barrier(); }
 DEVICE void warp_barrier() { emulation::exchange(nullptr, 0); }
 DEVICE u32 shuffle(u32 v, u32 lane) { return emulation::exchange(&v, 1)[lane % 32][0]; }
 DEVICE u32 shuffle_xor(u32 v, u32 mask) { return emulation::exchange(&v, 1)[(thread_x() ^ mask) % 32][0]; }
+
+DEVICE u32 lanes_alike(u32 v) {
+    const u32(*lanes)[6] = emulation::exchange(&v, 1);
+    u32 alike = 0;
+    for (u32 lane = 0; lane < 32; lane++) alike |= (u32)(lanes[lane][0] == v) << lane;
+    return alike;
+}
+
+DEVICE u32 count_bits(u32 v) { return (u32)__builtin_popcount(v); }
 
 DEVICE i32 dp4a(u32 a, u32 b, i32 c) {
     u32 sum = (u32)c;

@@ -25,10 +25,11 @@ template <u32 T> struct Part {
 // What a thread brings from global memory for a step: a unit of a row of w, and T / 32 pieces of 16 codes and a scale of x.
 template <class Q, u32 T> struct Loader {
     Planes w;
-    u64 block;
-    const u8 *x[T / 32];
-    const f32x2 *x_scales;
+    const u32x4 *codes;
+    const f32x2 *scales;
     u32 n_cols;
+    // Where its rows begin, in blocks, pieces and scales: half the registers of addresses.
+    u32 block, x[T / 32], x_scales;
     Sub subs[2];
     f32x2 x_scale;
 
@@ -39,11 +40,11 @@ template <class Q, u32 T> struct Loader {
         if (unit > last) UNROLL for (int h = 0; h < 2; h++) subs[h].scale[0] = subs[h].scale[1] = subs[h].min = 0;
         UNROLL for (u32 i = 0; i < T / 32; i++) {
             const u32 piece = thread_x() % 8, row = thread_x() / 8 + 32 * i;
-            copy_async(x_codes + row * STRIDE + 4 * piece, x[i] + least(STEP * step + 16 * piece, n_cols - 16));
+            copy_async(x_codes + row * STRIDE + 4 * piece, codes + x[i] + least(STEP / 16 * step + piece, n_cols / 16 - 1));
         }
         copy_async_commit();
         const u32 group = SUBS * step + thread_x() % SUBS;
-        x_scale = group < n_cols / 32 && thread_x() < SUBS * T ? x_scales[group] : f32x2{0, 0};
+        x_scale = group < n_cols / 32 && thread_x() < SUBS * T ? scales[x_scales + group] : f32x2{0, 0};
     }
 
     DEVICE_MEMBER void store(u32 *w_codes, f32x2 *w_scales, f32x2 *x_scales) const {
@@ -112,16 +113,12 @@ template <class Q, u32 T> DEVICE void matmul(MATMUL_ARGS) {
     const Work work = work_of(tiles, order, ids, block_y(), T, n_slots);
     if (work.n == 0) return;
     const u32 first_row = block_x() * ROWS, warp = thread_x() / 32;
-    Loader<Q, T> next;
-    next.w = PLANES_OF_ARGS;
-    next.n_cols = n_cols;
-    next.block = ((u64)work.expert * n_rows + least(first_row + thread_x() / 2, n_rows - 1)) * (n_cols / Q::BLOCK);
     // Rows of x past the tile's last are that one.
-    UNROLL for (u32 i = 0; i < T / 32; i++) {
-        const u64 x_row = work.slot(least(thread_x() / 8 + 32 * i, work.n - 1)) / x_div;
-        next.x[i] = (const u8 *)codes + x_row * n_cols;
-    }
-    next.x_scales = scales + (u64)(work.slot(least(thread_x() / SUBS, work.n - 1)) / x_div) * (n_cols / 32);
+    Loader<Q, T> next{PLANES_OF_ARGS, (const u32x4 *)codes, scales, n_cols};
+    next.block = (work.expert * n_rows + least(first_row + thread_x() / 2, n_rows - 1)) * (n_cols / Q::BLOCK);
+    UNROLL for (u32 i = 0; i < T / 32; i++)
+        next.x[i] = work.slot(least(thread_x() / 8 + 32 * i, work.n - 1)) / x_div * (n_cols / 16);
+    next.x_scales = work.slot(least(thread_x() / SUBS, work.n - 1)) / x_div * (n_cols / 32);
     Part<T> part;
     part.row = warp % 4 * 32;
     part.slot = warp / 4 * (T / 2);
@@ -132,9 +129,10 @@ template <class Q, u32 T> DEVICE void matmul(MATMUL_ARGS) {
     for (u32 step = 0; step < n_steps; step++) {
         next.store(w_codes, w_scales, x_scales);
         copy_async_wait<0>();
-        barrier();
         // The last step loads itself again: without a branch the loads of a step are under way while the one before is computed.
+        // They stand before the barrier because compilers move them as far down as it lets them.
         next.load(least(step + 1, n_steps - 1), x_codes + (step + 1) % 2 * T * STRIDE);
+        barrier();
         step_of<Q, T>(part, w_codes, w_scales, x_codes + step % 2 * T * STRIDE, x_scales);
         barrier();
     }
@@ -155,7 +153,7 @@ template <class Q, u32 T> DEVICE void matmul(MATMUL_ARGS) {
 }
 
 #define MATMUL(name, Q, T)                                                                                            \
-    KERNEL(matmul_##name##_##T, 256, MATMUL_ARGS) {                                                                   \
+    KERNEL_BESIDE(matmul_##name##_##T, 256, 2, MATMUL_ARGS) {                                                         \
         matmul<Q, T>(out, w0, w1, w2, w3, codes, scales, tiles, order, ids, n_slots, n_rows, n_cols, x_div, ld, at);  \
     }
 #define MATMULS(name, Q) MATMUL(name, Q, 32) MATMUL(name, Q, 64)

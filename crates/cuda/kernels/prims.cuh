@@ -24,6 +24,9 @@ struct alignas(8) f32x2 { f32 x, y; };
 #define DEVICE_MEMBER __device__ __forceinline__
 // A kernel of `threads` threads per block; each multiple of 32.
 #define KERNEL(name, threads, ...) extern "C" __global__ void __launch_bounds__(threads) name(__VA_ARGS__)
+// One of whose blocks a multiprocessor has registers for at least `blocks` at a time.
+#define KERNEL_BESIDE(name, threads, blocks, ...)                                                                     \
+    extern "C" __global__ void __launch_bounds__(threads, blocks) name(__VA_ARGS__)
 // `n` values that the threads of a block share.
 #define SHARED(type, name, n) __shared__ __align__(16) type name[n]
 // Shared bytes whose number the launch says.
@@ -55,6 +58,19 @@ DEVICE u32 shuffle(u32 v, u32 lane) {
 DEVICE u32 shuffle_xor(u32 v, u32 mask) {
     u32 r;
     asm volatile("shfl.sync.bfly.b32 %0, %1, %2, 31, 0xffffffff;" : "=r"(r) : "r"(v), "r"(mask));
+    return r;
+}
+
+// A bit for each lane of the warp that has the same value.
+DEVICE u32 lanes_alike(u32 v) {
+    u32 r;
+    asm volatile("match.any.sync.b32 %0, %1, 0xffffffff;" : "=r"(r) : "r"(v));
+    return r;
+}
+
+DEVICE u32 count_bits(u32 v) {
+    u32 r;
+    asm("popc.b32 %0, %1;" : "=r"(r) : "r"(v));
     return r;
 }
 

@@ -10,6 +10,7 @@ use apr_core::probe::NoProbe;
 use apr_core::qtype::GgmlType;
 use apr_core::rope::{Pairing, Rope, Scaling};
 use apr_cuda::CudaBackend;
+use apr_cuda::driver::{Arg, Launch};
 use apr_cuda_emu::{Order, connect};
 use blocks::{Blocks, Rng};
 
@@ -237,6 +238,53 @@ fn experts_exist_even_where_no_logit_is_a_number() {
     let (ids, weights) = routed(&cuda(), &[f32::NAN; 16], 16, 4);
     assert!(ids.iter().all(|&id| id < 16), "{ids:?}");
     assert!(weights.iter().all(|w| w.is_nan()), "{weights:?}");
+}
+
+/// Slots in the order of their experts, and tiles `(expert, first, n)`, as a kernel sorts them.
+fn grouped(ids: &[u32], n_expert: u32, tile: u32, n_tiles_max: usize) -> (Vec<u32>, Vec<[u32; 3]>) {
+    let device = connect(Order::Shuffled(3));
+    let sizes = [4 * ids.len(), 16 * n_tiles_max, 4 * ids.len()];
+    let [order_at, tiles_at, ids_at] = sizes.map(|n| device.alloc(n).unwrap());
+    let numbers = [ids.len() as u32, n_expert, tile, n_tiles_max as u32].map(Arg::U32);
+    let args = [&[order_at, tiles_at, ids_at].map(Arg::Address)[..], &numbers].concat();
+    let launch = Launch { kernel: "group_by_expert", grid: [1, 1, 1], threads: 1024, shared_bytes: 0, args };
+    let (mut order, mut tiles) = (vec![0u8; sizes[0]], vec![0u8; sizes[1]]);
+    let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
+    // SAFETY: the addresses are of this device, and the kernel writes no more than was allocated.
+    unsafe {
+        device.write(ids_at, &bytes).unwrap();
+        device.run(&[launch], false).unwrap();
+        device.read(order_at, &mut order).unwrap();
+        device.read(tiles_at, &mut tiles).unwrap();
+        [order_at, tiles_at, ids_at].into_iter().zip(sizes).for_each(|(at, n)| device.free(at, n));
+    }
+    let words = |b: &[u8]| b.chunks_exact(4).map(|b| u32::from_le_bytes(b.try_into().unwrap())).collect::<Vec<u32>>();
+    (words(&order), words(&tiles).chunks_exact(4).map(|t| [t[0], t[1], t[2]]).collect())
+}
+
+#[test]
+fn slots_are_sorted_by_expert_and_stay_in_order() {
+    let mut rng = Rng(10);
+    // Ids of few experts, of all, and nearly all of one; numbers of slots that fill no warp, and more than a warp looks at at once.
+    for (n_slots, n_expert, tile, n_used) in
+        [(5, 4, 4, 4), (800, 6, 8, 2), (9000, 128, 32, 128), (4100, 1024, 4, 1024), (20000, 1000, 64, 3)]
+    {
+        let skewed = |rng: &mut Rng| if rng.below(8) > 0 && n_expert < 128 { 1 } else { rng.below(n_used) };
+        let ids: Vec<u32> = (0..n_slots).map(|_| (n_expert - 1 - skewed(&mut rng)) as u32).collect();
+        let n_tiles_max = n_slots / tile + n_expert;
+        let mut expected: Vec<u32> = (0..n_slots as u32).collect();
+        expected.sort_by_key(|&slot| ids[slot as usize]);
+        let mut tiles = Vec::new();
+        for of_one in expected.chunk_by(|&a, &b| ids[a as usize] == ids[b as usize]) {
+            let before = tiles.last().map_or(0, |&[_, first, n]: &[u32; 3]| first + n);
+            let cut = of_one.chunks(tile).enumerate();
+            tiles.extend(cut.map(|(i, t)| [ids[t[0] as usize], before + (i * tile) as u32, t.len() as u32]));
+        }
+        tiles.resize(n_tiles_max, [0, 0, 0]);
+        let what = format!("{n_slots} slots, {n_used} of {n_expert} experts, tiles of {tile}");
+        let got = grouped(&ids, n_expert as u32, tile as u32, n_tiles_max);
+        assert!(got == (expected, tiles), "{what}");
+    }
 }
 
 /// Attention of some sequences after rotation, step by step.
