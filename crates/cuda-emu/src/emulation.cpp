@@ -51,7 +51,7 @@ struct Block {
     const Kernel *kernel;
     const u64 *args;
     std::vector<Fiber> fibers;
-    // `[n_warps][2][32][6]`
+    // `[n_warps][2][32][MAX_WORDS]`
     std::vector<u32> words;
     // Of each warp, how many lanes wait at an exchange.
     std::vector<u32> n_met;
@@ -234,11 +234,11 @@ u8 *shared_dynamic() { return block->dynamic; }
 
 void barrier() { wait(State::AtBarrier); }
 
-const u32 (*exchange(const u32 *words, int n))[6] {
+const u32 (*exchange(const u32 *words, int n))[MAX_WORDS] {
     const u32 first = place.thread / 32 * 32;
     Fiber *lanes = block->fibers.data() + first, &fiber = lanes[place.thread % 32];
-    u32(*sets)[32][6] = (u32(*)[32][6])(block->words.data() + first * 2 * 6);
-    u32(*set)[6] = sets[fiber.n_exchanges++ % 2];
+    u32(*sets)[32][MAX_WORDS] = (u32(*)[32][MAX_WORDS])(block->words.data() + first * 2 * MAX_WORDS);
+    u32(*set)[MAX_WORDS] = sets[fiber.n_exchanges++ % 2];
     for (int i = 0; i < n; i++) set[place.thread % 32][i] = words[i];
     // The last to come finds the others waiting, and goes on at once.
     if (++block->n_met[first / 32] == 32) {
@@ -297,7 +297,7 @@ extern "C" int apr_emulation_launch(const char *name, const u32 *grid, u32 threa
         own->args = args;
         own->dynamic_bytes = dynamic_bytes;
         own->error.clear();
-        own->words.resize(threads / 32 * 2 * 32 * 6);
+        own->words.resize(threads / 32 * 2 * 32 * MAX_WORDS);
         order.resize(threads);
         if (own->n_stacks < threads) {
             own->stacks = (u8 *)mmap(nullptr, threads * STACK_BYTES, PROT_READ | PROT_WRITE,

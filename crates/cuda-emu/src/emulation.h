@@ -36,8 +36,9 @@ void *shared(const void *id, size_t bytes);
 u8 *shared_dynamic();
 // Waits for the threads of the block.
 void barrier();
-// Waits for the lanes of the warp with `n` words of each in hand, at most six; returns those of lane 0, the others follow.
-const u32 (*exchange(const u32 *words, int n))[6];
+// Waits for the lanes of the warp with `n` words of each in hand; returns those of lane 0, the others follow.
+const int MAX_WORDS = 12;
+const u32 (*exchange(const u32 *words, int n))[MAX_WORDS];
 void copy_async(void *to, const void *from);
 void copy_async_commit();
 void copy_async_wait(int n);
@@ -118,7 +119,7 @@ DEVICE u32 shuffle(u32 v, u32 lane) { return emulation::exchange(&v, 1)[lane % 3
 DEVICE u32 shuffle_xor(u32 v, u32 mask) { return emulation::exchange(&v, 1)[(thread_x() ^ mask) % 32][0]; }
 
 DEVICE u32 lanes_alike(u32 v) {
-    const u32(*lanes)[6] = emulation::exchange(&v, 1);
+    const u32(*lanes)[emulation::MAX_WORDS] = emulation::exchange(&v, 1);
     u32 alike = 0;
     for (u32 lane = 0; lane < 32; lane++) alike |= (u32)(lanes[lane][0] == v) << lane;
     return alike;
@@ -167,6 +168,8 @@ DEVICE u16 float_to_half(f32 v) {
     return sign | (u16)(((u32)(exponent + 14) << 10) + steps);
 }
 
+DEVICE u32 floats_to_halves(f32 low, f32 high) { return (u32)float_to_half(low) | (u32)float_to_half(high) << 16; }
+
 namespace emulation {
 
 // `Σ a[i] b[i]` over `n` signed bytes: as pairs of 16-bit words, which compilers have an instruction for.
@@ -181,7 +184,7 @@ template <int n> DEVICE i32 dot(const u32 *a, const u32 *b) {
 
 // Adds to a lane's part of a warp's product of 16 rows by 8 columns, whose `words` words each four lanes hold: of rows word w is
 // `words / 4 · 2` of them, in pairs of rows g and g + 8; columns come behind.
-template <int words, class C, class Dot> DEVICE void add_products(C (&c)[4], const u32 (*lanes)[6], Dot dot) {
+template <int words, class C, class Dot> DEVICE void add_products(C (&c)[4], const u32 (*lanes)[emulation::MAX_WORDS], Dot dot) {
     const u32 g = thread_x() % 32 / 4, t = thread_x() % 4;
     u32 rows[2][words], columns[2][words];
     for (u32 i = 0; i < 2; i++)
@@ -208,13 +211,40 @@ DEVICE void mma_s8_k16(i32 (&c)[4], const u32 (&a)[2], u32 b) {
 
 // Products of halves are exact in floats; they are summed in order.
 DEVICE void mma_f16(f32 (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
-    const u32 words[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
-    auto dot = [](f32 c, const u32 *left, const u32 *right) {
-        for (u32 i = 0; i < 16; i++)
-            c += half_to_float((u16)(left[i / 2] >> i % 2 * 16)) * half_to_float((u16)(right[i / 2] >> i % 2 * 16));
-        return c;
-    };
-    emulation::add_products<8>(c, emulation::exchange(words, 6), dot);
+    // A lane makes floats of its halves once.
+    u32 words[12];
+    for (u32 i = 0; i < 12; i++) words[i] = bits(half_to_float((u16)((i < 8 ? a[i / 2] : b[i / 2 - 4]) >> i % 2 * 16)));
+    const u32(*lanes)[emulation::MAX_WORDS] = emulation::exchange(words, 12);
+    const u32 g = thread_x() % 32 / 4, t = thread_x() % 4;
+    for (u32 of = 0; of < 8; of++) {
+        const u32 upper = of / 4;
+        f32 rows[2][2], columns[2][2];
+        for (u32 i = 0; i < 2; i++) {
+            memcpy(rows[i], lanes[4 * g + of % 4] + 2 * i + 4 * upper, 8);
+            memcpy(columns[i], lanes[4 * (2 * t + i) + of % 4] + 8 + 2 * upper, 8);
+        }
+        for (u32 i = 0; i < 4; i++)
+            for (u32 j = 0; j < 2; j++) c[i] += rows[i / 2][j] * columns[i % 2][j];
+    }
+}
+
+namespace emulation {
+
+// The halves of rows whose addresses lanes hold: of each matrix that at `row`, `column`, and the next to the right or below.
+DEVICE void load_matrices(u32 (&r)[4], const void *own, u32 row, u32 column, u32 right, u32 below) {
+    const u32 words[2] = {(u32)(u64)own, (u32)((u64)own >> 32)};
+    const u32(*lanes)[emulation::MAX_WORDS] = exchange(words, 2);
+    auto half = [&](u32 lane, u32 i) { return (u32)((const u16 *)(lanes[lane][0] | (u64)lanes[lane][1] << 32))[i]; };
+    for (u32 m = 0; m < 4; m++) r[m] = half(8 * m + row, column) | half(8 * m + row + below, column + right) << 16;
+}
+
+} // namespace emulation
+
+DEVICE void load_matrices(u32 (&r)[4], const void *row) {
+    emulation::load_matrices(r, row, thread_x() % 32 / 4, thread_x() % 4 * 2, 1, 0);
+}
+DEVICE void load_matrices_transposed(u32 (&r)[4], const void *row) {
+    emulation::load_matrices(r, row, thread_x() % 4 * 2, thread_x() % 32 / 4, 0, 1);
 }
 
 DEVICE void copy_async(void *to, const void *from) { emulation::copy_async(to, from); }

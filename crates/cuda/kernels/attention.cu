@@ -78,24 +78,25 @@ DEVICE void kv_store(const f32 *qkv, u8 *const *blocks, const u32 *tables, const
 }
 
 // What a block of threads finds in its part of a row's keys and values is put together by `attention_merge`.
-// parts: [n_tokens, n_head, n_split, 2 + head_dim]: largest score, sum of weights, weighted sum of values.
+// parts: [n_rows, n_head, n_split, 2 + head_dim]: largest score, sum of weights, weighted sum of values.
 //
+// rows: [n_rows], the tokens that are computed.
 // q: [n_tokens, n_qkv] from column 0; out: [n_tokens, n_head · head_dim], written where n_split is 1. A block of threads has
 // `chunk` of the heads that share a KV head, and the KV blocks split · per_split...
-// Grid: tokens, n_head / chunk, splits.
+// Grid: rows, n_head / chunk, splits.
 template <class Kv>
-DEVICE void attention(f32 *out, f32 *parts, const f32 *qkv, u8 *const *blocks, const u32 *tables, const u32 *positions,
-                      u32 n_qkv, u32 n_head, u32 n_head_kv, u32 head_dim, u32 layer, u32 chunk, u32 n_split, u32 per_split) {
+DEVICE void attention(f32 *out, f32 *parts, const u32 *rows, const f32 *qkv, u8 *const *blocks, const u32 *tables,
+                      const u32 *positions, u32 n_qkv, u32 n_head, u32 n_head_kv, u32 head_dim, u32 layer, u32 chunk, u32 n_split, u32 per_split) {
     SHARED(f32, q, MAX_VALUES);
     SHARED(f32, weights, MAX_HEADS * KV_BLOCK);
     SHARED(f32, largest, MAX_HEADS);
     SHARED(f32, sums, MAX_HEADS);
     SHARED(f32, rescale, MAX_HEADS);
-    const u32 t = thread_x(), warp = t / 32, lane = t % 32, first_head = block_y() * chunk;
-    const u32 head_kv = first_head / (n_head / n_head_kv), n_kv = positions[block_x()] + 1;
+    const u32 t = thread_x(), warp = t / 32, lane = t % 32, first_head = block_y() * chunk, token = rows[block_x()];
+    const u32 head_kv = first_head / (n_head / n_head_kv), n_kv = positions[token] + 1;
     const u64 head_bytes = Kv::bytes(head_dim);
     const f32 scale = 1 / sqrtf((f32)head_dim);
-    for (u32 i = t; i < chunk * head_dim; i += 128) q[i] = qkv[(u64)block_x() * n_qkv + first_head * head_dim + i] * scale;
+    for (u32 i = t; i < chunk * head_dim; i += 128) q[i] = qkv[(u64)token * n_qkv + first_head * head_dim + i] * scale;
     if (t < chunk) largest[t] = -INFINITY, sums[t] = 0;
 
     // Threads stand side by side along a head's values; where a head is short they share out the heads.
@@ -105,7 +106,7 @@ DEVICE void attention(f32 *out, f32 *parts, const f32 *qkv, u8 *const *blocks, c
 
     const u32 last_block = least((block_z() + 1) * per_split, (n_kv + KV_BLOCK - 1) / KV_BLOCK);
     for (u32 b = block_z() * per_split; b < last_block; b++) {
-        const u8 *block = blocks[tables[block_x()] + b];
+        const u8 *block = blocks[tables[token] + b];
         const u8 *keys = block + ((u64)layer * 2 * n_head_kv + head_kv) * head_bytes;
         const u8 *vals = keys + n_head_kv * head_bytes;
         const u32 n_here = least((u32)KV_BLOCK, n_kv - b * KV_BLOCK);
@@ -173,11 +174,10 @@ DEVICE void attention(f32 *out, f32 *parts, const f32 *qkv, u8 *const *blocks, c
         UNROLL for (u32 far = 0; far < 2; far++) {
             const u32 at = d + 128 * far;
             if (at >= head_dim) break;
-            const u64 row = (u64)block_x() * n_head + first_head + h;
             if (n_split == 1) {
-                out[row * head_dim + at] = values[far][i] / sums[h];
+                out[((u64)token * n_head + first_head + h) * head_dim + at] = values[far][i] / sums[h];
             } else {
-                f32 *part = parts + (row * n_split + block_z()) * (2 + head_dim);
+                f32 *part = parts + (((u64)block_x() * n_head + first_head + h) * n_split + block_z()) * (2 + head_dim);
                 if (at == 0) part[0] = largest[h], part[1] = sums[h];
                 part[2 + at] = values[far][i];
             }
@@ -190,21 +190,21 @@ DEVICE void attention(f32 *out, f32 *parts, const f32 *qkv, u8 *const *blocks, c
            u32 n_qkv, u32 k_at, u32 n_head_kv, u32 head_dim, u32 layer) {                                             \
         kv_store<Kv>(qkv, blocks, tables, positions, n_qkv, k_at, n_head_kv, head_dim, layer);                        \
     }                                                                                                                 \
-    KERNEL(attention_##name, 128, f32 *out, f32 *parts, const f32 *qkv, u8 *const *blocks, const u32 *tables,         \
-           const u32 *positions, u32 n_qkv, u32 n_head, u32 n_head_kv, u32 head_dim, u32 layer, u32 chunk,            \
-           u32 n_split, u32 per_split) {                                                                              \
-        attention<Kv>(out, parts, qkv, blocks, tables, positions, n_qkv, n_head, n_head_kv, head_dim, layer, chunk,   \
-                      n_split, per_split);                                                                            \
+    KERNEL(attention_##name, 128, f32 *out, f32 *parts, const u32 *rows, const f32 *qkv, u8 *const *blocks,           \
+           const u32 *tables, const u32 *positions, u32 n_qkv, u32 n_head, u32 n_head_kv, u32 head_dim, u32 layer,    \
+           u32 chunk, u32 n_split, u32 per_split) {                                                                   \
+        attention<Kv>(out, parts, rows, qkv, blocks, tables, positions, n_qkv, n_head, n_head_kv, head_dim, layer,    \
+                      chunk, n_split, per_split);                                                                     \
     }
 ATTENTION(f32, KvF32)
 ATTENTION(f16, KvF16)
 ATTENTION(q8_0, KvQ80)
 #undef ATTENTION
 
-// Puts the parts of every head together, in order. Grid: tokens, n_head.
-KERNEL(attention_merge, 128, f32 *out, const f32 *parts, u32 n_head, u32 head_dim, u32 n_split) {
-    const u64 row = (u64)block_x() * n_head + block_y();
-    parts += row * n_split * (2 + head_dim);
+// Puts the parts of every head of these rows together, in order. Grid: rows, n_head.
+KERNEL(attention_merge, 128, f32 *out, const f32 *parts, const u32 *rows, u32 n_head, u32 head_dim, u32 n_split) {
+    const u64 row = (u64)rows[block_x()] * n_head + block_y();
+    parts += ((u64)block_x() * n_head + block_y()) * n_split * (2 + head_dim);
     f32 largest = -INFINITY;
     for (u32 s = 0; s < n_split; s++) largest = fmaxf(largest, parts[s * (2 + head_dim)]);
     for (u32 d = thread_x(); d < head_dim; d += 128) {
@@ -220,3 +220,6 @@ KERNEL(attention_merge, 128, f32 *out, const f32 *parts, u32 n_head, u32 head_di
         out[row * head_dim + d] = value / sum;
     }
 }
+#undef MAX_VALUES
+#undef MAX_HEADS
+#undef KV_BLOCK

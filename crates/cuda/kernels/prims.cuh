@@ -97,6 +97,13 @@ DEVICE f32 half_to_float(u16 v) {
     return r;
 }
 
+// Two halves in a word, `low` in the low bits, rounded to nearest, ties to even.
+DEVICE u32 floats_to_halves(f32 low, f32 high) {
+    u32 r;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+
 // Rounded to nearest, ties to even.
 DEVICE u16 float_to_half(f32 v) {
     u16 r;
@@ -131,11 +138,25 @@ DEVICE void mma_f16(f32 (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// Where something lies in shared memory, as instructions of such memory take it.
+DEVICE u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
+
+// Four matrices of 8 rows of 16 bytes in shared memory, a row where each lane says: lane i has row i % 8 of matrix i / 8. Of each
+// matrix a lane gets word t of row g.
+DEVICE void load_matrices(u32 (&r)[4], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)));
+}
+
+// The same of the transposed matrices of 8 x 8 halves: a lane gets column g of rows 2t and 2t + 1.
+DEVICE void load_matrices_transposed(u32 (&r)[4], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)));
+}
+
 // Begins to copy 16 bytes from global to shared memory, both on a boundary of 16.
 DEVICE void copy_async(void *shared, const void *global) {
-    u32 to;
-    asm("{ .reg .u64 t; cvta.to.shared.u64 t, %1; cvt.u32.u64 %0, t; }" : "=r"(to) : "l"(shared));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
 }
 
 // Ends a group of this thread's copies.

@@ -15,6 +15,8 @@ pub(crate) struct DeviceBatch {
     in_step: bool,
     rows_are_there: bool,
     blocks_are_there: bool,
+    /// Tokens that the tiles on the device have at most.
+    tiles_of: Option<Option<usize>>,
     angles_are_there: bool,
     n_gathered: usize,
     tokens: Option<Buffer>,
@@ -26,7 +28,41 @@ pub(crate) struct DeviceBatch {
     cosines: Option<Buffer>,
     sines: Option<Buffer>,
     gathered: Vec<Option<Buffer>>,
+    few: RowList,
+    many: RowList,
+    tiles: Option<Buffer>,
+    n_tiles: usize,
 }
+
+/// Rows that attention computes in one way.
+#[derive(Default)]
+struct RowList {
+    n: usize,
+    /// The longest context among them.
+    n_kv: usize,
+    rows: Option<Buffer>,
+}
+
+/// Rows on the device: how many, the longest context, indices.
+pub(crate) struct Listed {
+    pub n: usize,
+    pub n_kv: usize,
+    pub rows: Arg,
+}
+
+/// How attention goes about a step's rows.
+pub(crate) struct AttentionRows {
+    /// One by one
+    pub few: Listed,
+    /// In tiles
+    pub many: Listed,
+    /// `[n_tiles, 4]`: first row, rows, which of `many` the first is, nothing
+    pub tiles: Arg,
+    pub n_tiles: usize,
+}
+
+/// Rows of a sequence in a step from which on they are put in tiles.
+const MANY: usize = 16;
 
 /// Where a step's keys and values are found.
 pub(crate) struct Places {
@@ -56,6 +92,7 @@ impl DeviceBatch {
     pub fn set_step(&mut self, in_step: bool) {
         self.in_step = in_step;
         (self.rows_are_there, self.blocks_are_there, self.angles_are_there) = (false, false, false);
+        self.tiles_of = None;
         self.n_gathered = 0;
     }
 
@@ -102,6 +139,45 @@ impl DeviceBatch {
         }
         let [blocks, tables, positions] = [&self.blocks, &self.tables, &self.positions].map(arg_of);
         Ok(Places { blocks, tables, positions })
+    }
+
+    /// The rows of sequences that have many of them in tiles of at most `per_tile`, the longest contexts first, and the others; all of
+    /// them one by one where `per_tile` is none. Asked for after [`places`](Self::places).
+    pub fn attention_rows(&mut self, device: &Device, batch: &Batch, per_tile: Option<usize>) -> Result<AttentionRows> {
+        if self.tiles_of != Some(per_tile) {
+            if self.tiles_of.is_some() {
+                // What waits was launched with the others.
+                device.flush()?;
+            }
+            let (mut few, mut many, mut tiles) = (Vec::new(), Vec::new(), Vec::<[u32; 4]>::new());
+            let mut first = 0;
+            for rows in batch.rows().chunk_by(|a, b| a.sequence == b.sequence) {
+                let indices = first..first + rows.len() as u32;
+                first = indices.end;
+                let Some(per_tile) = per_tile.filter(|_| rows.len() >= MANY) else {
+                    few.extend(indices);
+                    continue;
+                };
+                for at in indices.clone().step_by(per_tile) {
+                    let part = many.len() as u32 + at - indices.start;
+                    tiles.push([at, (indices.end - at).min(per_tile as u32), part, 0]);
+                }
+                many.extend(indices);
+            }
+            let position = |row: u32| batch.rows()[row as usize].position;
+            tiles.sort_by_key(|t| std::cmp::Reverse(position(t[0] + t[1] - 1)));
+            self.n_tiles = tiles.len();
+            put(device, &mut self.tiles, &tiles)?;
+            for (list, rows) in [(&mut self.few, few), (&mut self.many, many)] {
+                list.n = rows.len();
+                list.n_kv = rows.iter().map(|&r| position(r) as usize + 1).max().unwrap_or(0);
+                put(device, &mut list.rows, &rows)?;
+            }
+            self.tiles_of = Some(per_tile);
+        }
+        let listed = |l: &RowList| Listed { n: l.n, n_kv: l.n_kv, rows: arg_of(&l.rows) };
+        let (few, many) = (listed(&self.few), listed(&self.many));
+        Ok(AttentionRows { few, many, tiles: arg_of(&self.tiles), n_tiles: self.n_tiles })
     }
 
     /// Cosines and sines of the batch's positions, `[n_tokens, n_pair]` each.

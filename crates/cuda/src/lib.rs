@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use apr_core::backend::{
-    Backend, BackendError, FfnScratch, FfnWeights, Heads, KvShape, KvType, Precision, Result, Routing, WeightData,
+    Backend, BackendError, FfnScratch, FfnWeights, Heads, KvShape, Precision, Result, Routing, WeightData,
     check_restore,
 };
 use apr_core::batch::Batch;
@@ -16,6 +16,7 @@ use apr_core::probe::{Probe, seen};
 use apr_core::rope::{Pairing, Rope};
 use apr_core::stage::Stage;
 
+mod attention;
 mod batch;
 pub mod compile;
 pub mod driver;
@@ -78,32 +79,6 @@ impl CudaBackend {
     /// Launches a kernel with a thread per value of `n`.
     fn each(&self, kernel: &'static str, n: usize, args: &[Arg]) {
         self.device.launch(kernel, 256, [n.div_ceil(256), 1, 1], args);
-    }
-
-    /// The part of a step that one block of threads of attention computes, and how often: heads at once, splits, KV blocks of each.
-    fn split(&self, heads: Heads, batch: &Batch) -> (usize, usize, usize) {
-        let group = heads.n_head / heads.n_head_kv;
-        let most = (2048 / heads.head_dim).clamp(1, 16);
-        let chunk = (1..=group.min(most)).rev().find(|n| group.is_multiple_of(*n)).unwrap_or(1);
-        let n_kv = batch.rows().iter().map(|r| r.position as usize + 1).max().unwrap_or(1);
-        let n_blocks = n_kv.div_ceil(apr_core::backend::KV_BLOCK);
-        // Rounded up by at most an eighth: launches stay the same for a while as contexts grow.
-        let n_blocks = n_blocks.next_multiple_of((n_blocks.next_power_of_two() / 16).max(1));
-        let n_beside = batch.rows().len() * (heads.n_head / chunk);
-        let wanted = (4 * self.device.driver().description().n_sm as usize).div_ceil(n_beside);
-        let per_split = n_blocks.div_ceil(wanted.clamp(1, n_blocks));
-        (chunk, n_blocks.div_ceil(per_split), per_split)
-    }
-}
-
-fn kv_kernel(kv: KvType, store: bool) -> &'static str {
-    match (kv, store) {
-        (KvType::F32, true) => "kv_store_f32",
-        (KvType::F16, true) => "kv_store_f16",
-        (KvType::Q8_0, true) => "kv_store_q8_0",
-        (KvType::F32, false) => "attention_f32",
-        (KvType::F16, false) => "attention_f16",
-        (KvType::Q8_0, false) => "attention_q8_0",
     }
 }
 
@@ -296,31 +271,9 @@ impl Backend for CudaBackend {
         batch: &Batch,
         _: &mut P,
     ) -> Result<()> {
-        let rows = qkv.n_rows();
-        self.ok(out.set_rows(rows))?;
         let mut shared = self.shared();
-        let places = self.ok(shared.batch.places(&self.device, batch, kv))?;
-        let kv_type = kv.shape().kv_type;
-        let (n_head, n_head_kv, head_dim) = (heads.n_head, heads.n_head_kv, heads.head_dim);
-        let common = [places.blocks, places.tables, places.positions, qkv.n_cols().into()];
-        let store = [heads.k().start.into(), n_head_kv.into(), head_dim.into(), il.into()];
-        let args = [&[qkv.arg()], &common[..], &store].concat();
-        self.device.launch(kv_kernel(kv_type, true), 128, [rows, (2 * n_head_kv).div_ceil(4), 1], &args);
-
-        let (chunk, n_split, per_split) = self.split(heads, batch);
-        if n_split > 1 {
-            let n_bytes = rows * n_head * n_split * (2 + head_dim) * 4;
-            self.ok(tensor::ensure(&self.device, &mut shared.parts, n_bytes.next_power_of_two()))?;
-        }
-        let parts = shared.parts.as_ref().map_or(Arg::Address(0), Buffer::arg);
-        let sizes = [n_head, n_head_kv, head_dim, il, chunk, n_split, per_split].map(Arg::from);
-        let args = [&[out.arg_mut(), parts, qkv.arg()], &common[..], &sizes].concat();
-        self.device.launch(kv_kernel(kv_type, false), 128, [rows, n_head / chunk, n_split], &args);
-        if n_split > 1 {
-            let args = [out.arg_mut(), parts, n_head.into(), head_dim.into(), n_split.into()];
-            self.device.launch("attention_merge", 128, [rows, n_head, 1], &args);
-        }
-        Ok(())
+        let Shared { batch: on_device, parts, .. } = &mut *shared;
+        self.ok(attention::attention(&self.device, on_device, parts, out, qkv, kv, (il, heads), batch))
     }
 
     fn keep_rows(&self, x: &mut CudaTensor, rows: &[u32]) -> Result<()> {

@@ -318,17 +318,23 @@ fn attention_is_that_of_the_reference() {
             let tables = vec![vec![7, 2, 9, 4], vec![0, 11]];
             let row = |sequence: u32, position: u32| Row { token: 0, position, sequence, wants: Wants::Logits };
             let mut step = |rows: Vec<Row>| {
-                let qkv = rng.activations(rows.len() * heads.n_qkv());
+                // Scores of some tens, so that many positions matter.
+                let qkv = rng.activations(rows.len() * heads.n_qkv()).iter().map(|v| 0.15 * v).collect();
                 (Batch::new(rows, tables.clone()), qkv)
             };
             let steps = [
                 step((0..70).map(|p| row(0, p)).chain((0..3).map(|p| row(1, p))).collect()),
-                step((70..201).map(|p| row(0, p)).collect()),
-                step(vec![row(1, 3), row(0, 201)]),
+                step((70..185).map(|p| row(0, p)).collect()),
+                step(vec![row(1, 3), row(0, 185)]),
+                // So few tiles that keys are split, and in the last part some rows have no position.
+                step((186..203).map(|p| row(0, p)).collect()),
             ];
             let what = format!("{n_head} heads, {n_head_kv} of keys, of {head_dim}, {kv_type}");
             let expected = attended(&Reference, heads, kv_type, &rope, &steps);
-            assert_close(&attended(&cuda(), heads, kv_type, &rope, &steps), &expected, 2e-5, &what);
+            // Sequences with many tokens are computed with queries and weights in halves: of 11 bits, so that a weight is off by 2^-11
+            // of its score.
+            let bound = if kv_type == KvType::F16 && head_dim <= 128 { 1e-3 } else { 2e-5 };
+            assert_close(&attended(&cuda(), heads, kv_type, &rope, &steps), &expected, bound, &what);
         }
     }
 }
