@@ -221,8 +221,9 @@ struct BF16 {
 };
 
 // Every quantized type: its name in kernels, its struct.
-#define FOR_QUANTIZED(DO)                                                                                             \
-    DO(q4_k, Q4K) DO(q5_k, Q5K) DO(q6_k, Q6K) DO(q8_0, Q80) DO(q4_0, Q40) DO(q4_1, Q41) DO(q5_0, Q50) DO(q5_1, Q51)
+#define FOR_QUANTIZED_256(DO) DO(q4_k, Q4K) DO(q5_k, Q5K) DO(q6_k, Q6K)
+#define FOR_QUANTIZED_32(DO) DO(q8_0, Q80) DO(q4_0, Q40) DO(q4_1, Q41) DO(q5_0, Q50) DO(q5_1, Q51)
+#define FOR_QUANTIZED(DO) FOR_QUANTIZED_256(DO) FOR_QUANTIZED_32(DO)
 #define FOR_FLOATS(DO) DO(f32, F32) DO(f16, F16) DO(bf16, BF16)
 
 // Code `i` of a sub-block as a float.

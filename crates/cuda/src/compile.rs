@@ -8,17 +8,21 @@ use sha2::{Digest, Sha256};
 use crate::nvrtc::{Nvrtc, NvrtcError};
 
 /// Sources of the kernels: a module each.
-pub(crate) const SOURCES: [(&str, &str); 6] = [
+pub(crate) const SOURCES: [(&str, &str); 9] = [
     ("attention.cu", include_str!("../kernels/attention.cu")),
+    ("matmul_32.cu", include_str!("../kernels/matmul_32.cu")),
+    ("matmul_k.cu", include_str!("../kernels/matmul_k.cu")),
     ("matvec.cu", include_str!("../kernels/matvec.cu")),
     ("norm.cu", include_str!("../kernels/norm.cu")),
     ("primitives.cu", include_str!("../kernels/primitives.cu")),
+    ("prefill.cu", include_str!("../kernels/prefill.cu")),
     ("route.cu", include_str!("../kernels/route.cu")),
     ("rows.cu", include_str!("../kernels/rows.cu")),
 ];
 
 /// What they include.
-const HEADERS: [(&str, &str); 4] = [
+const HEADERS: [(&str, &str); 5] = [
+    ("matmul.cuh", include_str!("../kernels/matmul.cuh")),
     ("prims.cuh", include_str!("../kernels/prims.cuh")),
     ("q8.cuh", include_str!("../kernels/q8.cuh")),
     ("qtypes.cuh", include_str!("../kernels/qtypes.cuh")),

@@ -1,14 +1,16 @@
 // Products of a weight matrix with many rows: prefill. 8-bit codes meet on the tensor cores, and sums of 32 get their scales.
+#pragma once
+
 #include "qtypes.cuh"
 #include "tiles.cuh"
 
 // A block of threads computes 128 rows of w by a tile of T slots, in steps of 128 columns, two units of weights.
-#define ROWS 128
-#define STEP 128
-#define SUBS 4
+static const u32 TILE_ROWS = 128;
+static const u32 STEP_COLUMNS = 128;
+static const u32 STEP_SUBS = 4;
 // Words from a row of codes to the next in shared memory: lanes that read the same word of eight rows, and four words of each, meet 32
 // banks.
-#define STRIDE 36
+static const u32 CODES_STRIDE = 36;
 
 #define MATMUL_ARGS                                                                                                   \
     f32 *out, PLANES, const u32 *codes, const f32x2 *scales, const Tile *tiles, const u32 *order, const u32 *ids,     \
@@ -40,11 +42,11 @@ template <class Q, u32 T> struct Loader {
         if (unit > last) UNROLL for (int h = 0; h < 2; h++) subs[h].scale[0] = subs[h].scale[1] = subs[h].min = 0;
         UNROLL for (u32 i = 0; i < T / 32; i++) {
             const u32 piece = thread_x() % 8, row = thread_x() / 8 + 32 * i;
-            copy_async(x_codes + row * STRIDE + 4 * piece, codes + x[i] + least(STEP / 16 * step + piece, n_cols / 16 - 1));
+            copy_async(x_codes + row * CODES_STRIDE + 4 * piece, codes + x[i] + least(STEP_COLUMNS / 16 * step + piece, n_cols / 16 - 1));
         }
         copy_async_commit();
-        const u32 group = SUBS * step + thread_x() % SUBS;
-        x_scale = group < n_cols / 32 && thread_x() < SUBS * T ? scales[x_scales + group] : f32x2{0, 0};
+        const u32 group = STEP_SUBS * step + thread_x() % STEP_SUBS;
+        x_scale = group < n_cols / 32 && thread_x() < STEP_SUBS * T ? scales[x_scales + group] : f32x2{0, 0};
     }
 
     DEVICE_MEMBER void store(u32 *w_codes, f32x2 *w_scales, f32x2 *x_scales) const {
@@ -52,12 +54,12 @@ template <class Q, u32 T> struct Loader {
         UNROLL for (int h = 0; h < 2; h++) {
             const u32 sub = Q::column(thread_x() % 2, h) / 32;
             const u32 *c = subs[h].codes;
-            u32x4 *to = (u32x4 *)(w_codes + row * STRIDE + 8 * sub);
+            u32x4 *to = (u32x4 *)(w_codes + row * CODES_STRIDE + 8 * sub);
             to[0] = u32x4{c[0], c[1], c[2], c[3]};
             to[1] = u32x4{c[4], c[5], c[6], c[7]};
-            w_scales[sub * ROWS + row] = f32x2{subs[h].scale[0], Q::HALVES ? subs[h].scale[1] : subs[h].min};
+            w_scales[sub * TILE_ROWS + row] = f32x2{subs[h].scale[0], Q::HALVES ? subs[h].scale[1] : subs[h].min};
         }
-        if (thread_x() < SUBS * T) x_scales[thread_x() % SUBS * T + thread_x() / SUBS] = x_scale;
+        if (thread_x() < STEP_SUBS * T) x_scales[thread_x() % STEP_SUBS * T + thread_x() / STEP_SUBS] = x_scale;
     }
 };
 
@@ -84,56 +86,58 @@ template <class Q> DEVICE void add_products(f32 (&sums)[4], const u32 (&a)[4], c
 // Adds a step's products to the sums of a warp's part of the tile.
 template <class Q, u32 T>
 DEVICE void step_of(Part<T> &part, const u32 *w_codes, const f32x2 *w_scales, const u32 *x_codes, const f32x2 *x_scales) {
-    const u32 g = thread_x() % 32 / 4, t = thread_x() % 4;
-    UNROLL for (u32 sub = 0; sub < SUBS; sub++) {
+    const u32 lane = thread_x() % 32, g = lane / 4, t = lane % 4;
+    UNROLL for (u32 sub = 0; sub < STEP_SUBS; sub++) {
         u32 a[2][4];
         f32x2 w[2][2];
         UNROLL for (u32 m = 0; m < 2; m++) {
-            UNROLL for (u32 i = 0; i < 4; i++) {
-                const u32 row = part.row + 16 * m + g + i % 2 * 8;
-                a[m][i] = w_codes[row * STRIDE + 8 * sub + i / 2 * 4 + t];
-                if (i < 2) w[m][i] = w_scales[sub * ROWS + row];
-            }
+            const u32 row = part.row + 16 * m;
+            load_matrices(a[m], w_codes + (row + lane % 16) * CODES_STRIDE + 8 * sub + lane / 16 * 4);
+            UNROLL for (u32 i = 0; i < 2; i++) w[m][i] = w_scales[sub * TILE_ROWS + row + g + 8 * i];
         }
-        UNROLL for (u32 n = 0; n < Part<T>::N; n++) {
-            const u32 *from = x_codes + (part.slot + 8 * n + g) * STRIDE + 8 * sub + t;
-            const u32 b[2] = {from[0], from[4]};
-            const f32x4 x = *(const f32x4 *)(x_scales + sub * T + part.slot + 8 * n + 2 * t);
-            UNROLL for (u32 m = 0; m < 2; m++) add_products<Q>(part.sums[m][n], a[m], b, w[m], x);
+        UNROLL for (u32 n = 0; n < Part<T>::N; n += 2) {
+            const u32 slot = part.slot + 8 * n;
+            u32 r[4];
+            load_matrices(r, x_codes + (slot + lane / 16 * 8 + lane % 8) * CODES_STRIDE + 8 * sub + lane / 8 % 2 * 4);
+            UNROLL for (u32 i = 0; i < 2; i++) {
+                const u32 b[2] = {r[2 * i], r[2 * i + 1]};
+                const f32x4 x = *(const f32x4 *)(x_scales + sub * T + slot + 8 * i + 2 * t);
+                UNROLL for (u32 m = 0; m < 2; m++) add_products<Q>(part.sums[m][n + i], a[m], b, w[m], x);
+            }
         }
     }
 }
 
 // As `matvec`. Grid: rows / 128, tiles.
 template <class Q, u32 T> DEVICE void matmul(MATMUL_ARGS) {
-    SHARED(u32, w_codes, ROWS * STRIDE);
-    SHARED(f32x2, w_scales, SUBS * ROWS);
-    SHARED(u32, x_codes, 2 * T * STRIDE);
-    SHARED(f32x2, x_scales, SUBS * T);
+    SHARED(u32, w_codes, TILE_ROWS * CODES_STRIDE);
+    SHARED(f32x2, w_scales, STEP_SUBS * TILE_ROWS);
+    SHARED(u32, x_codes, 2 * T * CODES_STRIDE);
+    SHARED(f32x2, x_scales, STEP_SUBS * T);
     const Work work = work_of(tiles, order, ids, block_y(), T, n_slots);
     if (work.n == 0) return;
-    const u32 first_row = block_x() * ROWS, warp = thread_x() / 32;
+    const u32 first_row = block_x() * TILE_ROWS, warp = thread_x() / 32;
     // Rows of x past the tile's last are that one.
     Loader<Q, T> next{PLANES_OF_ARGS, (const u32x4 *)codes, scales, n_cols};
     next.block = (work.expert * n_rows + least(first_row + thread_x() / 2, n_rows - 1)) * (n_cols / Q::BLOCK);
     UNROLL for (u32 i = 0; i < T / 32; i++)
         next.x[i] = work.slot(least(thread_x() / 8 + 32 * i, work.n - 1)) / x_div * (n_cols / 16);
-    next.x_scales = work.slot(least(thread_x() / SUBS, work.n - 1)) / x_div * (n_cols / 32);
+    next.x_scales = work.slot(least(thread_x() / STEP_SUBS, work.n - 1)) / x_div * (n_cols / 32);
     Part<T> part;
     part.row = warp % 4 * 32;
     part.slot = warp / 4 * (T / 2);
     UNROLL for (u32 i = 0; i < 2 * Part<T>::N * 4; i++) part.sums[i / 4 / Part<T>::N][i / 4 % Part<T>::N][i % 4] = 0;
 
-    const u32 n_steps = (n_cols + STEP - 1) / STEP;
+    const u32 n_steps = (n_cols + STEP_COLUMNS - 1) / STEP_COLUMNS;
     next.load(0, x_codes);
     for (u32 step = 0; step < n_steps; step++) {
         next.store(w_codes, w_scales, x_scales);
         copy_async_wait<0>();
         // The last step loads itself again: without a branch the loads of a step are under way while the one before is computed.
         // They stand before the barrier because compilers move them as far down as it lets them.
-        next.load(least(step + 1, n_steps - 1), x_codes + (step + 1) % 2 * T * STRIDE);
+        next.load(least(step + 1, n_steps - 1), x_codes + (step + 1) % 2 * T * CODES_STRIDE);
         barrier();
-        step_of<Q, T>(part, w_codes, w_scales, x_codes + step % 2 * T * STRIDE, x_scales);
+        step_of<Q, T>(part, w_codes, w_scales, x_codes + step % 2 * T * CODES_STRIDE, x_scales);
         barrier();
     }
     copy_async_wait<0>();
@@ -157,10 +161,3 @@ template <class Q, u32 T> DEVICE void matmul(MATMUL_ARGS) {
         matmul<Q, T>(out, w0, w1, w2, w3, codes, scales, tiles, order, ids, n_slots, n_rows, n_cols, x_div, ld, at);  \
     }
 #define MATMULS(name, Q) MATMUL(name, Q, 32) MATMUL(name, Q, 64)
-FOR_QUANTIZED(MATMULS)
-#undef MATMULS
-#undef MATMUL
-#undef ROWS
-#undef STEP
-#undef SUBS
-#undef STRIDE
