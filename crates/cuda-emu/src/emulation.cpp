@@ -166,7 +166,7 @@ u32 next_random(u64 &state) {
     return (u32)(state >> 33);
 }
 
-// The order in which ready threads run: 0 ascending, 1 descending, else shuffled.
+// The order in which warps or their lanes run: 0 ascending, 1 descending, else shuffled.
 void order_threads(std::vector<u32> &order, u32 kind, u64 &random) {
     u32 n = (u32)order.size();
     for (u32 i = 0; i < n; i++) order[i] = kind == 1 ? n - 1 - i : i;
@@ -196,16 +196,25 @@ void run_block(Block &b, u32 kind, u64 &random, std::vector<u32> &order) {
         fiber.n_exchanges = fiber.group = 0;
         fiber.copies.clear();
     }
+    std::vector<u32> lanes(32);
     for (u32 n_done = 0; n_done < n;) {
         order_threads(order, kind, random);
         bool ran = false;
-        for (u32 i : order) {
-            if (b.fibers[i].state != State::Ready) continue;
-            ran = true;
-            place.thread = i;
-            apr_emulation_switch(&b.scheduler_sp, b.fibers[i].sp);
-            n_done += b.fibers[i].state == State::Done;
-            if (!b.error.empty()) return;
+        // A warp goes as far as it can before the next begins: what keeps warps apart is a barrier or nothing.
+        for (u32 warp : order) {
+            for (bool more = true; more;) {
+                more = false;
+                order_threads(lanes, kind, random);
+                for (u32 lane : lanes) {
+                    const u32 i = 32 * warp + lane;
+                    if (b.fibers[i].state != State::Ready) continue;
+                    ran = more = true;
+                    place.thread = i;
+                    apr_emulation_switch(&b.scheduler_sp, b.fibers[i].sp);
+                    n_done += b.fibers[i].state == State::Done;
+                    if (!b.error.empty()) return;
+                }
+            }
         }
         release(b);
         if (!ran) {
@@ -298,7 +307,7 @@ extern "C" int apr_emulation_launch(const char *name, const u32 *grid, u32 threa
         own->dynamic_bytes = dynamic_bytes;
         own->error.clear();
         own->words.resize(threads / 32 * 2 * 32 * MAX_WORDS);
-        order.resize(threads);
+        order.resize(threads / 32);
         if (own->n_stacks < threads) {
             own->stacks = (u8 *)mmap(nullptr, threads * STACK_BYTES, PROT_READ | PROT_WRITE,
                                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
