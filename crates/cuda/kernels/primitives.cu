@@ -10,12 +10,12 @@ DEVICE u32 small_halves(u32 word) {
 // What is not a number has one form.
 DEVICE u32 plain(f32 v) { return v == v ? bits(v) : 0x7fffffffu; }
 
-// x: [n_blocks, 32, 8] words, y: [n_blocks, 32, 32]. Grid: n_blocks.
+// x: [n_blocks, 32, 8] words, y: [n_blocks, 32, 48]. Grid: n_blocks.
 KERNEL(primitives, 32, u32 *y, const u32 *x) {
     SHARED(u32, copied, 128);
     const u32 lane = thread_x();
     x += (block_x() * 32 + lane) * 8;
-    y += (block_x() * 32 + lane) * 32;
+    y += (block_x() * 32 + lane) * 48;
     y[0] = shuffle(x[0], x[1] % 32);
     for (u32 i = 0; i < 5; i++) y[1 + i] = shuffle_xor(x[0], 1u << i);
     y[6] = (u32)dp4a(x[0], x[1], (i32)x[2]);
@@ -45,5 +45,13 @@ KERNEL(primitives, 32, u32 *y, const u32 *x) {
     for (u32 i = 0; i < 4; i++) y[24 + i] = copied[127 - 4 * lane - i];
     y[28] = bits(warp_sum<8>((f32)(x[0] % 1000)));
     y[29] = bits(warp_max((f32)(x[1] % 100000)));
-    y[30] = y[31] = 0;
+    y[30] = lanes_alike(x[3] % 4);
+    y[31] = count_bits(x[0]);
+    y[32] = floats_to_halves(half_to_float((u16)(x[2] % 31000)) * (1 + (f32)(x[3] % 4096) / 4096), (f32)(i32)x[4] / 65536);
+    u32 r[4];
+    load_matrices(r, copied + 4 * lane);
+    for (u32 i = 0; i < 4; i++) y[33 + i] = r[i];
+    load_matrices_transposed(r, copied + 4 * ((lane * 5 + 3) % 32));
+    for (u32 i = 0; i < 4; i++) y[37 + i] = r[i];
+    for (u32 i = 41; i < 48; i++) y[i] = 0;
 }

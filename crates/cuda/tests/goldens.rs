@@ -3,6 +3,8 @@
 //! Activations are quantized to 8 bits here as on the CPU, so the same is judged: the distribution of the next token, the most likely
 //! token where the reference is clear about it, and greedy continuations.
 
+#[path = "support/devices.rs"]
+mod devices;
 #[path = "../../core/tests/support/runs.rs"]
 mod runs;
 
@@ -10,18 +12,13 @@ use apr_core::backend::KvType;
 use apr_core::backend::{Backend, Precision};
 use apr_core::probe::Recorder;
 use apr_core::stage::Stage;
-use apr_cuda::CudaBackend;
-use apr_cuda_emu::Order;
+use devices::Make;
 use runs::{Golden, Run, kl_divergence};
 
 const TINY: &str = "tiny-qwen3moe.gguf";
 /// As the CPU backend's, whose activations have the same precision.
 const MEDIAN_KL_MAX: f64 = 0.0008;
 const N_LAYER: usize = 4;
-
-fn cuda() -> CudaBackend {
-    CudaBackend::new(apr_cuda_emu::connect(Order::Shuffled(1)))
-}
 
 /// Median KL from the golden over its last positions.
 fn median_kl(backend: impl Backend, kv: KvType) -> f64 {
@@ -38,8 +35,7 @@ fn median_kl(backend: impl Backend, kv: KvType) -> f64 {
     kl[kl.len() / 2]
 }
 
-#[test]
-fn the_next_token_is_distributed_as_in_float32() {
+fn the_next_token_is_distributed_as_in_float32(cuda: Make) {
     assert_eq!(cuda().precision(), Precision::Int8);
     let kl = median_kl(cuda(), KvType::F16);
     println!("median KL {kl:.6}");
@@ -50,8 +46,7 @@ fn the_next_token_is_distributed_as_in_float32() {
 const ARCHITECTURES: [&str; 7] =
     ["qwen3moe-odd", "qwen3", "qwen3-yarn", "qwen2", "llama", "llama3-ropefreqs", "llama-linear"];
 
-#[test]
-fn every_architecture_continues_as_in_float32() {
+fn every_architecture_continues_as_in_float32(cuda: Make) {
     for name in ARCHITECTURES {
         let golden = Golden::read(&format!("arch/{name}.safetensors"));
         let (tokens, greedy) = (golden.ids("tokens"), golden.ids("greedy"));
@@ -66,3 +61,5 @@ fn every_architecture_continues_as_in_float32() {
         assert_eq!(run.greedy(&tokens, greedy.len()), greedy, "{name}: greedy tokens");
     }
 }
+
+devices::on_every_device!(the_next_token_is_distributed_as_in_float32, every_architecture_continues_as_in_float32);

@@ -2,6 +2,8 @@
 
 #[path = "../../core/tests/support/blocks.rs"]
 mod blocks;
+#[path = "support/devices.rs"]
+mod devices;
 
 use apr_core::backend::reference::Reference;
 use apr_core::backend::{Backend, Bytes, Heads, KvShape, KvType, Routing, WeightData};
@@ -9,10 +11,10 @@ use apr_core::batch::{Batch, Row, Wants};
 use apr_core::probe::NoProbe;
 use apr_core::qtype::GgmlType;
 use apr_core::rope::{Pairing, Rope, Scaling};
-use apr_cuda::CudaBackend;
 use apr_cuda::driver::{Arg, Launch};
 use apr_cuda_emu::{Order, connect};
 use blocks::{Blocks, Rng};
+use devices::Make;
 
 const QUANTIZED: [GgmlType; 8] = [
     GgmlType::Q4_K,
@@ -25,10 +27,6 @@ const QUANTIZED: [GgmlType; 8] = [
     GgmlType::Q5_1,
 ];
 const FLOATS: [GgmlType; 3] = [GgmlType::F32, GgmlType::F16, GgmlType::BF16];
-
-fn cuda() -> CudaBackend {
-    CudaBackend::new(connect(Order::Shuffled(7)))
-}
 
 fn weight(qtype: GgmlType, (n_mat, n_rows, n_cols): (usize, usize, usize), rng: &mut Rng) -> WeightData {
     let bytes = Bytes::from_vec(Blocks::of(qtype).random(n_mat * n_rows * n_cols, rng));
@@ -79,8 +77,7 @@ fn matmul<B: Backend>(b: &B, w: &WeightData, x: &[f32]) -> Vec<f32> {
     values(b, &out)
 }
 
-#[test]
-fn products_of_every_type_are_those_of_the_reference() {
+fn products_of_every_type_are_those_of_the_reference(cuda: Make) {
     let mut rng = Rng(1);
     for (qtype, n_cols) in
         QUANTIZED.iter().flat_map(|q| [(*q, 256), (*q, 768)]).chain(FLOATS.iter().flat_map(|q| [(*q, 40), (*q, 256)]))
@@ -97,8 +94,7 @@ fn products_of_every_type_are_those_of_the_reference() {
     }
 }
 
-#[test]
-fn rows_of_32_weight_blocks_may_end_with_half_a_unit() {
+fn rows_of_32_weight_blocks_may_end_with_half_a_unit(cuda: Make) {
     let mut rng = Rng(2);
     for qtype in QUANTIZED.into_iter().filter(|q| q.block_len() == 32) {
         for (n_tokens, n_cols) in [(2, 96), (20, 32), (35, 96), (20, 160), (35, 224)] {
@@ -120,8 +116,7 @@ fn matmul_experts<B: Backend>(b: &B, w: &WeightData, ids: &[u32], k: usize, x: &
     values(b, &out)
 }
 
-#[test]
-fn experts_get_their_tokens() {
+fn experts_get_their_tokens(cuda: Make) {
     let mut rng = Rng(3);
     let (n_expert, k) = (6, 2);
     for qtype in QUANTIZED.into_iter().chain([GgmlType::F16]) {
@@ -140,8 +135,7 @@ fn experts_get_their_tokens() {
     }
 }
 
-#[test]
-fn what_is_not_finite_stays_so() {
+fn what_is_not_finite_stays_so(cuda: Make) {
     let mut rng = Rng(4);
     let w = weight(GgmlType::Q4_K, (1, 4, 256), &mut rng);
     for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
@@ -156,8 +150,7 @@ fn what_is_not_finite_stays_so() {
     }
 }
 
-#[test]
-fn tokens_are_looked_up_in_every_type() {
+fn tokens_are_looked_up_in_every_type(cuda: Make) {
     let mut rng = Rng(5);
     for (qtype, n_cols) in QUANTIZED.into_iter().map(|q| (q, q.block_len().max(96))).chain(FLOATS.map(|q| (q, 40))) {
         let w = weight(qtype, (1, 12, n_cols), &mut rng);
@@ -198,8 +191,7 @@ fn rows_of<B: Backend>(b: &B, x: &[f32], y: &[f32], w: &[f32]) -> Vec<(&'static 
     all
 }
 
-#[test]
-fn ops_on_rows_are_those_of_the_reference() {
+fn ops_on_rows_are_those_of_the_reference(cuda: Make) {
     let mut rng = Rng(6);
     for n in [40, 576, 2048] {
         let (x, y, w) = (rng.activations(4 * n), rng.activations(4 * n), rng.activations(n));
@@ -218,8 +210,7 @@ fn routed<B: Backend>(b: &B, logits: &[f32], n_expert: usize, k: usize) -> (Vec<
     (ids, values(b, &r.weights))
 }
 
-#[test]
-fn tokens_are_routed_as_by_the_reference() {
+fn tokens_are_routed_as_by_the_reference(cuda: Make) {
     let mut rng = Rng(7);
     for (n_expert, k) in [(4, 2), (6, 6), (128, 8), (160, 8)] {
         let mut logits = rng.activations(9 * n_expert);
@@ -233,8 +224,7 @@ fn tokens_are_routed_as_by_the_reference() {
     }
 }
 
-#[test]
-fn experts_exist_even_where_no_logit_is_a_number() {
+fn experts_exist_even_where_no_logit_is_a_number(cuda: Make) {
     let (ids, weights) = routed(&cuda(), &[f32::NAN; 16], 16, 4);
     assert!(ids.iter().all(|&id| id < 16), "{ids:?}");
     assert!(weights.iter().all(|w| w.is_nan()), "{weights:?}");
@@ -303,8 +293,7 @@ fn attended<B: Backend>(b: &B, heads: Heads, kv_type: KvType, rope: &Rope, steps
     all
 }
 
-#[test]
-fn attention_is_that_of_the_reference() {
+fn attention_is_that_of_the_reference(cuda: Make) {
     let mut rng = Rng(8);
     // The fifth has more values in its heads than a block of threads, the fourth as many heads as one has room for and more.
     for (n_head, n_head_kv, head_dim) in [(4, 2, 32), (8, 1, 128), (3, 3, 40), (40, 2, 64), (4, 2, 256)] {
@@ -317,9 +306,17 @@ fn attention_is_that_of_the_reference() {
             let rope = Rope::new(pairing, head_dim / 2, 1e4, Scaling::None, None);
             let tables = vec![vec![7, 2, 9, 4], vec![0, 11]];
             let row = |sequence: u32, position: u32| Row { token: 0, position, sequence, wants: Wants::Logits };
+            // Many tokens of a sequence at once are computed with queries and weights in halves where keys and values are: of 11 bits,
+            // so that a weight is off by 2^-11 of its score. Scores of some tens let many positions matter there.
+            let is_halves = kv_type == KvType::F16 && head_dim <= 128;
+            let (size, bound) = match kv_type {
+                _ if is_halves => (0.15, 1e-3),
+                // A last bit of a rotated key may be another code of it.
+                KvType::Q8_0 => (1.0, 1e-4),
+                _ => (1.0, 2e-5),
+            };
             let mut step = |rows: Vec<Row>| {
-                // Scores of some tens, so that many positions matter.
-                let qkv = rng.activations(rows.len() * heads.n_qkv()).iter().map(|v| 0.15 * v).collect();
+                let qkv = rng.activations(rows.len() * heads.n_qkv()).iter().map(|v| size * v).collect();
                 (Batch::new(rows, tables.clone()), qkv)
             };
             let steps = [
@@ -331,16 +328,29 @@ fn attention_is_that_of_the_reference() {
             ];
             let what = format!("{n_head} heads, {n_head_kv} of keys, of {head_dim}, {kv_type}");
             let expected = attended(&Reference, heads, kv_type, &rope, &steps);
-            // Sequences with many tokens are computed with queries and weights in halves: of 11 bits, so that a weight is off by 2^-11
-            // of its score.
-            let bound = if kv_type == KvType::F16 && head_dim <= 128 { 1e-3 } else { 2e-5 };
             assert_close(&attended(&cuda(), heads, kv_type, &rope, &steps), &expected, bound, &what);
         }
     }
 }
 
-#[test]
-fn blocks_of_keys_and_values_are_saved_and_restored() {
+fn attention_of_few_tokens_is_exact_in_every_type(cuda: Make) {
+    let mut rng = Rng(13);
+    let heads = Heads { n_head: 8, n_head_kv: 2, head_dim: 64 };
+    let rope = Rope::new(Pairing::Halves, 64, 1e4, Scaling::None, None);
+    let row = |position: u32| Row { token: 0, position, sequence: 0, wants: Wants::Logits };
+    let mut step = |from: u32| {
+        let batch = Batch::new((from..from + 11).map(row).collect(), vec![vec![3, 1]]);
+        (batch, rng.activations(11 * heads.n_qkv()))
+    };
+    let steps: Vec<(Batch, Vec<f32>)> = (0..9).map(|i| step(11 * i)).collect();
+    for kv_type in [KvType::F32, KvType::F16, KvType::Q8_0] {
+        let expected = attended(&Reference, heads, kv_type, &rope, &steps);
+        let bound = if kv_type == KvType::Q8_0 { 1e-4 } else { 2e-5 };
+        assert_close(&attended(&cuda(), heads, kv_type, &rope, &steps), &expected, bound, &format!("{kv_type}"));
+    }
+}
+
+fn blocks_of_keys_and_values_are_saved_and_restored(cuda: Make) {
     let b = cuda();
     let shape = KvShape { n_layer: 1, n_head_kv: 2, head_dim: 32, kv_type: KvType::F16 };
     let mut kv = b.kv_cache(shape);
@@ -353,8 +363,7 @@ fn blocks_of_keys_and_values_are_saved_and_restored() {
     assert!(b.kv_restore(&mut kv, 3, &block[1..]).is_err(), "a block of another size");
 }
 
-#[test]
-fn a_type_without_a_kernel_is_refused_by_name() {
+fn a_type_without_a_kernel_is_refused_by_name(cuda: Make) {
     let mut rng = Rng(9);
     let mut w = weight(GgmlType::F32, (1, 1, 256), &mut rng);
     w.name = "blk.0.attn_q.weight".to_string();
@@ -372,8 +381,7 @@ fn normed<B: Backend>(b: &B, x: &[f32], norm: &[f32], w: &WeightData) -> [Vec<f3
     [values(b, &xn), values(b, &out)]
 }
 
-#[test]
-fn a_norm_that_quantizes_gives_the_same_twice_over() {
+fn a_norm_that_quantizes_gives_the_same_twice_over(cuda: Make) {
     let mut rng = Rng(10);
     for n in [256, 768, 4096] {
         let w = weight(GgmlType::Q4_K, (1, 11, n), &mut rng);
@@ -409,8 +417,7 @@ fn rotated<B: Backend>(b: &B, heads: Heads, norms: Option<&[Vec<f32>; 2]>, rope:
     values(b, &qkv)
 }
 
-#[test]
-fn heads_are_normalised_and_rotated_as_by_the_reference() {
+fn heads_are_normalised_and_rotated_as_by_the_reference(cuda: Make) {
     let mut rng = Rng(12);
     for (n_head, n_head_kv, head_dim, n_rot) in [(4, 2, 128, 128), (3, 1, 40, 20), (2, 2, 256, 64)] {
         let heads = Heads { n_head, n_head_kv, head_dim };
@@ -426,3 +433,20 @@ fn heads_are_normalised_and_rotated_as_by_the_reference() {
         }
     }
 }
+
+devices::on_every_device!(
+    products_of_every_type_are_those_of_the_reference,
+    rows_of_32_weight_blocks_may_end_with_half_a_unit,
+    experts_get_their_tokens,
+    what_is_not_finite_stays_so,
+    tokens_are_looked_up_in_every_type,
+    ops_on_rows_are_those_of_the_reference,
+    tokens_are_routed_as_by_the_reference,
+    experts_exist_even_where_no_logit_is_a_number,
+    attention_is_that_of_the_reference,
+    attention_of_few_tokens_is_exact_in_every_type,
+    blocks_of_keys_and_values_are_saved_and_restored,
+    a_type_without_a_kernel_is_refused_by_name,
+    a_norm_that_quantizes_gives_the_same_twice_over,
+    heads_are_normalised_and_rotated_as_by_the_reference
+);

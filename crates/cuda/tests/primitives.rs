@@ -11,7 +11,7 @@ use blocks::Rng;
 
 const N_BLOCKS: usize = 64;
 const N_IN: usize = 8;
-const N_OUT: usize = 32;
+const N_OUT: usize = 48;
 
 fn words() -> Vec<u32> {
     let mut rng = Rng(11);
@@ -73,6 +73,20 @@ fn the_emulation_does_what_the_manual_says() {
                 assert_eq!(y_l[12 + i], expected as u32, "mma_s8_k32, row {row}, column {column}");
             }
             (0..4).for_each(|i| assert_eq!(y_l[24 + i], x[31 - lane][3 - i], "copy_async"));
+            let alike =
+                (0..32).filter(|&other| x[other][3] % 4 == x_l[3] % 4).fold(0u32, |bits, other| bits | 1 << other);
+            assert_eq!((y_l[30], y_l[31]), (alike, x_l[0].count_ones()), "lanes_alike, count_bits");
+            // Row g of matrix i is where lane 8 i + g says: the first words of that lane.
+            (0..4).for_each(|i| assert_eq!(y_l[33 + i], x[8 * i + lane / 4][lane % 4], "load_matrices"));
+            let half = |row: usize, column: usize| {
+                let words = &x[(row * 5 + 3) % 32];
+                (words[column / 2] >> (16 * (column % 2))) as u16
+            };
+            for i in 0..4 {
+                let row = 8 * i + 2 * (lane % 4);
+                let expected = u32::from(half(row, lane / 4)) | u32::from(half(row + 1, lane / 4)) << 16;
+                assert_eq!(y_l[37 + i], expected, "load_matrices_transposed");
+            }
         }
     }
 }

@@ -1,6 +1,6 @@
 //! The devices that tests run on: the emulation, and a GPU where there is one.
 // Each test binary uses a part of this.
-#![allow(dead_code)]
+#![allow(dead_code, unused_macros, unused_imports)]
 
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
@@ -27,8 +27,36 @@ pub fn gpu() -> Option<Arc<dyn Driver>> {
     .clone()
 }
 
-/// The emulation with its threads in this order, and the GPU.
-pub fn backends(order: Order) -> Vec<(&'static str, CudaBackend)> {
-    let emulated = ("emulation", CudaBackend::new(connect(order)));
-    [emulated].into_iter().chain(gpu().map(|driver| ("gpu", CudaBackend::new(driver)))).collect()
+/// Makes a backend on the device under test.
+pub type Make = fn() -> CudaBackend;
+
+/// On the emulation, its threads in another order every time they wait.
+pub fn emulated() -> CudaBackend {
+    CudaBackend::new(connect(Order::Shuffled(7)))
 }
+
+/// On the GPU, which is there.
+pub fn on_gpu() -> CudaBackend {
+    CudaBackend::new(gpu().expect("the caller has asked"))
+}
+
+/// Makes a test of each function for the emulation, and one for a GPU that is skipped where there is none.
+macro_rules! on_every_device {
+    ($($name:ident),*) => {
+        mod on_the_emulation {
+            $(#[test]
+            fn $name() {
+                super::$name(super::devices::emulated)
+            })*
+        }
+        mod on_a_gpu {
+            $(#[test]
+            fn $name() {
+                if super::devices::gpu().is_some() {
+                    super::$name(super::devices::on_gpu)
+                }
+            })*
+        }
+    };
+}
+pub(crate) use on_every_device;
