@@ -278,6 +278,11 @@ pub trait Backend: Sized {
         None
     }
 
+    /// Bytes left of a device's own memory; `None` where it computes in the machine's.
+    fn free_bytes(&self) -> Option<u64> {
+        None
+    }
+
     /// Takes a weight in. The bytes may stay where they are.
     fn upload(&self, data: &WeightData) -> Result<Self::Weight>;
 

@@ -96,6 +96,10 @@ impl Backend for CudaBackend {
         false
     }
 
+    fn free_bytes(&self) -> Option<u64> {
+        self.device.driver().free_bytes().ok()
+    }
+
     fn shows(&self, stage: Stage) -> bool {
         use Stage::*;
         !matches!(stage, AttnScores | AttnSoftmax | FfnGate | FfnSilu | MoeExpertGate)

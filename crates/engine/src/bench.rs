@@ -11,7 +11,6 @@ use apr_cpu::kernels::Isa;
 
 use crate::engine::Engine;
 use crate::generate::prefill;
-use crate::memory;
 use crate::sampler::{Sampler, SamplerConfig, SamplerError};
 use crate::session::{Logits, Part, Sequence, StepError};
 use crate::threads::default_threads;
@@ -120,7 +119,7 @@ impl BenchOptions {
                 return Err(BenchError::Context { test, need, n_ctx });
             }
             let need_bytes = engine.session.kv_bytes_of(need).saturating_mul(test.n_sequence as u64);
-            if let Some(available_bytes) = memory::shortage(need_bytes) {
+            if let Some(available_bytes) = engine.session.available_bytes().filter(|&bytes| need_bytes > bytes) {
                 return Err(BenchError::Memory { test, need_bytes, available_bytes });
             }
         }

@@ -264,7 +264,7 @@ pub(crate) fn context(h: &Hparams, asked: Option<usize>) -> Result<usize, Engine
 /// used, and most requests use little of it.
 fn check_memory(session: &dyn Session, asked: usize) -> Result<(), EngineError> {
     let need = session.kv_bytes_of(asked);
-    match memory::shortage(need) {
+    match session.available_bytes().filter(|&available| need > available) {
         Some(available) => {
             let fits = available / session.kv_bytes_of(KV_BLOCK) * KV_BLOCK as u64;
             Err(EngineError::KvMemory { asked, need, available, fits })

@@ -10,7 +10,6 @@ use std::time::{Duration, Instant};
 use crate::answer::{Answer, Piece};
 use crate::constraint::{Constraint, ConstraintError};
 use crate::engine::{Engine, N_CTX_COUNTED};
-use crate::memory;
 use crate::onlook;
 use crate::sampler::{SamplerConfig, SamplerError};
 use crate::session::{Logits, Part, Sequence, StepError};
@@ -263,7 +262,7 @@ pub(crate) fn check_fits(engine: &Engine, n_prompt: usize, max_tokens: Option<us
 /// Refuses a sequence whose keys and values would not fit the memory that is left.
 fn check_memory(engine: &Engine, n_tokens: usize) -> Result<(), GenerateError> {
     let need_bytes = engine.session.kv_bytes_of(n_tokens);
-    match memory::shortage(need_bytes) {
+    match engine.session.available_bytes().filter(|&available| need_bytes > available) {
         Some(available_bytes) => Err(GenerateError::Memory { n_tokens, need_bytes, available_bytes }),
         None => Ok(()),
     }

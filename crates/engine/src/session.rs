@@ -11,6 +11,7 @@ use apr_core::models::{self, LoadError, Model, StateOf};
 use apr_core::probe::{NoProbe, Watch};
 use apr_core::stage::Stage;
 
+use crate::memory;
 use crate::model_file::ModelFile;
 
 /// One timeline of tokens. Its keys and values live in the session's blocks.
@@ -95,6 +96,10 @@ pub trait Session: Send {
 
     /// Whether a row's values are the same, bit for bit, whatever other rows are in its step.
     fn is_batch_invariant(&self) -> bool;
+
+    /// Bytes that are left for keys and values, in blocks that nobody uses and where more could be had: of the device's own memory, or
+    /// the machine's. `None` where nobody knows.
+    fn available_bytes(&self) -> Option<u64>;
 
     /// How keys and values are stored.
     fn kv_type(&self) -> KvType;
@@ -352,6 +357,11 @@ where
 
     fn is_batch_invariant(&self) -> bool {
         self.backend.is_batch_invariant()
+    }
+
+    fn available_bytes(&self) -> Option<u64> {
+        let unused = self.blocks.free.len() as u64 * self.kv_shape.block_bytes() as u64;
+        Some(self.backend.free_bytes().or_else(memory::available)? + unused)
     }
 
     fn kv_type(&self) -> KvType {

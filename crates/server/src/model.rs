@@ -4,7 +4,6 @@ use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::time::Duration;
 
-use apr_engine::memory;
 use apr_engine::plan;
 use apr_engine::sampler::SamplerConfig;
 use apr_engine::scheduler::{Limits, Scheduler};
@@ -139,6 +138,6 @@ const STEP_TIME: Duration = Duration::from_millis(200);
 /// Limits for a number of answers at a time, with room for keys and values as [`plan`] says.
 pub fn limits(engine: &Engine, n_parallel: usize, n_queue: usize) -> Limits {
     let block_bytes = engine.session.kv_bytes_of(1);
-    let n_kv_block = plan::n_kv_block(block_bytes, engine.n_ctx, n_parallel, memory::available()) as usize;
+    let n_kv_block = plan::n_kv_block(block_bytes, engine.n_ctx, n_parallel, engine.session.available_bytes()) as usize;
     Limits { n_parallel, n_queue, n_kv_block, keep_prefixes: true, step_time: STEP_TIME }
 }

@@ -95,6 +95,9 @@ macro_rules! delegate {
         fn is_batch_invariant(&self) -> bool {
             self.0.is_batch_invariant()
         }
+        fn free_bytes(&self) -> Option<u64> {
+            self.0.free_bytes()
+        }
         fn run_step(&self, step: &mut dyn FnMut() -> $crate::backend::Result<()>) -> $crate::backend::Result<()> {
             self.0.run_step(step)
         }
