@@ -48,8 +48,8 @@ struct Nvidia {
 #[derive(Default)]
 struct State {
     functions: HashMap<&'static str, Function>,
-    /// Steps that have been run, by their launches.
-    steps: HashMap<Vec<Launch>, Step>,
+    /// Steps that have been run, by a fingerprint of their launches.
+    steps: HashMap<u64, Step>,
     n_steps: u64,
 }
 
@@ -58,6 +58,7 @@ struct Function(sys::CUfunction);
 
 /// A step that comes for the second time is recorded, and replayed from then on.
 struct Step {
+    launches: Vec<Launch>,
     graph: Option<Graph>,
     last_used: u64,
 }
@@ -227,18 +228,22 @@ impl Nvidia {
         let mut state = self.state();
         let state = &mut *state;
         state.n_steps += 1;
-        let now = state.n_steps;
-        let Some(mut step) = state.steps.remove(launches) else {
-            self.forget_oldest(state)?;
-            state.steps.insert(launches.to_vec(), Step { graph: None, last_used: now });
-            return self.enqueue(state, launches);
+        let (now, key) = (state.n_steps, fingerprint(launches));
+        let mut step = match state.steps.remove(&key) {
+            Some(step) if step.launches == launches => step,
+            other => {
+                self.forget(other)?;
+                self.forget_oldest(state)?;
+                state.steps.insert(key, Step { launches: launches.to_vec(), graph: None, last_used: now });
+                return self.enqueue(state, launches);
+            }
         };
         if step.graph.is_none() {
             step.graph = Some(self.record(state, launches)?);
         }
         step.last_used = now;
         let exec = step.graph.as_ref().expect("it was just recorded").exec;
-        state.steps.insert(launches.to_vec(), step);
+        state.steps.insert(key, step);
         // SAFETY: the graph's launches are these, and what their addresses are is the caller's promise.
         unsafe { result::graph::launch(exec, self.stream) }.map_err(failed)
     }
@@ -248,8 +253,13 @@ impl Nvidia {
         if state.steps.len() < N_GRAPH_MAX {
             return Ok(());
         }
-        let oldest = state.steps.iter().min_by_key(|(_, s)| s.last_used).map(|(k, _)| k.clone());
-        if let Some(step) = oldest.and_then(|k| state.steps.remove(&k)) {
+        let oldest = state.steps.iter().min_by_key(|(_, s)| s.last_used).map(|(k, _)| *k);
+        let step = oldest.and_then(|k| state.steps.remove(&k));
+        self.forget(step)
+    }
+
+    fn forget(&self, step: Option<Step>) -> Result<()> {
+        if let Some(step) = step {
             // What is destroyed may still run.
             self.wait()?;
             destroy(step);
@@ -261,6 +271,17 @@ impl Nvidia {
         // SAFETY: the stream is this device's.
         unsafe { result::stream::synchronize(self.stream) }.map_err(failed)
     }
+}
+
+/// A number that other launches hardly have; who goes by it compares the launches too.
+fn fingerprint(launches: &[Launch]) -> u64 {
+    let mix = |hash: u64, word: u64| (hash ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(23);
+    launches.iter().fold(launches.len() as u64, |hash, launch| {
+        // Names are constants of the program: where one lies tells it.
+        let hash = mix(hash, launch.kernel.as_ptr() as u64);
+        let hash = launch.grid.iter().fold(hash, |hash, &n| mix(hash, n.into()));
+        launch.args.iter().fold(hash, |hash, arg| mix(hash, arg.word()))
+    })
 }
 
 fn destroy(step: Step) {
@@ -335,5 +356,30 @@ impl Drop for Nvidia {
             let _ = result::stream::destroy(self.stream);
             let _ = result::primary_ctx::release(self.device);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::driver::Arg;
+
+    #[test]
+    fn launches_that_differ_in_anything_have_other_fingerprints() {
+        let launch = |kernel, n: u32, at: u64| {
+            let args = vec![Arg::Address(at), Arg::U32(n)];
+            Launch { kernel, grid: [n, 1, 1], threads: 32, shared_bytes: 0, args }
+        };
+        let all = [
+            vec![launch("add", 1, 16)],
+            vec![launch("mul", 1, 16)],
+            vec![launch("add", 2, 16)],
+            vec![launch("add", 1, 32)],
+            vec![launch("add", 1, 16), launch("mul", 1, 16)],
+            vec![launch("mul", 1, 16), launch("add", 1, 16)],
+        ];
+        let distinct: std::collections::HashSet<u64> = all.iter().map(|launches| fingerprint(launches)).collect();
+        assert_eq!(distinct.len(), all.len());
+        assert_eq!(fingerprint(&all[4].clone()), fingerprint(&all[4]));
     }
 }
