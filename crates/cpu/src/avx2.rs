@@ -38,6 +38,9 @@ const STRIPS: usize = 4;
 /// Tokens that are interleaved at a time: no more than fit the second cache.
 const SPAN: usize = 128;
 
+/// Tokens that a strip meets at most while it is decoded.
+const SEVERAL: usize = 8;
+
 /// Eight weight rows of `n_blocks` blocks of 32 columns each, as they lie in the file. A strip with fewer rows repeats
 /// its last one.
 #[derive(Clone, Copy)]
@@ -67,8 +70,20 @@ trait Format {
     /// From this many tokens on tiles are faster.
     const TILES_FROM: usize;
 
+    /// From this many tokens on, [`Format::several`] is faster than [`Format::direct`].
+    const SEVERAL_FROM: usize = usize::MAX;
+
     /// The products of a strip with `N` tokens.
     unsafe fn direct<const N: usize>(strip: &Strip<'_>, x: [&[Q8Block]; N]) -> [__m256; N];
+
+    /// Adds the products of a strip with as many tokens as there are, at most [`SEVERAL`], to `acc`.
+    ///
+    /// Tokens are a loop that runs over each block of the strip, and what becomes of a block's sums is a loop of its own: the
+    /// CPU sees a few dozen instructions ahead, and a token's chain from codes to floats is too long for it to begin the next
+    /// token's meanwhile.
+    unsafe fn several(_: &Strip<'_>, _: &[&[Q8Block]], _: &mut [__m256; SEVERAL]) {
+        unreachable!("no number of tokens is `several`")
+    }
 
     /// Unpacks super-block `s` of a strip.
     unsafe fn unpack(strip: &Strip<'_>, s: usize, panel: &mut Panel);
@@ -122,6 +137,7 @@ fn matmul<F: Format>(w: WeightRows<'_>, x: Q8Tokens<'_>, out: &mut Out<'_>, scra
         let mut t = 0;
         while t < x.len() {
             t += match x.len() - t {
+                left if left >= F::SEVERAL_FROM => several_to::<F>(&strip, x, t, out, r, n),
                 1 => direct_to::<F, 1>(&strip, x, t, out, r, n),
                 2 => direct_to::<F, 2>(&strip, x, t, out, r, n),
                 3 => direct_to::<F, 3>(&strip, x, t, out, r, n),
@@ -144,6 +160,24 @@ fn direct_to<F: Format, const N: usize>(
 ) -> usize {
     // SAFETY: this function itself runs only with the features that `Format` asks for.
     put(unsafe { F::direct::<N>(strip, std::array::from_fn(|i| x.row(t + i))) }, x, t, out, r, n)
+}
+
+/// Multiplies tokens from `t` on, at most [`SEVERAL`], with a strip and writes the `n` results of each; returns how many.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn several_to<F: Format>(strip: &Strip<'_>, x: Q8Tokens<'_>, t: usize, out: &mut Out<'_>, r: usize, n: usize) -> usize {
+    let count = SEVERAL.min(x.len() - t);
+    let mut rows: [&[Q8Block]; SEVERAL] = [&[]; SEVERAL];
+    for (i, row) in rows[..count].iter_mut().enumerate() {
+        *row = x.row(t + i);
+    }
+    let mut acc = [_mm256_setzero_ps(); SEVERAL];
+    // SAFETY: this function itself runs only with the features that `Format` asks for.
+    unsafe { F::several(strip, &rows[..count], &mut acc) };
+    for (i, y) in acc[..count].iter().enumerate() {
+        out.put(x.out_row(t + i), r, &store8(*y)[..n]);
+    }
+    count
 }
 
 /// Multiplies in tiles. Super-block by super-block, some strips are unpacked into the first cache and meet all tokens:

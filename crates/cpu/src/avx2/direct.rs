@@ -3,8 +3,8 @@
 
 use std::arch::x86_64::*;
 
-use super::Strip;
 use super::load::{broadcast, broadcast8, half_vector, load16};
+use super::{SEVERAL, Strip};
 use crate::kernels::{Q8Block, STRIP};
 
 /// The same block of eight rows.
@@ -37,6 +37,16 @@ pub(super) fn super_block<'a, const N: usize>(x: &[&'a [Q8Block]; N], s: usize) 
     let mut blocks = [&x[0][s]; N];
     for t in 1..N {
         blocks[t] = &x[t][s];
+    }
+    blocks
+}
+
+/// Super-block `s` of each token; the first one's stands for tokens that there are not.
+#[inline(always)]
+pub(super) fn super_blocks<'a>(x: &[&'a [Q8Block]], s: usize) -> [&'a Q8Block; SEVERAL] {
+    let mut blocks = [&x[0][s]; SEVERAL];
+    for (block, x) in blocks.iter_mut().zip(x) {
+        *block = &x[s];
     }
     blocks
 }

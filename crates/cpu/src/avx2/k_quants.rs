@@ -6,11 +6,11 @@
 
 use std::arch::x86_64::*;
 
-use super::direct::{self, Blocks};
+use super::direct::{self, Blocks, Eights};
 use super::load::{broadcast, load32_of_each, store, store8};
 use super::reduce::{transpose, transpose_quarter};
 use super::tile::{self, Acc, Rows, add_super};
-use super::{Format, Strip};
+use super::{Format, SEVERAL, Strip};
 use crate::kernels::{Lanes, Panel, Q8Block};
 
 /// Q5_K where `FIVE`, else Q4_K; in blocks of `BYTES`.
@@ -56,7 +56,39 @@ impl<const FIVE: bool, const BYTES: usize> K45<FIVE, BYTES> {
     /// Where the nibbles begin.
     const QS: usize = if FIVE { 48 } else { 16 };
 
-    /// The integer sums of a super-block with `N` tokens: products, and minima.
+    /// The codes of block `j` from the bytes that hold their first four bits, and the fifth.
+    #[target_feature(enable = "avx2")]
+    #[inline]
+    fn codes(q: &[Eights; 4], high: &[Eights; 4], j: usize) -> [Eights; 4] {
+        let nibble = _mm256_set1_epi8(15);
+        let mut w = *q;
+        for c in 0..4 {
+            for i in 0..2 {
+                let shifted = if j.is_multiple_of(2) { q[c][i] } else { _mm256_srli_epi16::<4>(q[c][i]) };
+                w[c][i] = _mm256_and_si256(shifted, nibble);
+                if FIVE {
+                    w[c][i] = fifth(w[c][i], high[c][i], j);
+                }
+            }
+        }
+        w
+    }
+
+    /// The scaled sums of block `j` with a token.
+    #[target_feature(enable = "avx2")]
+    #[inline]
+    fn block_sum(w: &[Eights; 4], scale: __m256i, j: usize, x: &Q8Block) -> __m256i {
+        let scale = _mm256_mullo_epi16(scale, broadcast(&x.scale_pairs, j));
+        let y = direct::products(w, x, 4 * j);
+        let (even, odd) = direct::even_odd(y[0], y[1]);
+        // Four results of `maddubs` fit 16 bits, and eight where codes have four bits.
+        match FIVE {
+            true => _mm256_add_epi32(_mm256_madd_epi16(even, scale), _mm256_madd_epi16(odd, scale)),
+            false => _mm256_madd_epi16(_mm256_add_epi16(even, odd), scale),
+        }
+    }
+
+    /// The integer sums of a super-block with each token: products, and minima. There are as many sums as tokens or more.
     #[target_feature(enable = "avx2,fma,f16c")]
     #[inline]
     fn sums<const N: usize>(
@@ -64,45 +96,26 @@ impl<const FIVE: bool, const BYTES: usize> K45<FIVE, BYTES> {
         s: usize,
         blocks: &Blocks<'_, BYTES>,
         of: &Scales,
-        x: &[&Q8Block; N],
+        x: &[&Q8Block],
     ) -> ([__m256i; N], [__m256i; N]) {
-        let nibble = _mm256_set1_epi8(15);
         let (mut sum, mut min) = ([_mm256_setzero_si256(); N], [_mm256_setzero_si256(); N]);
-        let high = if FIVE { direct::eights_32(blocks, 16) } else { [[nibble; 2]; 4] };
+        let high = if FIVE { direct::eights_32(blocks, 16) } else { [[_mm256_setzero_si256(); 2]; 4] };
         for k in 0..4 {
             strip.fetch((4 * s + k) * 2 * BYTES, 2 * BYTES);
             let q = direct::eights_32(blocks, Self::QS + 32 * k);
-            for h in 0..2 {
-                let j = 2 * k + h;
+            for j in [2 * k, 2 * k + 1] {
                 let scale = direct::bytes(of.scales[j / 4], j % 4, j % 4);
-                let mut w = q;
-                for c in 0..4 {
-                    for i in 0..2 {
-                        let shifted = if h == 0 { q[c][i] } else { _mm256_srli_epi16::<4>(q[c][i]) };
-                        w[c][i] = _mm256_and_si256(shifted, nibble);
-                        if FIVE {
-                            w[c][i] = fifth(w[c][i], high[c][i], j);
-                        }
-                    }
-                }
-                for t in 0..N {
-                    let scale = _mm256_mullo_epi16(scale, broadcast(&x[t].scale_pairs, j));
-                    let y = direct::products(&w, x[t], 4 * j);
-                    let (even, odd) = direct::even_odd(y[0], y[1]);
-                    // Four results of `maddubs` fit 16 bits, and eight where codes have four bits.
-                    let y = match FIVE {
-                        true => _mm256_add_epi32(_mm256_madd_epi16(even, scale), _mm256_madd_epi16(odd, scale)),
-                        false => _mm256_madd_epi16(_mm256_add_epi16(even, odd), scale),
-                    };
-                    sum[t] = _mm256_add_epi32(sum[t], y);
+                let w = Self::codes(&q, &high, j);
+                for (x, sum) in x.iter().zip(&mut sum) {
+                    *sum = _mm256_add_epi32(*sum, Self::block_sum(&w, scale, j, x));
                 }
             }
         }
         for i in 0..4 {
             let m = direct::bytes(of.mins[i / 2], 2 * (i % 2), 2 * (i % 2) + 1);
-            for t in 0..N {
-                let m = _mm256_mullo_epi16(m, broadcast(&x[t].scales, i));
-                min[t] = _mm256_add_epi32(min[t], _mm256_madd_epi16(m, broadcast(&x[t].sums, i)));
+            for (x, min) in x.iter().zip(&mut min) {
+                let m = _mm256_mullo_epi16(m, broadcast(&x.scales, i));
+                *min = _mm256_add_epi32(*min, _mm256_madd_epi16(m, broadcast(&x.sums, i)));
             }
         }
         (sum, min)
@@ -110,7 +123,8 @@ impl<const FIVE: bool, const BYTES: usize> K45<FIVE, BYTES> {
 }
 
 impl<const FIVE: bool, const BYTES: usize> Format for K45<FIVE, BYTES> {
-    const TILES_FROM: usize = if FIVE { 5 } else { 9 };
+    const TILES_FROM: usize = 9;
+    const SEVERAL_FROM: usize = 4;
 
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn direct<const N: usize>(strip: &Strip<'_>, x: [&[Q8Block]; N]) -> [__m256; N] {
@@ -120,12 +134,26 @@ impl<const FIVE: bool, const BYTES: usize> Format for K45<FIVE, BYTES> {
             let blocks = direct::nth(&rows, s);
             let x = direct::super_block(&x, s);
             let of = scales(&blocks);
-            let (sum, min) = Self::sums(strip, s, &blocks, &of, &x);
+            let (sum, min) = Self::sums::<N>(strip, s, &blocks, &of, &x);
             for t in 0..N {
                 acc[t] = add_super(acc[t], sum[t], min[t], of.d, of.m, _mm256_set1_ps(x[t].d));
             }
         }
         acc
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn several(strip: &Strip<'_>, x: &[&[Q8Block]], acc: &mut [__m256; SEVERAL]) {
+        let rows = direct::rows_of(strip);
+        for s in 0..rows[0].len() {
+            let blocks = direct::nth(&rows, s);
+            let x = &direct::super_blocks(x, s)[..x.len()];
+            let of = scales(&blocks);
+            let (sum, min) = Self::sums::<SEVERAL>(strip, s, &blocks, &of, x);
+            for (t, x) in x.iter().enumerate() {
+                acc[t] = add_super(acc[t], sum[t], min[t], of.d, of.m, _mm256_set1_ps(x.d));
+            }
+        }
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]

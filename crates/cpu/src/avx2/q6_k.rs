@@ -12,7 +12,7 @@ use super::load::{
 };
 use super::reduce::{sum_lanes, transpose, transpose_floats, transpose_quarter};
 use super::tile::{self, Acc, Rows};
-use super::{Format, Strip};
+use super::{Format, SEVERAL, Strip};
 use crate::kernels::{Lanes, Panel, Q8Block, STRIP};
 
 const BYTES: usize = 210;
@@ -83,17 +83,16 @@ fn codes<const Q: usize>(low: __m256i, high: __m256i) -> __m256i {
     _mm256_or_si256(_mm256_and_si256(low, nibble), _mm256_and_si256(high, pair))
 }
 
-/// The products of block `4 half + Q` with `N` tokens, added to `acc`.
+/// The integer sums of block `4 half + Q` with each token.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn add_block<const Q: usize, const N: usize>(
-    acc: &mut [__m256; N],
+fn block_sums<const Q: usize>(
     low: &[Eights; 4],
     high: &[Eights; 4],
     of: &Scales,
-    d: __m256,
     half: usize,
-    x: &[&Q8Block; N],
+    x: &[&Q8Block],
+    sums: &mut [[__m256i; 8]; SEVERAL],
 ) {
     let j = 4 * half + Q;
     let mut w = *high;
@@ -104,18 +103,17 @@ fn add_block<const Q: usize, const N: usize>(
     }
     let offset = _mm256_slli_epi16::<5>(of.pairs::<Q>(half));
     let scales = of.eights::<Q>(half);
-    for t in 0..N {
-        let first = direct::products(&[w[0], w[1]], x[t], 4 * j);
-        let second = direct::products(&[w[2], w[3]], x[t], 4 * j + 2);
+    for (x, sums) in x.iter().zip(sums) {
+        let first = direct::products(&[w[0], w[1]], x, 4 * j);
+        let second = direct::products(&[w[2], w[3]], x, 4 * j + 2);
         let mut y = first;
         for i in 0..2 {
             let first = _mm256_madd_epi16(first[i], scales[0][i]);
             y[i] = _mm256_add_epi32(first, _mm256_madd_epi16(second[i], scales[1][i]));
         }
         let (even, odd) = direct::even_odd(y[0], y[1]);
-        let offset = _mm256_madd_epi16(offset, broadcast(&x[t].half_sums, j));
-        let sum = _mm256_sub_epi32(_mm256_add_epi32(even, odd), offset);
-        acc[t] = tile::add_block(acc[t], sum, d, _mm256_set1_ps(x[t].block_d[j]));
+        let offset = _mm256_madd_epi16(offset, broadcast(&x.half_sums, j));
+        sums[j] = _mm256_sub_epi32(_mm256_add_epi32(even, odd), offset);
     }
 }
 
@@ -170,19 +168,22 @@ fn gemv(strip: &Strip<'_>, x: &[Q8Block]) -> __m256 {
 }
 
 impl Format for Q6K {
-    const TILES_FROM: usize = 5;
+    const TILES_FROM: usize = 9;
+    const SEVERAL_FROM: usize = 2;
 
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn direct<const N: usize>(strip: &Strip<'_>, x: [&[Q8Block]; N]) -> [__m256; N] {
-        let mut acc = [_mm256_setzero_ps(); N];
-        if N == 1 {
-            acc[0] = gemv(strip, x[0]);
-            return acc;
-        }
+        assert!(N == 1, "{N} tokens are several");
+        [gemv(strip, x[0]); N]
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn several(strip: &Strip<'_>, x: &[&[Q8Block]], acc: &mut [__m256; SEVERAL]) {
+        let mut sums = [[_mm256_setzero_si256(); 8]; SEVERAL];
         let rows = direct::rows_of(strip);
         for s in 0..rows[0].len() {
             let blocks = direct::nth(&rows, s);
-            let x = direct::super_block(&x, s);
+            let x = &direct::super_blocks(x, s)[..x.len()];
             let of = Scales::of(&blocks);
             let [_, d] = direct::last_two_halves(&blocks);
             for half in 0..2 {
@@ -191,16 +192,20 @@ impl Format for Q6K {
                 let high = direct::eights_32(&blocks, 128 + 32 * half);
                 let at = (2 * s + half) * 4 * BYTES;
                 strip.fetch(at, BYTES);
-                add_block::<0, N>(&mut acc, &low0, &high, &of, d, half, &x);
+                block_sums::<0>(&low0, &high, &of, half, x, &mut sums);
                 strip.fetch(at + BYTES, BYTES);
-                add_block::<1, N>(&mut acc, &low1, &high, &of, d, half, &x);
+                block_sums::<1>(&low1, &high, &of, half, x, &mut sums);
                 strip.fetch(at + 2 * BYTES, BYTES);
-                add_block::<2, N>(&mut acc, &low0, &high, &of, d, half, &x);
+                block_sums::<2>(&low0, &high, &of, half, x, &mut sums);
                 strip.fetch(at + 3 * BYTES, BYTES);
-                add_block::<3, N>(&mut acc, &low1, &high, &of, d, half, &x);
+                block_sums::<3>(&low1, &high, &of, half, x, &mut sums);
+            }
+            for ((x, sums), acc) in x.iter().zip(&sums).zip(acc.iter_mut()) {
+                for j in 0..8 {
+                    *acc = tile::add_block(*acc, sums[j], d, _mm256_set1_ps(x.block_d[j]));
+                }
             }
         }
-        acc
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
