@@ -20,7 +20,6 @@ namespace {
 
 // What a device of every supported generation gives a block without asking.
 const size_t SHARED_MAX = 48 << 10;
-const size_t SHARED_DYNAMIC_MAX = 96 << 10;
 const size_t STACK_BYTES = 64 << 10;
 const u8 GARBAGE = 0xa5;
 
@@ -56,9 +55,8 @@ struct Block {
     // Of each warp, how many lanes wait at an exchange.
     std::vector<u32> n_met;
     std::vector<SharedArray> arrays;
-    size_t shared_used, dynamic_bytes;
+    size_t shared_used;
     alignas(64) u8 shared[SHARED_MAX];
-    alignas(64) u8 dynamic[SHARED_DYNAMIC_MAX];
     u8 *stacks;
     size_t n_stacks;
     void *scheduler_sp;
@@ -186,7 +184,6 @@ void run_block(Block &b, u32 kind, u64 &random, std::vector<u32> &order) {
     b.arrays.clear();
     b.shared_used = 0;
     memset(b.shared, GARBAGE, sizeof b.shared);
-    memset(b.dynamic, GARBAGE, b.dynamic_bytes);
     b.fibers.resize(n);
     b.n_met.assign(n / 32, 0);
     for (u32 i = 0; i < n; i++) {
@@ -239,8 +236,6 @@ void *shared(const void *id, size_t bytes) {
     return block->shared + at;
 }
 
-u8 *shared_dynamic() { return block->dynamic; }
-
 void barrier() { wait(State::AtBarrier); }
 
 const u32 (*exchange(const u32 *words, int n))[MAX_WORDS] {
@@ -290,21 +285,19 @@ const Kernel *find(const char *name) {
 } // namespace
 
 // Runs a kernel over a grid. Returns 0, or 1 with what is wrong in `error`.
-extern "C" int apr_emulation_launch(const char *name, const u32 *grid, u32 threads, u32 dynamic_bytes, const u64 *args,
+extern "C" int apr_emulation_launch(const char *name, const u32 *grid, u32 threads, const u64 *args,
                                     const char *kinds, u32 kind_of_order, u64 seed, char *error, size_t error_bytes) {
     const Kernel *kernel = find(name);
     std::string wrong;
     if (!kernel) wrong = "there is no such kernel";
     else if (kernel->threads != threads) wrong = "it is written for " + std::to_string(kernel->threads) + " threads";
     else if (strcmp(kernel->kinds, kinds)) wrong = "its arguments are '" + std::string(kernel->kinds) + "'";
-    else if (dynamic_bytes > SHARED_DYNAMIC_MAX) wrong = "too much dynamic shared memory";
     if (wrong.empty()) {
         static thread_local Block *own = new Block();
         static thread_local std::vector<u32> order;
         block = own;
         own->kernel = kernel;
         own->args = args;
-        own->dynamic_bytes = dynamic_bytes;
         own->error.clear();
         own->words.resize(threads / 32 * 2 * 32 * MAX_WORDS);
         order.resize(threads / 32);

@@ -15,7 +15,6 @@
 #define SHARED(type, name, n)                                                                                         \
     static char id_of_##name;                                                                                         \
     type *name = (type *)emulation::shared(&id_of_##name, sizeof(type) * (n))
-#define SHARED_DYNAMIC(name) u8 *name = emulation::shared_dynamic()
 #define KERNEL(name, threads, ...)                                                                                    \
     static void name(__VA_ARGS__);                                                                                    \
     static emulation::Register register_##name(#name, threads, name);                                                 \
@@ -33,7 +32,6 @@ extern thread_local Place place;
 
 // The block's shared array of this name.
 void *shared(const void *id, size_t bytes);
-u8 *shared_dynamic();
 // Waits for the threads of the block.
 void barrier();
 // Waits for the lanes of the warp with `n` words of each in hand; returns those of lane 0, the others follow.

@@ -13,7 +13,7 @@ fn run(order: Order, kernel: &'static str, threads: u32, n_out: usize, more: &[A
         args.push(Arg::Address(from));
     }
     args.extend(more);
-    let launch = Launch { kernel, grid: [1, 1, 1], threads, shared_bytes: 0, args };
+    let launch = Launch { kernel, grid: [1, 1, 1], threads, args };
     let mut out = vec![0u8; 4 * n_out];
     // SAFETY: both addresses are of this device, and the kernels read and write no more than was allocated.
     unsafe {

@@ -29,8 +29,6 @@ struct alignas(8) f32x2 { f32 x, y; };
     extern "C" __global__ void __launch_bounds__(threads, blocks) name(__VA_ARGS__)
 // `n` values that the threads of a block share.
 #define SHARED(type, name, n) __shared__ __align__(16) type name[n]
-// Shared bytes whose number the launch says.
-#define SHARED_DYNAMIC(name) extern __shared__ __align__(16) u8 name[]
 #define UNROLL _Pragma("unroll")
 #define INFINITY __int_as_float(0x7f800000)
 #define NAN __int_as_float(0x7fffffff)

@@ -37,8 +37,6 @@ pub struct Launch {
     pub grid: [u32; 3],
     /// Threads of a block, as the kernel is written for.
     pub threads: u32,
-    /// Dynamic shared memory of a block.
-    pub shared_bytes: u32,
     /// The kernel's arguments, in order.
     pub args: Vec<Arg>,
 }

@@ -55,7 +55,7 @@ impl Device {
     pub fn launch(&self, kernel: &'static str, threads: u32, grid: [usize; 3], args: &[Arg]) {
         let grid = grid.map(|n| u32::try_from(n).expect("a grid's sizes fit 32 bits"));
         if !grid.contains(&0) {
-            self.queue().launches.push(Launch { kernel, grid, threads, shared_bytes: 0, args: args.to_vec() });
+            self.queue().launches.push(Launch { kernel, grid, threads, args: args.to_vec() });
         }
     }
 

@@ -203,7 +203,7 @@ impl Nvidia {
             let (grid, block) = (launch.grid.into(), (launch.threads, 1, 1));
             // SAFETY: the arguments are as many as the kernel has and of its kinds, which the emulation checks for every launch
             // of the tests; a little-endian word begins with its low bytes. Where they point to is the caller's promise.
-            unsafe { result::launch_kernel(function.0, grid, block, launch.shared_bytes, self.stream, &mut args) }
+            unsafe { result::launch_kernel(function.0, grid, block, 0, self.stream, &mut args) }
                 .map_err(|e| DriverError::Failed(format!("kernel {}: {}", launch.kernel, text(e))))?;
         }
         Ok(())
@@ -368,7 +368,7 @@ mod tests {
     fn launches_that_differ_in_anything_have_other_fingerprints() {
         let launch = |kernel, n: u32, at: u64| {
             let args = vec![Arg::Address(at), Arg::U32(n)];
-            Launch { kernel, grid: [n, 1, 1], threads: 32, shared_bytes: 0, args }
+            Launch { kernel, grid: [n, 1, 1], threads: 32, args }
         };
         let all = [
             vec![launch("add", 1, 16)],

@@ -237,7 +237,7 @@ fn grouped(ids: &[u32], n_expert: u32, tile: u32, n_tiles_max: usize) -> (Vec<u3
     let [order_at, tiles_at, ids_at] = sizes.map(|n| device.alloc(n).unwrap());
     let numbers = [ids.len() as u32, n_expert, tile, n_tiles_max as u32].map(Arg::U32);
     let args = [&[order_at, tiles_at, ids_at].map(Arg::Address)[..], &numbers].concat();
-    let launch = Launch { kernel: "group_by_expert", grid: [1, 1, 1], threads: 1024, shared_bytes: 0, args };
+    let launch = Launch { kernel: "group_by_expert", grid: [1, 1, 1], threads: 1024, args };
     let (mut order, mut tiles) = (vec![0u8; sizes[0]], vec![0u8; sizes[1]]);
     let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
     // SAFETY: the addresses are of this device, and the kernel writes no more than was allocated.

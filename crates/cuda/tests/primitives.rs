@@ -24,7 +24,7 @@ fn outputs(device: &dyn Driver, x: &[u32]) -> Vec<u32> {
     let mut y = vec![0u8; N_BLOCKS * 32 * N_OUT * 4];
     let (from, to) = (device.alloc(x.len()).unwrap(), device.alloc(y.len()).unwrap());
     let args = vec![Arg::Address(to), Arg::Address(from)];
-    let launch = Launch { kernel: "primitives", grid: [N_BLOCKS as u32, 1, 1], threads: 32, shared_bytes: 0, args };
+    let launch = Launch { kernel: "primitives", grid: [N_BLOCKS as u32, 1, 1], threads: 32, args };
     // SAFETY: both addresses are of this device, and the kernel reads and writes as much as was allocated.
     unsafe {
         device.write(from, &x).unwrap();
