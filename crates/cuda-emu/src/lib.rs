@@ -5,6 +5,7 @@
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use apr_cuda::driver::{Arg, Description, Driver, DriverError, Launch, Result};
 
@@ -20,6 +21,7 @@ pub enum Order {
 /// A device whose threads run on the host.
 pub struct Emulated {
     description: Description,
+    used_bytes: AtomicU64,
     order: Order,
 }
 
@@ -28,10 +30,10 @@ pub fn connect(order: Order) -> Arc<dyn Driver> {
     connect_with(order, 1 << 34)
 }
 
-/// As [`connect`], a device that says it has so much memory.
+/// As [`connect`], a device that has so much memory.
 pub fn connect_with(order: Order, total_bytes: u64) -> Arc<dyn Driver> {
     let description = Description { name: "emulation".to_string(), arch: 0, n_sm: 2, total_bytes };
-    Arc::new(Emulated { description, order })
+    Arc::new(Emulated { description, used_bytes: AtomicU64::new(0), order })
 }
 
 /// Names of all kernels.
@@ -94,16 +96,25 @@ impl Driver for Emulated {
     }
 
     fn free_bytes(&self) -> Result<u64> {
-        Ok(self.description.total_bytes)
+        Ok(self.description.total_bytes.saturating_sub(self.used_bytes.load(Ordering::Relaxed)))
     }
 
     fn alloc(&self, n_bytes: usize) -> Result<u64> {
+        let out_of_memory = Err(DriverError::OutOfMemory { need_bytes: n_bytes });
+        if n_bytes as u64 > self.free_bytes()? {
+            return out_of_memory;
+        }
         // SAFETY: any size may be asked for.
         let at = unsafe { apr_emulation_alloc(n_bytes) };
-        if at.is_null() { Err(DriverError::OutOfMemory { need_bytes: n_bytes }) } else { Ok(at as u64) }
+        if at.is_null() {
+            return out_of_memory;
+        }
+        self.used_bytes.fetch_add(n_bytes as u64, Ordering::Relaxed);
+        Ok(at as u64)
     }
 
     unsafe fn free(&self, at: u64, n_bytes: usize) {
+        self.used_bytes.fetch_sub(n_bytes as u64, Ordering::Relaxed);
         // SAFETY: the caller's promise.
         unsafe { apr_emulation_free(at as *mut c_void, n_bytes) }
     }

@@ -42,16 +42,17 @@ pub struct Toolchain {
     pub progress: Option<fn(usize, usize)>,
 }
 
-/// Machine code of all modules for an architecture, from the cache where it is there. `driver` is what else the code may depend on.
+/// Machine code of all modules for an architecture, from the cache where it is there. `driver` is the version of the driver that is to
+/// load it, as 13010 for CUDA 13.1.
 ///
 /// # Errors
 /// No compiler, or a kernel that it does not compile.
-pub fn modules(toolchain: &Toolchain, arch: u32, driver: &str) -> Result<Vec<Vec<u8>>, NvrtcError> {
+pub fn modules(toolchain: &Toolchain, arch: u32, driver: u32) -> Result<Vec<Vec<u8>>, NvrtcError> {
     let cache = toolchain.cache.as_ref().map(|folder| folder.join(key(arch, driver)));
     if let Some(found) = cache.as_deref().and_then(from_cache) {
         return Ok(found);
     }
-    let nvrtc = Nvrtc::find(&toolchain.nvrtc_folders, &toolchain.python_prefixes)?;
+    let nvrtc = Nvrtc::find(&toolchain.nvrtc_folders, &toolchain.python_prefixes, Some(driver / 1000))?;
     let n_done = AtomicUsize::new(0);
     let compile = |source| {
         let code = nvrtc.compile(source, &HEADERS, arch);
@@ -72,8 +73,8 @@ pub fn modules(toolchain: &Toolchain, arch: u32, driver: &str) -> Result<Vec<Vec
 }
 
 /// The name of the folder of one set of modules.
-fn key(arch: u32, driver: &str) -> String {
-    format!("sm_{arch}-{}", sources_hash(driver))
+fn key(arch: u32, driver: u32) -> String {
+    format!("sm_{arch}-{}", sources_hash(&driver.to_string()))
 }
 
 /// A name for the kernels of this build, other where `more` is.
@@ -143,15 +144,15 @@ mod tests {
 
     #[test]
     fn other_architectures_and_drivers_have_other_folders() {
-        assert_ne!(key(80, "12.8"), key(90, "12.8"));
-        assert_ne!(key(90, "12.8"), key(90, "13.0"));
-        assert_eq!(key(90, "13.0"), key(90, "13.0"));
+        assert_ne!(key(80, 12080), key(90, 12080));
+        assert_ne!(key(90, 12080), key(90, 13000));
+        assert_eq!(key(90, 13000), key(90, 13000));
     }
 
     #[test]
     fn a_compiler_that_is_nowhere_is_asked_for_by_name() {
         let empty = std::env::temp_dir();
-        match Nvrtc::find(&[], &[empty]) {
+        match Nvrtc::find(&[], &[empty], None) {
             Ok(found) => println!("skipped: needs a machine without NVRTC, not {}", found.path.display()),
             Err(e) => {
                 let e = e.to_string();

@@ -42,6 +42,7 @@ struct Nvidia {
     context: sys::CUcontext,
     stream: sys::CUstream,
     modules: Vec<sys::CUmodule>,
+    /// Held by whoever puts something on the stream: while one thread records a graph, what another puts there would be in it.
     state: Mutex<State>,
 }
 
@@ -123,12 +124,15 @@ fn describe(ordinal: i32) -> std::result::Result<Description, Raw> {
     })
 }
 
-/// The driver's version as NVIDIA counts CUDA's, 13010 for 13.1.
-fn driver_version() -> std::result::Result<i32, Raw> {
+/// The driver's version as NVIDIA counts CUDA's, 13010 for 13.1. There is a driver.
+///
+/// # Errors
+/// A driver that does not tell.
+pub fn driver_version() -> std::result::Result<u32, ConnectError> {
     let mut version = 0;
     // SAFETY: an integer to write to.
-    unsafe { sys::cuDriverGetVersion(&mut version) }.result()?;
-    Ok(version)
+    unsafe { sys::cuDriverGetVersion(&mut version) }.result().map_err(|e| ConnectError::Init(text(e)))?;
+    Ok(version as u32)
 }
 
 /// A GPU by its number, with all kernels compiled and loaded.
@@ -147,8 +151,7 @@ pub fn connect(ordinal: usize, toolchain: &Toolchain) -> std::result::Result<Arc
         return Err(ConnectError::TooOld { name, arch });
     }
     let failed = |e: Raw| ConnectError::Failed(name.clone(), text(e));
-    let version = driver_version().map_err(failed)?;
-    let code = modules(toolchain, arch, &version.to_string())?;
+    let code = modules(toolchain, arch, driver_version()?)?;
     Ok(Arc::new(Nvidia::new(ordinal as i32, description, &code).map_err(failed)?))
 }
 
@@ -217,10 +220,16 @@ impl Nvidia {
         let enqueued = self.enqueue(state, launches);
         // SAFETY: the capture began above.
         let graph = unsafe { result::stream::end_capture(self.stream) }.map_err(failed)?;
-        enqueued?;
         let mut exec = std::ptr::null_mut();
-        // SAFETY: the graph was just recorded.
-        unsafe { sys::cuGraphInstantiateWithFlags(&mut exec, graph, 0) }.result().map_err(failed)?;
+        let instantiated = enqueued.and_then(|()| {
+            // SAFETY: the graph was just recorded.
+            unsafe { sys::cuGraphInstantiateWithFlags(&mut exec, graph, 0) }.result().map_err(failed)
+        });
+        if let Err(e) = instantiated {
+            // SAFETY: nothing has been made of the graph.
+            let _ = unsafe { result::graph::destroy(graph) };
+            return Err(e);
+        }
         Ok(Graph { graph, exec })
     }
 
@@ -315,6 +324,7 @@ impl Driver for Nvidia {
     }
 
     unsafe fn free(&self, at: u64, _: usize) {
+        let _state = self.state();
         if self.make_current().is_ok() {
             let _ = self.wait();
             // SAFETY: the caller's promise. A driver that refuses has lost the device and the memory with it.
@@ -323,12 +333,22 @@ impl Driver for Nvidia {
     }
 
     unsafe fn write(&self, to: u64, bytes: &[u8]) -> Result<()> {
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        let _state = self.state();
         self.make_current()?;
-        // SAFETY: the caller's promise. The driver has taken a copy of pageable memory when this returns.
-        unsafe { result::memcpy_htod_async(to, bytes, self.stream) }.map_err(failed)
+        // SAFETY: the caller's promise. The bytes are not let go of before the copy is done: a driver need not have taken one of its
+        // own when the call returns.
+        unsafe { result::memcpy_htod_async(to, bytes, self.stream) }.map_err(failed)?;
+        self.wait()
     }
 
     unsafe fn read(&self, from: u64, bytes: &mut [u8]) -> Result<()> {
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        let _state = self.state();
         self.make_current()?;
         // SAFETY: the caller's promise.
         unsafe { result::memcpy_dtoh_async(bytes, from, self.stream) }.map_err(failed)?;

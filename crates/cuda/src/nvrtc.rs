@@ -20,11 +20,12 @@ pub struct Nvrtc {
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum NvrtcError {
     #[error(
-        "NVIDIA's run-time compiler (libnvrtc) is not found: install the CUDA toolkit, or `pip install nvidia-cuda-nvrtc`; \
-         looked in {}",
+        "NVIDIA's run-time compiler (libnvrtc{}) is not found: install the CUDA toolkit, or `pip install nvidia-cuda-nvrtc` \
+         (`nvidia-cuda-nvrtc-cu12` for a driver of CUDA 12); looked in {}",
+        .newest.map_or(String::new(), |n| format!(" of CUDA {n} or older, as the driver needs")),
         .looked_in.join(", ")
     )]
-    NotFound { looked_in: Vec<String> },
+    NotFound { looked_in: Vec<String>, newest: Option<u32> },
     #[error("NVRTC {}.{} of {path} cannot compile for sm_{arch}; it knows {known}", .version.0, .version.1)]
     Arch { path: String, version: (u32, u32), arch: u32, known: String },
     #[error("NVRTC does not compile {file}: {log}")]
@@ -66,11 +67,11 @@ fn folders(asked: &[PathBuf], prefixes: &[PathBuf]) -> Vec<PathBuf> {
 
 impl Nvrtc {
     /// The first compiler that is found: where the loader looks, then in `asked`, in toolkits, and in Python's packages below
-    /// `prefixes`.
+    /// `prefixes`. Compilers of a later generation of CUDA than `newest` are passed over: a driver of that one does not load their code.
     ///
     /// # Errors
     /// None is found, or the one found does not load.
-    pub fn find(asked: &[PathBuf], prefixes: &[PathBuf]) -> Result<Nvrtc, NvrtcError> {
+    pub fn find(asked: &[PathBuf], prefixes: &[PathBuf], newest: Option<u32>) -> Result<Nvrtc, NvrtcError> {
         let folders = folders(asked, prefixes);
         let in_folders = folders.iter().flat_map(|folder| NAMES.map(|name| folder.join(name)));
         let there = in_folders.filter(|path| path.is_file());
@@ -78,14 +79,17 @@ impl Nvrtc {
         for path in candidates {
             // SAFETY: NVIDIA's library runs no code of its own when it is loaded beyond its initialisers.
             if let Ok(library) = unsafe { Library::new(&path) } {
-                return Nvrtc::of(library, path);
+                let nvrtc = Nvrtc::of(library, path)?;
+                if newest.is_none_or(|newest| nvrtc.version.0 <= newest) {
+                    return Ok(nvrtc);
+                }
             }
         }
         let mut looked_in = vec!["the loader's path".to_string()];
         let exists = |folder: &&PathBuf| folder.is_dir();
         looked_in.extend(folders.iter().filter(exists).map(|f| f.display().to_string()));
         looked_in.extend(prefixes.iter().map(|p| format!("Python's packages in {}", p.display())));
-        Err(NvrtcError::NotFound { looked_in })
+        Err(NvrtcError::NotFound { looked_in, newest })
     }
 
     fn of(library: Library, path: PathBuf) -> Result<Nvrtc, NvrtcError> {

@@ -83,6 +83,8 @@ impl CudaTensor {
 
     /// Changes the number of rows, whose values are not defined where there were fewer.
     pub(crate) fn set_rows(&mut self, n_rows: usize) -> Result<()> {
+        // Where the buffer cannot grow there are no rows.
+        self.n_rows = 0;
         ensure_rows(&self.device, &mut self.data, n_rows, 4 * self.n_cols)?;
         self.n_rows = n_rows;
         self.q8.get_mut().is_fresh = false;
@@ -170,6 +172,8 @@ impl CudaIds {
     }
 
     pub(crate) fn set_rows(&mut self, n_rows: usize) -> Result<()> {
+        // Where the buffer cannot grow there are no rows.
+        self.n_rows = 0;
         ensure_rows(&self.device, &mut self.data, n_rows, 4 * self.n_cols)?;
         self.n_rows = n_rows;
         Ok(())

@@ -6,13 +6,14 @@ mod blocks;
 mod devices;
 
 use apr_core::backend::reference::Reference;
-use apr_core::backend::{Backend, Bytes, Heads, KvShape, KvType, Routing, WeightData};
+use apr_core::backend::{Backend, BackendError, Bytes, Heads, KvShape, KvType, Routing, WeightData};
 use apr_core::batch::{Batch, Row, Wants};
 use apr_core::probe::NoProbe;
 use apr_core::qtype::GgmlType;
 use apr_core::rope::{Pairing, Rope, Scaling};
+use apr_cuda::CudaBackend;
 use apr_cuda::driver::{Arg, Launch};
-use apr_cuda_emu::{Order, connect};
+use apr_cuda_emu::{Order, connect, connect_with};
 use blocks::{Blocks, Rng};
 use devices::Make;
 
@@ -432,6 +433,19 @@ fn heads_are_normalised_and_rotated_as_by_the_reference(cuda: Make) {
             assert_close(&got, &expected, 2e-6, &format!("{n_head} heads of {head_dim}, {n_rot} rotate, {pairing:?}"));
         }
     }
+}
+
+#[test]
+fn what_did_not_fit_leaves_what_fits() {
+    let b = CudaBackend::new(connect_with(Order::Ascending, 1_900_000));
+    let bytes = Bytes::from_vec((0..100_000u32).flat_map(|i| (i as f32).to_le_bytes()).collect());
+    let w = WeightData { name: "w".into(), qtype: GgmlType::F32, n_cols: 1, n_rows: 100_000, n_mat: 1, bytes };
+    let (w, mut out) = (b.upload(&w).unwrap(), b.tensor(100_000, &[]));
+    b.matmul(&mut out, 0, &w, &tensor(&b, 1, &[2.0])).unwrap();
+    let e = b.matmul(&mut out, 0, &w, &tensor(&b, 1, &[2.0; 3])).unwrap_err();
+    assert!(matches!(e, BackendError::OutOfMemory { .. }), "{e}");
+    b.matmul(&mut out, 0, &w, &tensor(&b, 1, &[3.0])).unwrap();
+    assert_eq!(values(&b, &out)[7], 21.0);
 }
 
 devices::on_every_device!(

@@ -19,7 +19,9 @@ use crate::threads::THREADS_MAX;
 pub use crate::threads::default_threads;
 pub use apr_cuda::compile::{Toolchain, sources_hash};
 pub use apr_cuda::driver::{Description, Driver};
-pub use apr_cuda::nvidia::{ConnectError, connect as connect_nvidia, devices as nvidia_devices};
+pub use apr_cuda::nvidia::{
+    ConnectError, connect as connect_nvidia, devices as nvidia_devices, driver_version as nvidia_driver_version,
+};
 pub use apr_cuda::nvrtc::Nvrtc;
 
 /// Where to run.

@@ -2,7 +2,7 @@
 
 use std::io::Write;
 
-use apr_engine::device::{ConnectError, Description, Device, Nvrtc, info, nvidia_devices};
+use apr_engine::device::{ConnectError, Description, Device, Nvrtc, info, nvidia_devices, nvidia_driver_version};
 use serde_json::{Value, json};
 
 use crate::failure::{Done, Result};
@@ -26,7 +26,11 @@ struct Found {
 pub fn run(args: Args) -> Result<Done> {
     let gpus = nvidia_devices();
     let toolchain = crate::gpu::toolchain();
-    let find = || Nvrtc::find(&toolchain.nvrtc_folders, &toolchain.python_prefixes).map_err(|e| e.to_string());
+    let find = || {
+        let newest = nvidia_driver_version().map_err(|e| e.to_string())? / 1000;
+        let (folders, prefixes) = (&toolchain.nvrtc_folders, &toolchain.python_prefixes);
+        Nvrtc::find(folders, prefixes, Some(newest)).map_err(|e| e.to_string())
+    };
     let compiler = gpus.as_ref().ok().map(|_| find());
     let found = Found { cpu: info(Device::Cpu { n_threads: None, isa: None })?.name, gpus, compiler };
     let mut out = std::io::stdout();
