@@ -1,35 +1,12 @@
 //! Every matrix kernel of every instruction set: against the exact values of golden blocks, against the portable
 //! kernels bit for bit, and against itself with other tokens and rows around.
 
+#[path = "../../core/tests/support/blocks.rs"]
+mod blocks;
+
 use apr_core::qtype::GgmlType;
 use apr_cpu::kernels::{Isa, Kernels, Out, PanelScratch, Q8Rows, WeightRows};
-
-/// A small generator (SplitMix64), so that every run sees the same data.
-struct Rng(u64);
-
-impl Rng {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ z >> 31
-    }
-
-    fn below(&mut self, n: usize) -> usize {
-        (self.next() % n as u64) as usize
-    }
-
-    /// Roughly normal, with a heavy column now and then as in real activations.
-    fn activation(&mut self) -> f32 {
-        let unit = |r: u64| (r >> 40) as f32 / (1 << 24) as f32 - 0.5;
-        let v = (0..4).map(|_| unit(self.next())).sum::<f32>();
-        if self.below(61) == 0 { v * 30.0 } else { v }
-    }
-
-    fn activations(&mut self, n: usize) -> Vec<f32> {
-        (0..n).map(|_| self.activation()).collect()
-    }
-}
+use blocks::Rng;
 
 /// One tensor of the golden file: its bytes.
 fn golden(name: &str) -> Vec<u8> {

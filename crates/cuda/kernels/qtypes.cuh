@@ -165,49 +165,24 @@ struct Q80 : Of32<Q80> {
     }
 };
 
-// Planes: 16 bytes of codes, 2 of scale. A code of 8 is zero.
-struct Q40 : Of32<Q40> {
-    static const bool MINS = false;
+// Planes: 16 bytes of codes or their low bits; 2 of scale, with `mins` 2 more of what is added; with `fifths` 4 of fifth bits. Without
+// `mins` the middle code is zero.
+template <bool fifths, bool mins> struct Small : Of32<Small<fifths, mins>> {
+    static const bool MINS = mins;
     static DEVICE_MEMBER void sub(const Planes &w, u64 block, Sub &s) {
         nibbles(s.codes, w.p0 + block * 16);
-        UNROLL for (int i = 0; i < 8; i++) s.codes[i] = sub_bytes(s.codes[i], 0x08080808u);
-        s.scale[0] = s.scale[1] = half_to_float(load2(w.p1 + block * 2));
-        s.min = 0;
+        if (fifths) fifth_bits(s.codes, w.p2 + block * 4);
+        const u32 middle = fifths ? 0x10101010u : 0x08080808u;
+        if (!mins) UNROLL for (int i = 0; i < 8; i++) s.codes[i] = sub_bytes(s.codes[i], middle);
+        const u8 *scale = w.p1 + block * (mins ? 4 : 2);
+        s.scale[0] = s.scale[1] = half_to_float(load2(scale));
+        s.min = mins ? -half_to_float(load2(scale + 2)) : 0;
     }
 };
-
-// Planes: 16 bytes of codes, 2 of scale and 2 of what is added.
-struct Q41 : Of32<Q41> {
-    static const bool MINS = true;
-    static DEVICE_MEMBER void sub(const Planes &w, u64 block, Sub &s) {
-        nibbles(s.codes, w.p0 + block * 16);
-        s.scale[0] = s.scale[1] = half_to_float(load2(w.p1 + block * 4));
-        s.min = -half_to_float(load2(w.p1 + block * 4 + 2));
-    }
-};
-
-// Planes: 16 bytes of low bits, 2 of scale, 4 of fifth bits. A code of 16 is zero.
-struct Q50 : Of32<Q50> {
-    static const bool MINS = false;
-    static DEVICE_MEMBER void sub(const Planes &w, u64 block, Sub &s) {
-        nibbles(s.codes, w.p0 + block * 16);
-        fifth_bits(s.codes, w.p2 + block * 4);
-        UNROLL for (int i = 0; i < 8; i++) s.codes[i] = sub_bytes(s.codes[i], 0x10101010u);
-        s.scale[0] = s.scale[1] = half_to_float(load2(w.p1 + block * 2));
-        s.min = 0;
-    }
-};
-
-// Planes: 16 bytes of low bits, 2 of scale and 2 of what is added, 4 of fifth bits.
-struct Q51 : Of32<Q51> {
-    static const bool MINS = true;
-    static DEVICE_MEMBER void sub(const Planes &w, u64 block, Sub &s) {
-        nibbles(s.codes, w.p0 + block * 16);
-        fifth_bits(s.codes, w.p2 + block * 4);
-        s.scale[0] = s.scale[1] = half_to_float(load2(w.p1 + block * 4));
-        s.min = -half_to_float(load2(w.p1 + block * 4 + 2));
-    }
-};
+typedef Small<false, false> Q40;
+typedef Small<false, true> Q41;
+typedef Small<true, false> Q50;
+typedef Small<true, true> Q51;
 
 // One weight of a float type.
 struct F32 {
