@@ -121,8 +121,11 @@ fn read(file: &ModelFile, tensors: &[&TensorInfo], way: Way, need_bytes: u64) ->
     let mut loading =
         Loading { way, progress: Arc::new(Progress { n_bytes, ..Progress::default() }), readers: Vec::new() };
     let (mappings, pieces) = (file.mappings.clone(), pieces(tensors));
-    mappings.iter().for_each(|m| m.set_asks(true));
-    let reading = Arc::new(Reading { mappings, pieces, next: AtomicUsize::new(0), way, need_bytes });
+    match way {
+        Way::OnDemand { .. } => mappings.iter().for_each(|m| m.expect_parts()),
+        Way::ReadAhead | Way::Cached => mappings.iter().for_each(|m| m.expect_all()),
+    }
+    let reading = Arc::new(Reading { mappings, pieces, next: AtomicUsize::new(0), need_bytes });
     let n_core = std::thread::available_parallelism().map_or(1, |n| n.get());
     for _ in 0..(n_core / CORES_PER_READER).clamp(1, N_READER_MAX) {
         let (reading, progress) = (reading.clone(), loading.progress.clone());
@@ -142,31 +145,28 @@ struct Reading {
     mappings: Vec<Arc<Mapping>>,
     pieces: Vec<(usize, Range<usize>)>,
     next: AtomicUsize,
-    way: Way,
     need_bytes: u64,
 }
 
 impl Reading {
     /// A reader's life.
     fn run(&self, progress: &Progress) {
-        let all = self.read_pieces(progress);
-        let is_last = progress.n_reader.fetch_sub(1, Ordering::AcqRel) == 1;
-        if all && is_last && self.way == Way::ReadAhead {
-            self.mappings.iter().for_each(|m| m.set_asks(false));
-        }
+        self.read_pieces(progress);
+        progress.n_reader.fetch_sub(1, Ordering::AcqRel);
     }
 
-    /// Reads pieces; whether it went on until there was nothing left.
-    fn read_pieces(&self, progress: &Progress) -> bool {
+    /// Reads pieces until there are none left, or no memory for them.
+    fn read_pieces(&self, progress: &Progress) {
         loop {
             let i = self.next.fetch_add(1, Ordering::Relaxed);
-            let Some((part, range)) = self.pieces.get(i) else { return !progress.stop.load(Ordering::Relaxed) };
+            let Some((part, range)) = self.pieces.get(i) else { return };
             // What has been read counts as available, so the need stays the same.
             if i.is_multiple_of(PIECES_PER_LOOK) && memory::shortage(self.need_bytes).is_some() {
                 progress.stop.store(true, Ordering::Relaxed);
+                self.mappings.iter().for_each(|m| m.expect_parts());
             }
             if progress.stop.load(Ordering::Relaxed) {
-                return false;
+                return;
             }
             self.mappings[*part].read(range.clone());
             progress.n_read.fetch_add(range.len() as u64, Ordering::Relaxed);
@@ -259,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn everything_is_read_once_and_nothing_is_asked_for_afterwards() {
+    fn everything_is_read_once_and_nothing_is_asked_for() {
         let file = tiny();
         let loading = read(&file, &in_order(&file.gguf), Way::ReadAhead, 0);
         let progress = loading.progress();

@@ -35,10 +35,22 @@ impl Mapping {
         Ok(Mapping { map, asks: AtomicBool::new(false) })
     }
 
-    /// Whether what is about to be read is asked for from now on. That takes calls to the system for every expert, which pay while weights
-    /// come from disk only.
-    pub fn set_asks(&self, asks: bool) {
-        self.asks.store(asks, Ordering::Relaxed);
+    /// Says that the whole file will be read and kept. The system then reads it into huge pages, where the file system has them: that
+    /// takes half the time, and weights stream faster ever after, as their addresses are found in a few steps less. Asking for ranges
+    /// would bring them in small pages, which stay as they are.
+    pub fn expect_all(&self) {
+        self.asks.store(false, Ordering::Relaxed);
+        // Advice that is not taken changes no result.
+        #[cfg(target_os = "linux")]
+        let _ = self.map.advise(Advice::HugePage);
+    }
+
+    /// Says that parts of the file will be read, and are to be asked for before: a call to the system for every expert, which pays
+    /// while weights come from disk.
+    pub fn expect_parts(&self) {
+        self.asks.store(true, Ordering::Relaxed);
+        #[cfg(target_os = "linux")]
+        let _ = self.map.advise(Advice::NoHugePage);
     }
 
     /// Whether what is about to be read is asked for.
@@ -66,7 +78,6 @@ impl Mapping {
 
     /// Reads a range from disk and returns when it is in memory.
     pub fn read(&self, range: Range<usize>) {
-        self.ask(range.clone());
         if self.populate(&range).is_err() {
             // An older system, or another one: touching a page does the same, one at a time.
             for at in range.step_by(PAGE_BYTES_MIN) {
@@ -134,8 +145,10 @@ mod tests {
         for range in [0..bytes.len(), 4097..4097, 5000..700_001, bytes.len() - 1..bytes.len()] {
             mapping.read(range.clone());
             mapping.read_at_random(range.clone());
-            mapping.set_asks(true);
-            mapping.will_need(range);
+            mapping.expect_parts();
+            mapping.will_need(range.clone());
+            mapping.expect_all();
+            mapping.read(range);
         }
         assert!(mapping.as_ref() == bytes);
         assert!((0..bytes.len()).step_by(PAGE_BYTES_MAX).all(|at| mapping.is_resident(at)), "it was just written");
