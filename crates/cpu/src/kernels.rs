@@ -9,9 +9,11 @@
 //! - Q2_K, Q3_K, Q4_K, Q5_K: per super-block of 256 columns the sums `i = Σ_j w_scale_j · x_scale_j · Σ w·x` and
 //!   `m = Σ_j w_min_j · x_scale_j · Σ x` are exact in 32 bits. Then `acc = acc + (f32(i) · (w_d · x_d))`,
 //!   `acc = acc - (f32(m) · (w_dmin · x_d))`, each operation rounded by itself, super-blocks in ascending order.
-//! - The other quantized types: per block of 32 columns the exact sum `i` (for Q6_K with the scales of its two halves),
-//!   then `acc = acc + (f32(i) · (w_d · (x_d · x_scale)))` and, for Q4_1 and Q5_1,
-//!   `acc = acc + (w_m · ((x_d · x_scale) · f32(Σ x)))`, blocks in ascending order.
+//! - Q6_K: the same sum `i` per 128 columns, as its scales have eight bits and that of 256 columns need not fit 32. Its codes
+//!   are signed, so there is no `m`.
+//! - The other quantized types: per block of 32 columns the exact sum `i`, then
+//!   `acc = acc + (f32(i) · (w_d · (x_d · x_scale)))` and, for Q4_1 and Q5_1, `acc = acc + (w_m · ((x_d · x_scale) · f32(Σ x)))`,
+//!   blocks in ascending order.
 //! - F32, F16, BF16 use the activations' floats; each instruction set has one fixed order of summation.
 
 mod activations;

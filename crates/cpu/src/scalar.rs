@@ -55,6 +55,7 @@ pub(crate) fn matmul_q8(w: WeightRows<'_>, x: Q8Tokens<'_>, out: &mut Out<'_>, s
         for t in 0..x.len() {
             let y = match family {
                 Family::Super => dot_super(row, x.row(t)),
+                Family::Halves => dot_halves(row, x.row(t)),
                 Family::Block { with_min } => dot_blocks(row, x.row(t), w.n_cols() / 32, with_min),
             };
             out.put(x.out_row(t), r, &[y]);
@@ -74,6 +75,19 @@ fn dot_super(w: &[Unpacked], x: &[Q8Block]) -> f32 {
         }
         acc += sum as f32 * (w.d[0] * x.d);
         acc -= min as f32 * (w.m[0] * x.d);
+    }
+    acc
+}
+
+/// The dot product of types whose half super-block has an exact integer sum.
+fn dot_halves(w: &[Unpacked], x: &[Q8Block]) -> f32 {
+    let mut acc = 0.0f32;
+    for (w, x) in w.iter().zip(x) {
+        for half in 0..2 {
+            let scaled = |k: usize| i32::from(w.scales[k]) * i32::from(x.scales[k / 2]) * dot16(w, x, k);
+            let sum: i32 = (8 * half..8 * half + 8).map(scaled).sum();
+            acc += sum as f32 * (w.d[0] * x.d);
+        }
     }
     acc
 }

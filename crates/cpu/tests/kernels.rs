@@ -314,6 +314,27 @@ fn extreme_codes_and_scales_do_not_saturate() {
 }
 
 #[test]
+fn the_largest_sum_of_half_a_super_block_fits_32_bits() {
+    // Codes 0 stand for -32; scales of -128; activations all at the largest magnitude.
+    let mut block = [0u8; 210];
+    block[192..208].fill(0x80);
+    block[208..].copy_from_slice(&half::f16::ONE.to_le_bytes());
+    let bytes = block.repeat(9);
+    let w = WeightRows::new(GgmlType::Q6_K, &bytes, 256);
+    for k in tables() {
+        for value in [1.0f32, -1.0] {
+            for n_tokens in [1, 2, 8, 16, 17] {
+                let tokens: Vec<u32> = (0..n_tokens).collect();
+                let got = product(k, w, &vec![value; 256 * n_tokens as usize], &tokens);
+                // Activations are rounded to a code of 127 times two scales, so the product is not exact to the last bit.
+                let want = value * 32.0 * 128.0 * 256.0;
+                assert!(got.iter().all(|v| (v / want - 1.0).abs() < 1e-6), "{} {value} {n_tokens}: {got:?}", k.isa());
+            }
+        }
+    }
+}
+
+#[test]
 fn quantized_rows_are_the_same_bits_everywhere() {
     let mut rng = Rng(6);
     let scalar = Kernels::for_isa(Isa::Scalar).unwrap();

@@ -189,10 +189,3 @@ pub(super) fn half_of_each(rows: &[&[u8]; 8], at: usize) -> __m256 {
     }
     halves(v)
 }
-
-/// The half float at `b[at..]` in every lane, as floats.
-#[target_feature(enable = "avx2,f16c")]
-#[inline]
-pub(super) fn broadcast_half(b: &[u8], at: usize) -> __m256 {
-    _mm256_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(half_bits(b, at)))))
-}

@@ -7,10 +7,8 @@
 use std::arch::x86_64::*;
 
 use super::direct::{self, Blocks, Eights};
-use super::load::{
-    broadcast, broadcast_half, floats, load16, load32, load32_of_each, part_of_each, store, store8, vector,
-};
-use super::reduce::{sum_lanes, transpose, transpose_floats, transpose_quarter};
+use super::load::{broadcast, load16, load32, load32_of_each, store, store8, vector};
+use super::reduce::{sum_halves, transpose, transpose_quarter};
 use super::tile::{self, Acc, Rows};
 use super::{Format, SEVERAL, Strip};
 use crate::kernels::{Lanes, Panel, Q8Block, STRIP};
@@ -83,7 +81,7 @@ fn codes<const Q: usize>(low: __m256i, high: __m256i) -> __m256i {
     _mm256_or_si256(_mm256_and_si256(low, nibble), _mm256_and_si256(high, pair))
 }
 
-/// The integer sums of block `4 half + Q` with each token.
+/// Adds the scaled integer sums of block `4 half + Q` to those of each token.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
 fn block_sums<const Q: usize>(
@@ -92,7 +90,7 @@ fn block_sums<const Q: usize>(
     of: &Scales,
     half: usize,
     x: &[&Q8Block],
-    sums: &mut [[__m256i; 8]; SEVERAL],
+    sums: &mut [__m256i; SEVERAL],
 ) {
     let j = 4 * half + Q;
     let mut w = *high;
@@ -103,7 +101,7 @@ fn block_sums<const Q: usize>(
     }
     let offset = _mm256_slli_epi16::<5>(of.pairs::<Q>(half));
     let scales = of.eights::<Q>(half);
-    for (x, sums) in x.iter().zip(sums) {
+    for (x, sum) in x.iter().zip(sums) {
         let first = direct::products(&[w[0], w[1]], x, 4 * j);
         let second = direct::products(&[w[2], w[3]], x, 4 * j + 2);
         let mut y = first;
@@ -113,21 +111,25 @@ fn block_sums<const Q: usize>(
         }
         let (even, odd) = direct::even_odd(y[0], y[1]);
         let offset = _mm256_madd_epi16(offset, broadcast(&x.half_sums, j));
-        sums[j] = _mm256_sub_epi32(_mm256_add_epi32(even, odd), offset);
+        let of_block = _mm256_sub_epi32(_mm256_add_epi32(even, odd), offset);
+        *sum = _mm256_add_epi32(*sum, tile::times_scale(of_block, broadcast(&x.scale_pairs, j)));
     }
 }
 
-/// The integer sums of one row's super-block with a token: lane `j` is that of block `j`.
+/// The integer sums of one row's super-block with a token: the lanes of the lower half of the vector add up to that of the
+/// first 128 columns, those of the upper half to that of the others.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn row_sums(block: &[u8], x: &Q8Block) -> __m256i {
-    let scales = _mm256_cvtepi8_epi16(load16(block, 192));
+fn row_sums(block: &[u8; BYTES], x: &Q8Block) -> __m256i {
+    let scales = _mm256_mullo_epi16(_mm256_cvtepi8_epi16(load16(block, 192)), vector(&x.scale_pairs));
     let (y, _) = x.codes.as_chunks::<32>();
-    let mut sums = [_mm256_setzero_si256(); 8];
-    // Both halves' scales in each half of the vector: scales 2 j and 2 j + 1 are one shuffle away from any j.
-    let first = _mm256_permute2x128_si256::<0x00>(scales, scales);
-    let second = _mm256_permute2x128_si256::<0x11>(scales, scales);
-    for half in 0..2 {
+    let mut sums = [_mm256_setzero_si256(); 2];
+    for (half, sum) in sums.iter_mut().enumerate() {
+        // Eight scales in each half of the vector: those of a block's halves are one shuffle away.
+        let scales = match half {
+            0 => _mm256_permute2x128_si256::<0x00>(scales, scales),
+            _ => _mm256_permute2x128_si256::<0x11>(scales, scales),
+        };
         let low = [load32(block, 64 * half), load32(block, 64 * half + 32)];
         let high = load32(block, 128 + 32 * half);
         let w =
@@ -136,13 +138,16 @@ fn row_sums(block: &[u8], x: &Q8Block) -> __m256i {
             let j = q as i16;
             let (a, b) = ((4 * j) | (4 * j + 1) << 8, (4 * j + 2) | (4 * j + 3) << 8);
             let pick = _mm256_set_m128i(_mm_set1_epi16(b), _mm_set1_epi16(a));
-            let scale = _mm256_shuffle_epi8(if half == 0 { first } else { second }, pick);
             let products = _mm256_maddubs_epi16(w[q], vector(&y[4 * half + q]));
-            sums[4 * half + q] = _mm256_madd_epi16(products, scale);
+            let scaled = _mm256_madd_epi16(products, _mm256_shuffle_epi8(scales, pick));
+            *sum = if q == 0 { scaled } else { _mm256_add_epi32(*sum, scaled) };
         }
     }
+    let [first, second] = sums;
+    let both =
+        _mm256_add_epi32(_mm256_blend_epi32::<0xf0>(first, second), _mm256_permute2x128_si256::<0x21>(first, second));
     let offset = _mm256_madd_epi16(scales, vector(&x.half_sums));
-    _mm256_sub_epi32(sum_lanes(sums), _mm256_slli_epi32::<5>(offset))
+    _mm256_sub_epi32(both, _mm256_slli_epi32::<5>(offset))
 }
 
 /// The products of a strip with one token, row by row: what streams fastest from memory.
@@ -150,18 +155,17 @@ fn row_sums(block: &[u8], x: &Q8Block) -> __m256i {
 #[inline]
 fn gemv(strip: &Strip<'_>, x: &[Q8Block]) -> __m256 {
     let mut acc = _mm256_setzero_ps();
-    for s in 0..strip.n_blocks / 8 {
-        let blocks = part_of_each(&strip.rows, s * BYTES, BYTES);
-        let x_d = floats(&x[s].block_d);
-        let mut terms = [_mm256_setzero_ps(); STRIP];
+    let rows = direct::rows_of(strip);
+    for (s, x) in x.iter().enumerate().take(rows[0].len()) {
+        let blocks = direct::nth(&rows, s);
+        let mut sums = [_mm256_setzero_si256(); STRIP];
         for r in 0..STRIP {
-            let block = blocks[r];
             strip.fetch((s * STRIP + r) * BYTES, BYTES);
-            let sums = _mm256_cvtepi32_ps(row_sums(block, &x[s]));
-            terms[r] = _mm256_mul_ps(sums, _mm256_mul_ps(broadcast_half(block, 208), x_d));
+            sums[r] = row_sums(blocks[r], x);
         }
-        for term in transpose_floats(terms) {
-            acc = _mm256_add_ps(acc, term);
+        let [_, d] = direct::last_two_halves(&blocks);
+        for sum in sum_halves(sums) {
+            acc = tile::add_block(acc, sum, d, _mm256_set1_ps(x.d));
         }
     }
     acc
@@ -179,30 +183,30 @@ impl Format for Q6K {
 
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn several(strip: &Strip<'_>, x: &[&[Q8Block]], acc: &mut [__m256; SEVERAL]) {
-        let mut sums = [[_mm256_setzero_si256(); 8]; SEVERAL];
         let rows = direct::rows_of(strip);
         for s in 0..rows[0].len() {
+            let mut sums = [[_mm256_setzero_si256(); SEVERAL]; 2];
             let blocks = direct::nth(&rows, s);
             let x = &direct::super_blocks(x, s)[..x.len()];
             let of = Scales::of(&blocks);
             let [_, d] = direct::last_two_halves(&blocks);
-            for half in 0..2 {
+            for (half, sums) in sums.iter_mut().enumerate() {
                 let low0 = direct::eights_32(&blocks, 64 * half);
                 let low1 = direct::eights_32(&blocks, 64 * half + 32);
                 let high = direct::eights_32(&blocks, 128 + 32 * half);
                 let at = (2 * s + half) * 4 * BYTES;
                 strip.fetch(at, BYTES);
-                block_sums::<0>(&low0, &high, &of, half, x, &mut sums);
+                block_sums::<0>(&low0, &high, &of, half, x, sums);
                 strip.fetch(at + BYTES, BYTES);
-                block_sums::<1>(&low1, &high, &of, half, x, &mut sums);
+                block_sums::<1>(&low1, &high, &of, half, x, sums);
                 strip.fetch(at + 2 * BYTES, BYTES);
-                block_sums::<2>(&low0, &high, &of, half, x, &mut sums);
+                block_sums::<2>(&low0, &high, &of, half, x, sums);
                 strip.fetch(at + 3 * BYTES, BYTES);
-                block_sums::<3>(&low1, &high, &of, half, x, &mut sums);
+                block_sums::<3>(&low1, &high, &of, half, x, sums);
             }
-            for ((x, sums), acc) in x.iter().zip(&sums).zip(acc.iter_mut()) {
-                for j in 0..8 {
-                    *acc = tile::add_block(*acc, sums[j], d, _mm256_set1_ps(x.block_d[j]));
+            for (t, x) in x.iter().enumerate() {
+                for sums in &sums {
+                    acc[t] = tile::add_block(acc[t], sums[t], d, _mm256_set1_ps(x.d));
                 }
             }
         }
@@ -243,6 +247,6 @@ impl Format for Q6K {
 
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn tile<const L: usize, const N: usize>(w: Rows<'_, L>, _: usize, x: &[&Lanes<L>; N], acc: &mut Acc<N>) {
-        tile::blocks_16(w, x, acc)
+        tile::halves_16(w, x, acc)
     }
 }

@@ -36,13 +36,13 @@ pub(super) fn transpose_halves(v: [__m128i; 8]) -> [__m256i; 4] {
     ])
 }
 
-/// Lane `i` of the result is the sum of the lanes of `v[i]`.
+/// Lane `i` of the results is the sum of the lower lanes of `v[i]`, and of the upper ones.
 #[target_feature(enable = "avx2")]
 #[inline]
-pub(super) fn sum_lanes(v: [__m256i; 8]) -> __m256i {
+pub(super) fn sum_halves(v: [__m256i; 8]) -> [__m256i; 2] {
     let a = _mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3]));
     let b = _mm256_hadd_epi32(_mm256_hadd_epi32(v[4], v[5]), _mm256_hadd_epi32(v[6], v[7]));
-    _mm256_add_epi32(_mm256_permute2x128_si256::<0x20>(a, b), _mm256_permute2x128_si256::<0x31>(a, b))
+    [_mm256_permute2x128_si256::<0x20>(a, b), _mm256_permute2x128_si256::<0x31>(a, b)]
 }
 
 /// [`transpose`] for floats.

@@ -253,7 +253,7 @@ pub(super) fn blocks_unsigned<const SUMS: usize, const MIN: bool, const L: usize
                 sum[t] = _mm256_add_epi32(sum[t], _mm256_madd_epi16(y[t], ones));
             }
         }
-        add_blocks(w, j, j, x, &sum, acc);
+        add_blocks(w, j, x, &sum, acc);
         if MIN {
             let m = w.floats_of(&w.panel.m[j]);
             for t in 0..N {
@@ -263,50 +263,67 @@ pub(super) fn blocks_unsigned<const SUMS: usize, const MIN: bool, const L: usize
     }
 }
 
-/// Adds the integer sums of block `j`, whose float scales are the `d_at`-th, to the float accumulators.
+/// Adds the integer sums of block `j` to the float accumulators.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
 fn add_blocks<const L: usize, const N: usize>(
     w: Rows<'_, L>,
-    d_at: usize,
     j: usize,
     x: &[&Lanes<L>; N],
     sum: &Sums<N>,
     acc: &mut Acc<N>,
 ) {
-    let d = w.floats_of(&w.panel.d[d_at]);
+    let d = w.floats_of(&w.panel.d[j]);
     for t in 0..N {
         acc[t] = add_block(acc[t], sum[t], d, spread_float(&x[t].block_d[j]));
     }
 }
 
-/// One step of the sequence of [`crate::kernels`] for types with a float scale per 32 columns, in every lane.
+/// One step of the sequence of [`crate::kernels`] for types with a float scale per 32 columns, or with sums of half super-blocks, in
+/// every lane.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
 pub(super) fn add_block(acc: __m256, sum: __m256i, d: __m256, x_d: __m256) -> __m256 {
     _mm256_add_ps(acc, _mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_mul_ps(d, x_d)))
 }
 
-/// Unsigned codes to 63 that stand for `code - 32`, with an integer scale per 16 columns and a float per super-block.
+/// Unsigned codes to 63 that stand for `code - 32`, with an integer scale per 16 columns and a float per super-block, whose
+/// halves are summed apart.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-pub(super) fn blocks_16<const L: usize, const N: usize>(w: Rows<'_, L>, x: &[&Lanes<L>; N], acc: &mut Acc<N>) {
-    for j in 0..8 {
-        // `mins` holds -32 times the scales, so this takes the codes' offset off.
-        let offset = w.of(&w.panel.mins[j]);
+pub(super) fn halves_16<const L: usize, const N: usize>(w: Rows<'_, L>, x: &[&Lanes<L>; N], acc: &mut Acc<N>) {
+    let d = w.floats_of(&w.panel.d[0]);
+    for half in 0..2 {
         let mut sum = [_mm256_setzero_si256(); N];
-        for t in 0..N {
-            sum[t] = _mm256_madd_epi16(offset, spread(&x[t].half_sums[j]));
-        }
-        for g in 0..4 {
-            let y = unsigned_16::<2, L, N>(w, x, 8 * j + 2 * g);
-            let scale = w.of(&w.panel.scales[2 * j + g / 2]);
+        for j in 4 * half..4 * half + 4 {
+            // `mins` holds -32 times the scales, so this takes the codes' offset off.
+            let offset = w.of(&w.panel.mins[j]);
+            let mut of_block = [_mm256_setzero_si256(); N];
             for t in 0..N {
-                sum[t] = _mm256_add_epi32(sum[t], _mm256_madd_epi16(y[t], scale));
+                of_block[t] = _mm256_madd_epi16(offset, spread(&x[t].half_sums[j]));
+            }
+            for g in 0..4 {
+                let y = unsigned_16::<2, L, N>(w, x, 8 * j + 2 * g);
+                let scale = w.of(&w.panel.scales[2 * j + g / 2]);
+                for t in 0..N {
+                    of_block[t] = _mm256_add_epi32(of_block[t], _mm256_madd_epi16(y[t], scale));
+                }
+            }
+            for t in 0..N {
+                sum[t] = _mm256_add_epi32(sum[t], times_scale(of_block[t], spread(&x[t].scale_pairs[j])));
             }
         }
-        add_blocks(w, 0, j, x, &sum, acc);
+        for t in 0..N {
+            acc[t] = add_block(acc[t], sum[t], d, spread_float(&x[t].d));
+        }
     }
+}
+
+/// A block's sums times the tokens' sub-scales, given as pairs.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn times_scale(sum: __m256i, scale_pairs: __m256i) -> __m256i {
+    _mm256_mullo_epi32(sum, _mm256_srli_epi32::<16>(scale_pairs))
 }
 
 /// Signed 8-bit codes with a float scale per 32 columns. The sign of a weight moves to the activation, whose codes
@@ -331,6 +348,6 @@ pub(super) fn blocks_signed<const L: usize, const N: usize>(
                 sum[t] = _mm256_add_epi32(sum[t], y);
             }
         }
-        add_blocks(w, j, j, x, &sum, acc);
+        add_blocks(w, j, x, &sum, acc);
     }
 }

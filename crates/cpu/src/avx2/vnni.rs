@@ -59,7 +59,7 @@ impl Tiles for Q6K {
     #[inline(always)]
     unsafe fn tile<V: Vectors, const N: usize>(panels: &[V::Panels], _: usize, x: [&[Q8Block]; N]) -> [V::Floats; N] {
         // SAFETY: the caller's promise.
-        unsafe { tile::blocks_16::<V, N>(panels, x) }
+        unsafe { tile::halves_16::<V, N>(panels, x) }
     }
 }
 

@@ -7,11 +7,13 @@ use half::f16;
 
 use crate::kernels::SUPER;
 
-/// How a type's sums are scaled; see [`crate::kernels`] for the two sequences of operations.
+/// How a type's sums are scaled; see [`crate::kernels`] for the sequences of operations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Family {
     /// Integer scales and minima under one float scale per 256 columns.
     Super,
+    /// The same without minima, with scales of eight bits: the sum of 256 columns could exceed 32 bits, that of 128 cannot.
+    Halves,
     /// One float scale per 32 columns, and a float minimum where `with_min`.
     Block { with_min: bool },
 }
@@ -21,8 +23,9 @@ pub(crate) fn family(qtype: GgmlType) -> Family {
     use GgmlType::*;
     match qtype {
         Q2_K | Q3_K | Q4_K | Q5_K => Family::Super,
+        Q6_K => Family::Halves,
         Q4_1 | Q5_1 => Family::Block { with_min: true },
-        Q4_0 | Q5_0 | Q8_0 | Q6_K | IQ4_NL | IQ4_XS | MXFP4 => Family::Block { with_min: false },
+        Q4_0 | Q5_0 | Q8_0 | IQ4_NL | IQ4_XS | MXFP4 => Family::Block { with_min: false },
         F32 | F16 | BF16 => unreachable!("{qtype} is not quantized"),
     }
 }
@@ -36,7 +39,7 @@ pub(crate) struct Unpacked {
     pub(crate) scales: [i16; 16],
     /// Integer minimum of every 16 columns ([`Family::Super`]).
     pub(crate) mins: [i16; 16],
-    /// Float scale: the first for 256 columns ([`Family::Super`]), or one for every 32.
+    /// Float scale: the first for 256 columns ([`Family::Super`], [`Family::Halves`]), or one for every 32.
     pub(crate) d: [f32; 8],
     /// Float scale of the minima ([`Family::Super`], the first), or the minimum of every 32 columns.
     pub(crate) m: [f32; 8],
@@ -150,7 +153,7 @@ fn q5_k(b: &[u8], out: &mut Unpacked) {
 }
 
 fn q6_k(b: &[u8], out: &mut Unpacked) {
-    out.d = [half_at(b, 208); 8];
+    out.d[0] = half_at(b, 208);
     for k in 0..16 {
         out.scales[k] = i16::from(b[192 + k] as i8);
     }

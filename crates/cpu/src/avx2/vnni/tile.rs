@@ -108,7 +108,8 @@ pub(super) unsafe fn blocks_32<V: Vectors, const OFFSET: i16, const SIGNED: bool
                     }
                 }
                 dots::<V, N>(&mut y, p, flip, &x, j, 0..8);
-                add_block::<V, N>(&mut acc, &y, V::load_floats(p, |p| &p.d[j]), &x, j);
+                let x_d: [f32; N] = std::array::from_fn(|t| x[t].block_d[j]);
+                add_block::<V, N>(&mut acc, &y, V::load_floats(p, |p| &p.d[j]), &x_d);
                 if MIN {
                     let m = V::load_floats(p, |p| &p.m[j]);
                     for t in 0..N {
@@ -121,9 +122,10 @@ pub(super) unsafe fn blocks_32<V: Vectors, const OFFSET: i16, const SIGNED: bool
     }
 }
 
-/// Unsigned codes to 63 that stand for `code - 32`, with an integer scale per 16 columns and a float per super-block.
+/// Unsigned codes to 63 that stand for `code - 32`, with an integer scale per 16 columns and a float per super-block, whose
+/// halves are summed apart.
 #[inline(always)]
-pub(super) unsafe fn blocks_16<V: Vectors, const N: usize>(panels: &[V::Panels], x: [&[Q8Block]; N]) -> [V::Floats; N] {
+pub(super) unsafe fn halves_16<V: Vectors, const N: usize>(panels: &[V::Panels], x: [&[Q8Block]; N]) -> [V::Floats; N] {
     // SAFETY: the caller has the instructions of `V`.
     unsafe {
         let zero = V::set1(0);
@@ -131,41 +133,48 @@ pub(super) unsafe fn blocks_16<V: Vectors, const N: usize>(panels: &[V::Panels],
         for (s, p) in panels.iter().enumerate() {
             let x = supers(&x, s);
             let d = V::load_floats(p, |p| &p.d[0]);
-            for j in 0..8 {
-                // `mins` holds -32 times the scales, so this takes the codes' offset off.
-                let min = V::load(p, |p| &p.mins[j]);
+            for half in 0..2 {
                 let mut sum = [zero; N];
-                for t in 0..N {
-                    sum[t] = V::dpwssd(zero, min, V::broadcast(&x[t].half_sums, j));
-                }
-                for h in 0..2 {
-                    let mut y = [zero; N];
-                    dots::<V, N>(&mut y, p, None, &x, j, 4 * h..4 * h + 4);
-                    let scale = V::upper_16(V::load(p, |p| &p.scales[2 * j + h]));
+                for j in 4 * half..4 * half + 4 {
+                    // `mins` holds -32 times the scales, so this takes the codes' offset off.
+                    let min = V::load(p, |p| &p.mins[j]);
+                    let mut of_block = [zero; N];
                     for t in 0..N {
-                        sum[t] = V::add_epi32(sum[t], V::mullo_epi32(y[t], scale));
+                        of_block[t] = V::dpwssd(zero, min, V::broadcast(&x[t].half_sums, j));
+                    }
+                    for h in 0..2 {
+                        let mut y = [zero; N];
+                        dots::<V, N>(&mut y, p, None, &x, j, 4 * h..4 * h + 4);
+                        let scale = V::upper_16(V::load(p, |p| &p.scales[2 * j + h]));
+                        for t in 0..N {
+                            of_block[t] = V::add_epi32(of_block[t], V::mullo_epi32(y[t], scale));
+                        }
+                    }
+                    for t in 0..N {
+                        let scale = V::upper_16(V::broadcast(&x[t].scale_pairs, j));
+                        sum[t] = V::add_epi32(sum[t], V::mullo_epi32(of_block[t], scale));
                     }
                 }
-                add_block::<V, N>(&mut acc, &sum, d, &x, j);
+                let x_d: [f32; N] = std::array::from_fn(|t| x[t].d);
+                add_block::<V, N>(&mut acc, &sum, d, &x_d);
             }
         }
         acc
     }
 }
 
-/// One step of the sequence of [`crate::kernels`] for types with a float scale per 32 columns.
+/// One step of the sequence of [`crate::kernels`] for types with a float scale per 32 columns, or with sums of half super-blocks.
 #[inline(always)]
 unsafe fn add_block<V: Vectors, const N: usize>(
     acc: &mut [V::Floats; N],
     sum: &[V::Ints; N],
     d: V::Floats,
-    x: &[&Q8Block; N],
-    j: usize,
+    x_d: &[f32; N],
 ) {
     for t in 0..N {
         // SAFETY: the caller has the instructions of `V`.
         unsafe {
-            let d = V::mul_ps(d, V::set1_ps(x[t].block_d[j]));
+            let d = V::mul_ps(d, V::set1_ps(x_d[t]));
             acc[t] = V::add_ps(acc[t], V::mul_ps(V::cvtepi32_ps(sum[t]), d));
         }
     }
