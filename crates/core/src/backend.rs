@@ -351,6 +351,11 @@ pub trait Backend: Sized {
     /// `out[:, at..at + n_rows of w] = x wᵀ`; `out` gets the rows of `x`.
     fn matmul(&self, out: &mut Self::Tensor, at: usize, w: &Self::Weight, x: &Self::Tensor) -> Result<()>;
 
+    /// Queries, keys and values of `heads`: `out = [x qᵀ, x kᵀ, x vᵀ]`, `w` being their weights.
+    fn qkv(&self, out: &mut Self::Tensor, w: [&Self::Weight; 3], heads: Heads, x: &Self::Tensor) -> Result<()> {
+        unfused::qkv(self, out, w, heads, x)
+    }
+
     /// `x[:, at..] += bias`
     fn add_bias(&self, x: &mut Self::Tensor, at: usize, bias: &Self::Weight) -> Result<()>;
 

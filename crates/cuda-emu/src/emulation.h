@@ -125,6 +125,13 @@ DEVICE u32 lanes_alike(u32 v) {
 
 DEVICE u32 count_bits(u32 v) { return (u32)__builtin_popcount(v); }
 
+// Blocks run one after the other.
+DEVICE u32 arrive(u32 *counter, u32 n) {
+    const u32 before = *counter;
+    *counter = before >= n - 1 ? 0 : before + 1;
+    return before;
+}
+
 DEVICE i32 dp4a(u32 a, u32 b, i32 c) {
     u32 sum = (u32)c;
     for (int i = 0; i < 32; i += 8) sum += (u32)((i32)(i8)(a >> i) * (i32)(i8)(b >> i));

@@ -1,7 +1,8 @@
 // Attention over keys and values in blocks of 64 positions.
 //
 // A block of a sequence lies at an address of its own: [n_layer, 2 (keys, values), n_head_kv, 64, head_dim] in the cache's type.
-#include "prims.cuh"
+#include "heads.cuh"
+#include "q8.cuh"
 
 #define KV_BLOCK 64
 // Heads and values that one block of threads holds at once.
@@ -64,29 +65,29 @@ struct KvQ80 {
     }
 };
 
-// Stores a step's keys and values. qkv: [n_tokens, n_qkv], keys at column `k_at`, values behind them; `blocks`: addresses of all
-// sequences' blocks, token t's sequence from `tables[t]` on. A warp per head. Grid: tokens, 2 · n_head_kv / 4.
-template <class Kv>
-DEVICE void kv_store(const f32 *qkv, u8 *const *blocks, const u32 *tables, const u32 *positions, u32 n_qkv, u32 k_at,
-                     u32 n_head_kv, u32 head_dim, u32 layer) {
-    const u32 head = block_y() * 4 + thread_x() / 32;
-    if (head >= 2 * n_head_kv) return;
-    const u32 position = positions[block_x()];
-    u8 *block = blocks[tables[block_x()] + position / KV_BLOCK];
+// Where token `block_y`'s keys and values are stored: `blocks` has addresses of all sequences' blocks, the token's sequence's from
+// `tables[token]` on.
+#define PLACES u8 *const *blocks, const u32 *tables, const u32 *positions, u32 n_head_kv, u32 layer
+
+// Stores a head of keys, or from number `n_head_kv` on of values.
+template <class Kv> DEVICE void kv_store(const f32 *from, u32 head, u32 head_dim, PLACES) {
+    const u32 position = positions[block_y()];
+    u8 *block = blocks[tables[block_y()] + position / KV_BLOCK];
     u8 *tile = block + ((u64)layer * 2 * n_head_kv + head) * Kv::bytes(head_dim);
-    Kv::write(tile, head_dim, position % KV_BLOCK, qkv + (u64)block_x() * n_qkv + k_at + head * head_dim);
+    Kv::write(tile, head_dim, position % KV_BLOCK, from);
 }
 
 // What a block of threads finds in its part of a row's keys and values is put together by `attention_merge`.
 // parts: [n_rows, n_head, n_split, 2 + head_dim]: largest score, sum of weights, weighted sum of values.
 //
-// rows: [n_rows], the tokens that are computed.
+// rows: [n_rows], the tokens that are computed. codes, scales: the 8-bit form of out, written together with it where they are not null.
 // q: [n_tokens, n_qkv] from column 0; out: [n_tokens, n_head · head_dim], written where n_split is 1. A block of threads has
 // `chunk` of the heads that share a KV head, and the KV blocks split · per_split...
 // Grid: rows, n_head / chunk, splits.
 template <class Kv>
 DEVICE void attention(f32 *out, f32 *parts, const u32 *rows, const f32 *qkv, u8 *const *blocks, const u32 *tables,
-                      const u32 *positions, u32 n_qkv, u32 n_head, u32 n_head_kv, u32 head_dim, u32 layer, u32 chunk, u32 n_split, u32 per_split) {
+                      const u32 *positions, u32 n_qkv, u32 n_head, u32 n_head_kv, u32 head_dim, u32 layer, u32 chunk, u32 n_split, u32 per_split,
+                      u32 *codes, f32x2 *scales) {
     SHARED(f32, q, MAX_VALUES);
     SHARED(f32, weights, MAX_HEADS * KV_BLOCK);
     SHARED(f32, largest, MAX_HEADS);
@@ -167,10 +168,10 @@ DEVICE void attention(f32 *out, f32 *parts, const u32 *rows, const f32 *qkv, u8 
         }
     }
     barrier();
-    if (head_dim <= 128 && beside >= n_beside) return;
+    const bool has_values = head_dim > 128 || beside < n_beside;
     UNROLL for (u32 i = 0; i < MAX_HEADS; i++) {
         const u32 h = i * n_beside + (head_dim > 128 ? 0 : beside);
-        if (h >= chunk) break;
+        if (!has_values || h >= chunk) break;
         UNROLL for (u32 far = 0; far < 2; far++) {
             const u32 at = d + 128 * far;
             if (at >= head_dim) break;
@@ -183,26 +184,46 @@ DEVICE void attention(f32 *out, f32 *parts, const u32 *rows, const f32 *qkv, u8 
             }
         }
     }
+    if (n_split > 1 || !codes) return;
+    barrier();
+    quantize_written<128>(codes, scales, out, ((u64)token * n_head + first_head) * head_dim, chunk * head_dim);
 }
 
+// kv_store: stores a step's keys and values. qkv: [n_tokens, n_qkv], keys at column `k_at`, values behind them. A warp per head.
+// Grid: 2 · n_head_kv / 4, tokens.
+// norm_rope_store: as `norm_rope`, and then that. Grid: (n_heads + n_head_kv) / 4, tokens.
 #define ATTENTION(name, Kv)                                                                                           \
-    KERNEL(kv_store_##name, 128, const f32 *qkv, u8 *const *blocks, const u32 *tables, const u32 *positions,          \
-           u32 n_qkv, u32 k_at, u32 n_head_kv, u32 head_dim, u32 layer) {                                             \
-        kv_store<Kv>(qkv, blocks, tables, positions, n_qkv, k_at, n_head_kv, head_dim, layer);                        \
+    KERNEL(kv_store_##name, 128, const f32 *qkv, u32 n_qkv, u32 k_at, u32 head_dim, PLACES) {                         \
+        const u32 head = block_x() * 4 + thread_x() / 32;                                                             \
+        if (head >= 2 * n_head_kv) return;                                                                            \
+        qkv += (u64)block_y() * n_qkv + k_at + head * head_dim;                                                       \
+        kv_store<Kv>(qkv, head, head_dim, blocks, tables, positions, n_head_kv, layer);                               \
+    }                                                                                                                 \
+    KERNEL(norm_rope_store_##name, 128, NORM_ROPE_ARGS, PLACES) {                                                     \
+        const u32 head = block_x() * 4 + thread_x() / 32;                                                             \
+        if (head >= n_heads + n_head_kv) return;                                                                      \
+        x += (u64)block_y() * n_cols + head * head_dim;                                                               \
+        if (head < n_heads)                                                                                           \
+            norm_rope_head(x, head < n_head ? q_norm : k_norm, cosines, sines, head_dim, n_pair, neighbours, eps);    \
+        if (head < n_head) return;                                                                                    \
+        warp_barrier();                                                                                               \
+        kv_store<Kv>(x, head - n_head, head_dim, blocks, tables, positions, n_head_kv, layer);                        \
     }                                                                                                                 \
     KERNEL(attention_##name, 128, f32 *out, f32 *parts, const u32 *rows, const f32 *qkv, u8 *const *blocks,           \
            const u32 *tables, const u32 *positions, u32 n_qkv, u32 n_head, u32 n_head_kv, u32 head_dim, u32 layer,    \
-           u32 chunk, u32 n_split, u32 per_split) {                                                                   \
+           u32 chunk, u32 n_split, u32 per_split, u32 *codes, f32x2 *scales) {                                        \
         attention<Kv>(out, parts, rows, qkv, blocks, tables, positions, n_qkv, n_head, n_head_kv, head_dim, layer,    \
-                      chunk, n_split, per_split);                                                                     \
+                      chunk, n_split, per_split, codes, scales);                                                      \
     }
 ATTENTION(f32, KvF32)
 ATTENTION(f16, KvF16)
 ATTENTION(q8_0, KvQ80)
 #undef ATTENTION
+#undef PLACES
 
-// Puts the parts of every head of these rows together, in order. Grid: rows, n_head.
-KERNEL(attention_merge, 128, f32 *out, const f32 *parts, const u32 *rows, u32 n_head, u32 head_dim, u32 n_split) {
+// Puts the parts of every head of these rows together, in order; codes, scales as above. Grid: rows, n_head.
+KERNEL(attention_merge, 128, f32 *out, const f32 *parts, const u32 *rows, u32 n_head, u32 head_dim, u32 n_split, u32 *codes,
+       f32x2 *scales) {
     const u64 row = (u64)rows[block_x()] * n_head + block_y();
     parts += ((u64)block_x() * n_head + block_y()) * n_split * (2 + head_dim);
     f32 largest = -INFINITY;
@@ -219,6 +240,9 @@ KERNEL(attention_merge, 128, f32 *out, const f32 *parts, const u32 *rows, u32 n_
         }
         out[row * head_dim + d] = value / sum;
     }
+    if (!codes) return;
+    barrier();
+    quantize_written<128>(codes, scales, out, row * head_dim, head_dim);
 }
 #undef MAX_VALUES
 #undef MAX_HEADS

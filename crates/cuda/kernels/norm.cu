@@ -1,4 +1,5 @@
 // Norms and rotary embedding.
+#include "heads.cuh"
 #include "q8.cuh"
 
 // out[t] = x[t] / rms(x[t]) · w; [n_tokens, n_cols]. Grid: tokens.
@@ -38,26 +39,6 @@ KERNEL(rms_norm_q8, 512, f32x4 *out, u32 *codes, f32x2 *scales, const f32x4 *x, 
     }
 }
 
-// A warp normalises one head.
-DEVICE void normalise_head(f32 *x, const f32 *w, u32 head_dim, f32 eps) {
-    const u32 lane = thread_x() % 32;
-    f32 sum = 0;
-    for (u32 i = lane; i < head_dim; i += 32) sum += x[i] * x[i];
-    const f32 scale = 1 / sqrtf(warp_sum(sum) / (f32)head_dim + eps);
-    for (u32 i = lane; i < head_dim; i += 32) x[i] = x[i] * scale * w[i];
-}
-
-// A warp rotates one head of token `block_y`.
-DEVICE void rotate_head(f32 *x, const f32 *cosines, const f32 *sines, u32 n_pair, u32 neighbours) {
-    for (u32 i = thread_x() % 32; i < n_pair; i += 32) {
-        const f32 c = cosines[(u64)block_y() * n_pair + i], s = sines[(u64)block_y() * n_pair + i];
-        const u32 a = neighbours ? 2 * i : i, b = neighbours ? 2 * i + 1 : i + n_pair;
-        const f32 first = x[a], second = x[b];
-        x[a] = first * c - second * s;
-        x[b] = first * s + second * c;
-    }
-}
-
 // Each head of a row's columns `at..at + n_heads · head_dim` likewise, in place; a warp per head. Grid: heads / 4, tokens.
 KERNEL(head_norm, 128, f32 *x, const f32 *w, u32 n_cols, u32 at, u32 n_heads, u32 head_dim, f32 eps) {
     const u32 head = block_x() * 4 + thread_x() / 32;
@@ -66,18 +47,12 @@ KERNEL(head_norm, 128, f32 *x, const f32 *w, u32 n_cols, u32 at, u32 n_heads, u3
     normalise_head(x, w, head_dim, eps);
 }
 
-// Normalises every head of queries and keys, where `q_norm` is not null, and rotates it. `n_head` of the `n_heads` are queries.
-// A warp per head. Grid: heads / 4, tokens.
-KERNEL(norm_rope, 128, f32 *x, const f32 *q_norm, const f32 *k_norm, const f32 *cosines, const f32 *sines, u32 n_cols,
-       u32 n_head, u32 n_heads, u32 head_dim, u32 n_pair, u32 neighbours, f32 eps) {
+// Normalises every head of queries and keys, where there are norms, and rotates it. A warp per head. Grid: heads / 4, tokens.
+KERNEL(norm_rope, 128, NORM_ROPE_ARGS) {
     const u32 head = block_x() * 4 + thread_x() / 32;
     if (head >= n_heads) return;
     x += (u64)block_y() * n_cols + head * head_dim;
-    if (q_norm) {
-        normalise_head(x, head < n_head ? q_norm : k_norm, head_dim, eps);
-        warp_barrier();
-    }
-    rotate_head(x, cosines, sines, n_pair, neighbours);
+    norm_rope_head(x, head < n_head ? q_norm : k_norm, cosines, sines, head_dim, n_pair, neighbours, eps);
 }
 
 // Cosine and sine of every pair at every token's position; cos, sin: [n_tokens, n_pair]. Grid: tokens.

@@ -72,6 +72,14 @@ DEVICE u32 count_bits(u32 v) {
     return r;
 }
 
+// Counts who comes, from 0 to `n - 1` and then over again, and gives the count so far. What a thread that comes has written, or has
+// seen written, is seen by all that come later.
+DEVICE u32 arrive(u32 *counter, u32 n) {
+    u32 r;
+    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(r) : "l"(counter), "r"(n - 1) : "memory");
+    return r;
+}
+
 // `c + Σ a[i] b[i]` over four signed bytes.
 DEVICE i32 dp4a(u32 a, u32 b, i32 c) {
     i32 r;
@@ -195,4 +203,13 @@ template <int threads> DEVICE f32 block_sum(f32 v, f32 *scratch) {
     UNROLL for (int i = 0; i < threads / 32; i++) sum += scratch[i];
     barrier();
     return sum;
+}
+
+// Whether this block is the last of `n` to come by `counter`, which is 0 before and after: it sees what all of them have written.
+DEVICE bool is_last_block(u32 *counter, u32 n) {
+    SHARED(u32, before, 1);
+    barrier();
+    if (thread_x() == 0) before[0] = arrive(counter, n);
+    barrier();
+    return before[0] == n - 1;
 }

@@ -28,3 +28,12 @@ DEVICE void quantize_four(u32 *codes, f32x2 *scales, f32x4 v, u64 i, bool there)
     codes[i] = finite ? (u32)(a & 255) | (u32)(b & 255) << 8 | (u32)(c & 255) << 16 | (u32)e << 24 : 0;
     if (i % 8 == 0) scales[i / 8] = finite ? f32x2{d, d * sum} : f32x2{NAN, NAN};
 }
+
+// Quantizes what the block of `threads` has written before a barrier: `n` values of x from number `first` on, both multiples of 32.
+template <u32 threads> DEVICE void quantize_written(u32 *codes, f32x2 *scales, const f32 *x, u64 first, u32 n) {
+    for (u32 at = 0; at < n; at += 4 * threads) {
+        const u32 i = at + 4 * thread_x();
+        const f32x4 v = i < n ? *(const f32x4 *)(x + first + i) : f32x4{0, 0, 0, 0};
+        quantize_four(codes, scales, v, (first + i) / 4, i < n);
+    }
+}

@@ -12,7 +12,8 @@ struct Planes {
     const u8 *p0, *p1, *p2, *p3;
 };
 
-#define PLANES const u8 *w0, const u8 *w1, const u8 *w2, const u8 *w3
+#define PLANES_OF(w) const u8 *w##0, const u8 *w##1, const u8 *w##2, const u8 *w##3
+#define PLANES PLANES_OF(w)
 #define PLANES_OF_ARGS Planes{w0, w1, w2, w3}
 
 // 32 weights: number i is worth `scale[i / 16] · code i − min`.
@@ -45,6 +46,8 @@ DEVICE void k_scale(const u32x4 &meta, u32 j, f32 &scale, f32 &min) {
 
 // Planes: 128 bytes of codes, 16 of scales.
 struct Q4K {
+    // GGUF's number of the type.
+    static const u32 TYPE = 12;
     static const u32 BLOCK = 256;
     // Whether the halves of a sub-block have scales of their own.
     static const bool HALVES = false;
@@ -67,6 +70,7 @@ struct Q4K {
 
 // Planes: 128 bytes of low bits, 16 of scales, 32 of fifth bits.
 struct Q5K {
+    static const u32 TYPE = 13;
     static const u32 BLOCK = 256;
     static const bool HALVES = false;
     static const bool MINS = true;
@@ -91,6 +95,7 @@ struct Q5K {
 
 // Planes: 128 bytes of low bits, 16 of scales, 64 of high bits, 2 of the block's scale.
 struct Q6K {
+    static const u32 TYPE = 14;
     static const u32 BLOCK = 256;
     static const bool HALVES = true;
     static const bool MINS = false;
@@ -156,6 +161,7 @@ DEVICE void fifth_bits(u32 *codes, const u8 *p) {
 
 // Planes: 32 bytes of codes, 2 of scale.
 struct Q80 : Of32<Q80> {
+    static const u32 TYPE = 8;
     static const bool MINS = false;
     static DEVICE_MEMBER void sub(const Planes &w, u64 block, Sub &s) {
         words_of(s.codes, w.p0 + block * 32);
@@ -168,6 +174,7 @@ struct Q80 : Of32<Q80> {
 // Planes: 16 bytes of codes or their low bits; 2 of scale, with `mins` 2 more of what is added; with `fifths` 4 of fifth bits. Without
 // `mins` the middle code is zero.
 template <bool fifths, bool mins> struct Small : Of32<Small<fifths, mins>> {
+    static const u32 TYPE = (fifths ? 6 : 2) + mins;
     static const bool MINS = mins;
     static DEVICE_MEMBER void sub(const Planes &w, u64 block, Sub &s) {
         nibbles(s.codes, w.p0 + block * 16);
@@ -184,15 +191,25 @@ typedef Small<false, true> Q41;
 typedef Small<true, false> Q50;
 typedef Small<true, true> Q51;
 
-// One weight of a float type.
+// Weights of a float type: one, and the four from number 4 i on.
 struct F32 {
     static DEVICE_MEMBER f32 at(const u8 *p, u64 i) { return ((const f32 *)p)[i]; }
+    static DEVICE_MEMBER f32x4 four(const u8 *p, u64 i) { return ((const f32x4 *)p)[i]; }
 };
 struct F16 {
     static DEVICE_MEMBER f32 at(const u8 *p, u64 i) { return half_to_float(((const u16 *)p)[i]); }
+    static DEVICE_MEMBER f32x4 four(const u8 *p, u64 i) {
+        const u32x2 v = ((const u32x2 *)p)[i];
+        return f32x4{half_to_float((u16)v.x), half_to_float((u16)(v.x >> 16)), half_to_float((u16)v.y),
+                     half_to_float((u16)(v.y >> 16))};
+    }
 };
 struct BF16 {
     static DEVICE_MEMBER f32 at(const u8 *p, u64 i) { return from_bits((u32)((const u16 *)p)[i] << 16); }
+    static DEVICE_MEMBER f32x4 four(const u8 *p, u64 i) {
+        const u32x2 v = ((const u32x2 *)p)[i];
+        return f32x4{from_bits(v.x << 16), from_bits(v.x & 0xffff0000u), from_bits(v.y << 16), from_bits(v.y & 0xffff0000u)};
+    }
 };
 
 // Every quantized type: its name in kernels, its struct.

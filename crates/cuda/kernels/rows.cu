@@ -78,16 +78,19 @@ KERNEL(add_bias, 256, f32 *x, const f32 *bias, u32 n_cols, u32 at, u32 n_bias) {
     if (i < n_bias) x[(u64)block_y() * n_cols + at + i] += bias[i];
 }
 
-// out[t] = Σ_s weights[t, s] x[t, s], in order of slots; x: [n_tokens, n_slots, n_cols]. Grid: parts of a row, tokens.
-KERNEL(weighted_sum, 256, f32 *out, const f32 *x, const f32 *weights, u32 n_slots, u32 n_cols) {
+// out[t] = Σ_s weights[t, s] x[t, s], in order of slots, and where `sum` is not null that is added to it too;
+// x: [n_tokens, n_slots, n_cols]. Grid: parts of a row, tokens.
+KERNEL(weighted_sum, 256, f32 *out, const f32 *x, const f32 *weights, u32 n_slots, u32 n_cols, f32 *sum) {
     const u32 i = block_x() * 256 + thread_x();
     if (i >= n_cols) return;
-    f32 sum = 0;
+    f32 all = 0;
     for (u32 s = 0; s < n_slots; s++) {
         const u64 part = (u64)block_y() * n_slots + s;
-        sum += weights[part] * x[part * n_cols + i];
+        all += weights[part] * x[part * n_cols + i];
     }
-    out[(u64)block_y() * n_cols + i] = sum;
+    const u64 to = (u64)block_y() * n_cols + i;
+    out[to] = all;
+    if (sum) sum[to] += all;
 }
 
 // to[t] = from[rows[t]]; [n_tokens, n_cols]. Grid: parts of a row, tokens.

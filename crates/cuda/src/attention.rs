@@ -4,7 +4,7 @@ use apr_core::backend::{Heads, KV_BLOCK, KvType};
 use apr_core::batch::Batch;
 
 use crate::batch::{DeviceBatch, Places};
-use crate::driver::{Arg, Result};
+use crate::driver::{Arg, Launch, Result};
 use crate::kv::KvCache;
 use crate::memory::{Buffer, Device};
 use crate::tensor::{CudaTensor, ensure};
@@ -14,6 +14,14 @@ fn store_kernel(kv: KvType) -> &'static str {
         KvType::F32 => "kv_store_f32",
         KvType::F16 => "kv_store_f16",
         KvType::Q8_0 => "kv_store_q8_0",
+    }
+}
+
+fn norm_rope_store_kernel(kv: KvType) -> &'static str {
+    match kv {
+        KvType::F32 => "norm_rope_store_f32",
+        KvType::F16 => "norm_rope_store_f16",
+        KvType::Q8_0 => "norm_rope_store_q8_0",
     }
 }
 
@@ -51,6 +59,8 @@ struct Call<'a> {
     parts: &'a mut Option<Buffer>,
     out: Arg,
     qkv: [Arg; 2],
+    /// The 8-bit form of `out`, null where it is not to be written.
+    q8: [Arg; 2],
     places: &'a Places,
     layer: usize,
     heads: Heads,
@@ -75,14 +85,33 @@ impl Call<'_> {
         let parts = self.parts.as_ref().map_or(Arg::Address(0), Buffer::arg);
         let places = [self.places.blocks, self.places.tables, self.places.positions];
         let sizes = [n_head, n_head_kv, head_dim, self.layer, chunk, n_split, per_split].map(Arg::from);
-        let args = [&[self.out, parts, index, self.qkv[0]], &places[..], &[self.qkv[1]], &sizes].concat();
+        let mut args = [&[self.out, parts, index, self.qkv[0]], &places[..], &[self.qkv[1]], &sizes].concat();
+        if !kernel.starts_with("attention_prefill") {
+            args.extend(self.q8);
+        }
         self.device.launch(kernel, 128, [n_blocks, n_head / chunk, n_split], &args);
         if n_split > 1 {
             let args = [self.out, parts, rows.0, n_head.into(), head_dim.into(), n_split.into()];
+            let args = [&args[..], &self.q8].concat();
             self.device.launch("attention_merge", 128, [rows.1, n_head, 1], &args);
         }
         Ok(())
     }
+}
+
+/// Stores a step's keys and values, in the launch that has rotated them where they come from there.
+fn store(device: &Device, qkv: &CudaTensor, kv_type: KvType, places: &Places, (layer, heads): (usize, Heads)) {
+    let Heads { n_head, n_head_kv, head_dim } = heads;
+    let to = [places.blocks, places.tables, places.positions, n_head_kv.into(), layer.into()];
+    let rotated = |last: &Launch| (last.kernel == "norm_rope").then(|| norm_rope_store_kernel(kv_type));
+    if let Some(mut launch) = device.take_open(qkv.arg(), rotated) {
+        launch.grid[0] = (n_head + 2 * n_head_kv).div_ceil(4) as u32;
+        launch.args.extend(to);
+        return device.push(launch);
+    }
+    let from = [qkv.arg(), qkv.n_cols().into(), heads.k().start.into(), head_dim.into()];
+    let grid = [(2 * n_head_kv).div_ceil(4), qkv.n_rows(), 1];
+    device.launch(store_kernel(kv_type), 128, grid, &[&from[..], &to].concat());
 }
 
 /// Stores a step's keys and values and attends to all of them: `out` is `[n_tokens, n_head · head_dim]`, `qkv` has queries, keys and
@@ -103,19 +132,20 @@ pub(crate) fn attention(
 ) -> Result<()> {
     let n_rows = qkv.n_rows();
     out.set_rows(n_rows)?;
-    let Heads { n_head_kv, head_dim, .. } = heads;
+    let head_dim = heads.head_dim;
     let kv_type = kv.shape().kv_type;
     let places = on_device.places(device, batch, kv)?;
-    let to = [places.blocks, places.tables, places.positions, qkv.n_cols().into()];
-    let store = [heads.k().start.into(), n_head_kv.into(), head_dim.into(), layer.into()];
-    let grid = [n_rows, (2 * n_head_kv).div_ceil(4), 1];
-    device.launch(store_kernel(kv_type), 128, grid, &[&[qkv.arg()], &to[..], &store].concat());
+    store(device, qkv, kv_type, &places, (layer, heads));
 
     let chunk = chunk_of(heads, TILE_ROWS);
     let per_tile = (kv_type == KvType::F16 && head_dim <= 128).then_some(TILE_ROWS / chunk);
     let rows = on_device.attention_rows(device, batch, per_tile)?;
     let qkv = [qkv.arg(), qkv.n_cols().into()];
-    let mut call = Call { device, parts, out: out.arg_mut(), qkv, places: &places, layer, heads };
+    let written = out.arg_mut();
+    // Tiles of many rows do not write it.
+    let q8 = if rows.many.n == 0 && head_dim.is_multiple_of(32) { out.q8_mut()? } else { None };
+    let q8 = q8.unwrap_or([Arg::Address(0); 2]);
+    let mut call = Call { device, parts, out: written, qkv, q8, places: &places, layer, heads };
     if rows.many.n > 0 {
         let kernel = if head_dim <= 64 { "attention_prefill_64" } else { "attention_prefill_128" };
         call.run(kernel, rows.tiles, (rows.many.rows, rows.many.n), rows.many.n_kv, rows.n_tiles, chunk)?;

@@ -8,8 +8,9 @@ use sha2::{Digest, Sha256};
 use crate::nvrtc::{Nvrtc, NvrtcError};
 
 /// Sources of the kernels: a module each.
-pub(crate) const SOURCES: [(&str, &str); 9] = [
+pub(crate) const SOURCES: [(&str, &str); 10] = [
     ("attention.cu", include_str!("../kernels/attention.cu")),
+    ("experts.cu", include_str!("../kernels/experts.cu")),
     ("matmul_32.cu", include_str!("../kernels/matmul_32.cu")),
     ("matmul_k.cu", include_str!("../kernels/matmul_k.cu")),
     ("matvec.cu", include_str!("../kernels/matvec.cu")),
@@ -21,11 +22,14 @@ pub(crate) const SOURCES: [(&str, &str); 9] = [
 ];
 
 /// What they include.
-const HEADERS: [(&str, &str); 5] = [
+const HEADERS: [(&str, &str); 8] = [
+    ("heads.cuh", include_str!("../kernels/heads.cuh")),
     ("matmul.cuh", include_str!("../kernels/matmul.cuh")),
+    ("matvec.cuh", include_str!("../kernels/matvec.cuh")),
     ("prims.cuh", include_str!("../kernels/prims.cuh")),
     ("q8.cuh", include_str!("../kernels/q8.cuh")),
     ("qtypes.cuh", include_str!("../kernels/qtypes.cuh")),
+    ("route.cuh", include_str!("../kernels/route.cuh")),
     ("tiles.cuh", include_str!("../kernels/tiles.cuh")),
 ];
 

@@ -1,6 +1,7 @@
 //! The CUDA backend: the ops of the models as kernels that are compiled on the user's machine.
 //!
-//! Ops put launches in a queue; a step hands its queue to the device as one, which replays it where it has run it before. Quantized
+//! Ops put launches in a queue; a step hands its queue to the device as one, which replays it where it has run it before. An op whose
+//! input the last launch in the queue has just written may become part of that launch, where a kernel does both. Quantized
 //! weights meet activations quantized to 8 bits, 32 to a scale; everything else is computed in 32-bit floats. Nothing that changes
 //! from one step to the next of the same shape is an argument of a launch: it lies in device memory.
 
@@ -9,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use apr_core::backend::{
     Backend, BackendError, FfnScratch, FfnWeights, Heads, KvShape, Precision, Result, Routing, WeightData,
-    check_restore,
+    check_restore, unfused,
 };
 use apr_core::batch::Batch;
 use apr_core::probe::{Probe, seen};
@@ -49,6 +50,8 @@ struct Shared {
     parts: Option<Buffer>,
     /// Rows on their way to another place.
     moved: Option<Buffer>,
+    /// Zeros that kernels count their blocks with.
+    counters: Option<Buffer>,
 }
 
 /// A driver's error as a backend's.
@@ -60,6 +63,15 @@ pub(crate) fn failed(device: &Device, e: DriverError) -> BackendError {
         },
         DriverError::Failed(what) => BackendError::Device { device: device.driver().description().name.clone(), what },
     }
+}
+
+/// At least `n` zeros, which kernels that count with them leave as they were.
+fn counters(device: &Device, buffer: &mut Option<Buffer>, n: usize) -> driver::Result<Arg> {
+    let n_bytes = 4 * n.next_power_of_two().max(64);
+    if buffer.as_ref().is_none_or(|b| b.n_bytes() < n_bytes) {
+        *buffer = Some(device.alloc_with(&vec![0; n_bytes])?);
+    }
+    Ok(buffer.as_ref().expect("it was just made").arg())
 }
 
 impl CudaBackend {
@@ -199,6 +211,11 @@ impl Backend for CudaBackend {
         self.ok(products::matmul(&self.device, out, at, w, x))
     }
 
+    fn qkv(&self, out: &mut CudaTensor, w: [&CudaWeight; 3], heads: Heads, x: &CudaTensor) -> Result<()> {
+        self.ok(out.set_rows(x.n_rows()))?;
+        if self.ok(products::qkv(&self.device, out, w, x))? { Ok(()) } else { unfused::qkv(self, out, w, heads, x) }
+    }
+
     fn add_bias(&self, x: &mut CudaTensor, at: usize, bias: &CudaWeight) -> Result<()> {
         let (n, rows) = (bias.n_cols, x.n_rows());
         let args = [x.arg_mut(), bias.vector(), x.n_cols().into(), at.into(), n.into()];
@@ -261,7 +278,7 @@ impl Backend for CudaBackend {
             (rope.pairing == Pairing::Adjacent).into(),
             eps.into(),
         ];
-        self.device.launch("norm_rope", 128, [n_heads.div_ceil(4), rows, 1], &args);
+        self.device.launch_open("norm_rope", 128, [n_heads.div_ceil(4), rows, 1], &args);
         Ok(())
     }
 
@@ -282,8 +299,10 @@ impl Backend for CudaBackend {
 
     fn keep_rows(&self, x: &mut CudaTensor, rows: &[u32]) -> Result<()> {
         let n_cols = x.n_cols();
-        let all = rows.len() == x.n_rows();
-        if !all && !rows.is_empty() {
+        if rows.len() == x.n_rows() {
+            return Ok(());
+        }
+        if !rows.is_empty() {
             let mut shared = self.shared();
             let kept = self.ok(shared.batch.kept(&self.device, rows))?;
             let n_bytes = (rows.len() * n_cols * 4).next_power_of_two();
@@ -301,6 +320,13 @@ impl Backend for CudaBackend {
         let (n_rows, n_expert, k) = (r.logits.n_rows(), r.logits.n_cols(), r.ids.n_cols());
         self.ok(r.ids.set_rows(n_rows))?;
         self.ok(r.weights.set_rows(n_rows))?;
+        if let Some(mut launch) = self.device.take_open(r.logits.arg(), products::router_kernel) {
+            let mut shared = self.shared();
+            let counters = self.ok(counters(&self.device, &mut shared.counters, launch.grid[1] as usize))?;
+            launch.args.extend([r.ids.arg(), r.weights.arg_mut(), k.into(), counters]);
+            self.device.push(launch);
+            return Ok(());
+        }
         let args = [r.ids.arg(), r.weights.arg_mut(), r.logits.arg(), n_rows.into(), n_expert.into(), k.into()];
         self.device.launch("route", 128, [n_rows.div_ceil(4), 1, 1], &args);
         Ok(())
@@ -327,15 +353,12 @@ impl Backend for CudaBackend {
 
     fn weighted_sum(&self, out: &mut CudaTensor, x: &CudaTensor, weights: &CudaTensor) -> Result<()> {
         self.ok(out.set_rows(weights.n_rows()))?;
-        let (rows, n) = (out.n_rows(), out.n_cols());
-        let args = [out.arg_mut(), x.arg(), weights.arg(), weights.n_cols().into(), n.into()];
-        self.device.launch("weighted_sum", 256, [n.div_ceil(256), rows, 1], &args);
+        products::weighted_sum(&self.device, out, x, weights);
         Ok(())
     }
 
     fn add(&self, x: &mut CudaTensor, y: &CudaTensor) -> Result<()> {
-        let n = x.n();
-        self.each("add", n, &[x.arg_mut(), y.arg(), n.into()]);
+        products::add(&self.device, x, y);
         Ok(())
     }
 
@@ -348,9 +371,7 @@ impl Backend for CudaBackend {
         il: usize,
         probe: &mut P,
     ) -> Result<()> {
-        self.matmul(&mut s.gate, 0, &w.gate, x)?;
-        self.matmul(&mut s.up, 0, &w.up, x)?;
-        self.ok(self.swiglu(s))?;
+        self.ok(products::gate_up(&self.device, s, w, None, x))?;
         seen(probe, self, Stage::FfnUp, il, &s.up)?;
         seen(probe, self, Stage::FfnSwigl, il, &s.gate)?;
         self.matmul(out, 0, &w.down, &s.gate)
@@ -367,21 +388,14 @@ impl Backend for CudaBackend {
         probe: &mut P,
     ) -> Result<()> {
         {
-            let groups = &mut self.shared().groups;
-            let device = &self.device;
+            let (groups, device) = (&mut self.shared().groups, &self.device);
             self.ok(groups.prepare(device, &routing.ids, &[&w.gate, &w.up, &w.down]))?;
-            for (out, w) in [(&mut s.gate, &w.gate), (&mut s.up, &w.up)] {
-                self.ok(out.set_rows(x.n_rows()))?;
-                self.ok(products::matmul_experts(device, groups, out, w, &routing.ids, x))?;
-            }
-            self.ok(self.swiglu(s))?;
-            self.ok(s.down.set_rows(x.n_rows()))?;
-            self.ok(products::matmul_experts(device, groups, &mut s.down, &w.down, &routing.ids, &s.gate))?;
+            self.ok(products::gate_up(device, s, w, Some((groups, &routing.ids)), x))?;
+            self.ok(products::down(device, groups, out, s, &w.down, routing))?;
         }
         seen(probe, self, Stage::MoeExpertUp, il, &s.up)?;
         seen(probe, self, Stage::MoeExpertSwigl, il, &s.gate)?;
-        seen(probe, self, Stage::MoeExpertOut, il, &s.down)?;
-        self.weighted_sum(out, &s.down, &routing.weights)
+        seen(probe, self, Stage::MoeExpertOut, il, &s.down)
     }
 
     fn run_step(&self, step: &mut dyn FnMut() -> Result<()>) -> Result<()> {
@@ -391,17 +405,5 @@ impl Backend for CudaBackend {
         self.shared().batch.set_step(false);
         let flushed = self.ok(self.device.flush());
         done.and(flushed)
-    }
-}
-
-impl CudaBackend {
-    /// `gate = silu(gate) · up`
-    fn swiglu(&self, s: &mut FfnScratch<CudaTensor>) -> driver::Result<()> {
-        let (n, gate) = (s.gate.n(), s.gate.arg_mut());
-        match s.gate.q8_mut()? {
-            Some([codes, scales]) => self.each("swiglu_q8", n / 4, &[gate, s.up.arg(), codes, scales, n.into()]),
-            None => self.each("swiglu", n, &[gate, s.up.arg(), n.into()]),
-        }
-        Ok(())
     }
 }

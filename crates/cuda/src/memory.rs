@@ -16,6 +16,8 @@ struct Queue {
     launches: Vec<Launch>,
     /// Whether what waits began with a step and nothing of the step has been run yet.
     is_step: bool,
+    /// What the last launch writes, if its kernel, or another in its place, can do more with that.
+    open: Option<Arg>,
 }
 
 /// Memory of a device.
@@ -55,8 +57,34 @@ impl Device {
     pub fn launch(&self, kernel: &'static str, threads: u32, grid: [usize; 3], args: &[Arg]) {
         let grid = grid.map(|n| u32::try_from(n).expect("a grid's sizes fit 32 bits"));
         if !grid.contains(&0) {
-            self.queue().launches.push(Launch { kernel, grid, threads, args: args.to_vec() });
+            self.push(Launch { kernel, grid, threads, args: args.to_vec() });
         }
+    }
+
+    /// As [`launch`](Self::launch), of a kernel that writes all of the tensor that is its first argument, and leaves to the op that
+    /// comes next to do more with it in the same launch.
+    pub fn launch_open(&self, kernel: &'static str, threads: u32, grid: [usize; 3], args: &[Arg]) {
+        if !grid.contains(&0) {
+            self.launch(kernel, threads, grid, args);
+            self.queue().open = Some(args[0]);
+        }
+    }
+
+    /// Puts a launch at the end of the queue.
+    pub fn push(&self, launch: Launch) {
+        let mut queue = self.queue();
+        queue.open = None;
+        queue.launches.push(launch);
+    }
+
+    /// The launch at the end of the queue, out of it, if it was left open with `written` and `kernel` names one that does what it does
+    /// and more. Whoever takes it puts it back with what that one needs: an op that does not come directly behind another, because
+    /// somebody has looked at what lies between them, is launched by itself.
+    pub fn take_open(&self, written: Arg, kernel: impl FnOnce(&Launch) -> Option<&'static str>) -> Option<Launch> {
+        let mut queue = self.queue();
+        let last = queue.launches.last().filter(|_| queue.open == Some(written))?;
+        let kernel = kernel(last)?;
+        queue.launches.pop().map(|launch| Launch { kernel, ..launch })
     }
 
     /// Begins a step: what is launched until the next flush is replayed where it has been seen before.
@@ -71,6 +99,7 @@ impl Device {
         let mut queue = self.queue();
         let step = std::mem::take(&mut queue.is_step);
         let launches = std::mem::take(&mut queue.launches);
+        queue.open = None;
         if launches.is_empty() {
             return Ok(());
         }

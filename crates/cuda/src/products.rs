@@ -1,8 +1,9 @@
 //! Products of weights with activations: which kernel multiplies which type, and how rows are put into tiles.
 
+use apr_core::backend::{FfnScratch, FfnWeights, Routing};
 use apr_core::qtype::GgmlType;
 
-use crate::driver::{Arg, Result};
+use crate::driver::{Arg, Launch, Result};
 use crate::memory::{Buffer, Device};
 use crate::tensor::{CudaIds, CudaTensor, CudaWeight, ensure};
 
@@ -41,6 +42,27 @@ pub(crate) fn kernel_of(qtype: GgmlType, tile: usize) -> Option<&'static str> {
 /// The kernel that looks tokens up in a table.
 pub(crate) fn embed_kernel(qtype: GgmlType) -> &'static str {
     per_type!(qtype, "embed_", "").expect("a type that was uploaded")
+}
+
+/// The kernel that computes gate, up and SiLU of a quantized type for tiles of at most 8 rows.
+fn gate_up_kernel(qtype: GgmlType, tile: usize) -> Option<&'static str> {
+    match tile {
+        _ if qtype.is_float() => None,
+        1 => per_type!(qtype, "gate_up_", "_1"),
+        4 => per_type!(qtype, "gate_up_", "_4"),
+        8 => per_type!(qtype, "gate_up_", "_8"),
+        _ => None,
+    }
+}
+
+/// The kernel that routes with the logits that a product gives.
+pub(crate) fn router_kernel(product: &Launch) -> Option<&'static str> {
+    match product.kernel {
+        "matvec_f32_1" => Some("router_f32_1"),
+        "matvec_f32_4" => Some("router_f32_4"),
+        "matvec_f32_8" => Some("router_f32_8"),
+        _ => None,
+    }
 }
 
 /// A step's slots sorted by expert, cut into tiles.
@@ -109,21 +131,157 @@ struct Rows {
     x_div: usize,
 }
 
-/// `out[:, at..at + n_rows of w] = x wᵀ`
-pub(crate) fn matmul(device: &Device, out: &mut CudaTensor, at: usize, w: &CudaWeight, x: &CudaTensor) -> Result<()> {
-    let n_slots = x.n_rows();
-    let tile = match n_slots {
+/// Rows of a tile of all of `n_slots`, where weights are floats or not.
+fn tile_of(n_slots: usize, floats: bool) -> usize {
+    match n_slots {
         0 | 1 => 1,
         2..=4 => 4,
-        n if w.qtype.is_float() || n < 16 => 8,
+        n if floats || n < 16 => 8,
         n if n <= 32 => 32,
         _ => 64,
-    };
-    let none = Arg::Address(0);
-    let n_tiles = n_slots.div_ceil(tile);
-    let rows = Rows { tiles: none, order: none, ids: none, tile, n_tiles, n_slots, x_div: 1 };
+    }
+}
+
+impl Rows {
+    /// All rows of `x`, with one matrix.
+    fn all(x: &CudaTensor, floats: bool) -> Rows {
+        let (none, n_slots) = (Arg::Address(0), x.n_rows());
+        let tile = tile_of(n_slots, floats);
+        Rows { tiles: none, order: none, ids: none, tile, n_tiles: n_slots.div_ceil(tile), n_slots, x_div: 1 }
+    }
+
+    /// The slots of `ids`, sorted for products with a matrix of `n_cols` columns per expert.
+    fn of_experts(groups: &Groups, ids: &CudaIds, x: &CudaTensor, n_cols: usize) -> Rows {
+        let [order, tiles] = groups.args();
+        let n_slots = ids.n_rows() * ids.n_cols();
+        let x_div = if x.n_cols() == n_cols { ids.n_cols() } else { 1 };
+        Rows { tiles, order, ids: ids.arg(), tile: groups.tile, n_tiles: groups.n_tiles, n_slots, x_div }
+    }
+}
+
+/// `out[:, at..at + n_rows of w] = x wᵀ`
+pub(crate) fn matmul(device: &Device, out: &mut CudaTensor, at: usize, w: &CudaWeight, x: &CudaTensor) -> Result<()> {
     let ld = out.n_cols();
-    product(device, out, (at, ld), w, x, &rows)
+    product(device, out, (at, ld), w, x, &Rows::all(x, w.qtype.is_float()))
+}
+
+/// `out = [x qᵀ, x kᵀ, x vᵀ]` in one launch for a few rows of `x`; false where that is not to be had, and nothing is launched.
+pub(crate) fn qkv(device: &Device, out: &mut CudaTensor, w: [&CudaWeight; 3], x: &CudaTensor) -> Result<bool> {
+    let (rows, n_cols) = (Rows::all(x, false), w[0].n_cols);
+    if w.iter().any(|w| w.qtype.is_float()) || rows.tile > 8 {
+        return Ok(false);
+    }
+    assert!(w[1].n_rows == w[2].n_rows && w.iter().all(|w| w.n_cols == n_cols), "one input, as many keys as values");
+    let kernel = match rows.tile {
+        1 => "qkv_1",
+        4 => "qkv_4",
+        _ => "qkv_8",
+    };
+    let lanes = lanes_of(n_cols);
+    let n_blocks = w.iter().map(|w| w.n_rows.div_ceil(128 / lanes)).sum();
+    let (planes, types) = (w.map(CudaWeight::planes).concat(), w.map(|w| Arg::from(w.qtype.id())));
+    let sizes = [rows.n_slots, w[0].n_rows, w[1].n_rows, n_cols, lanes].map(Arg::from);
+    let args = [&[out.arg_mut()][..], &planes, &types, &x.q8()?, &sizes].concat();
+    device.launch(kernel, 128, [n_blocks, rows.n_tiles, 1], &args);
+    Ok(true)
+}
+
+/// `s.gate = silu(gate x) · up x`, `s.up = up x`, dense or of the experts of `ids`.
+pub(crate) fn gate_up(
+    device: &Device,
+    s: &mut FfnScratch<CudaTensor>,
+    w: &FfnWeights<CudaWeight>,
+    experts: Option<(&Groups, &CudaIds)>,
+    x: &CudaTensor,
+) -> Result<()> {
+    let FfnWeights { gate, up, .. } = w;
+    let rows = || match experts {
+        Some((groups, ids)) => Rows::of_experts(groups, ids, x, gate.n_cols),
+        None => Rows::all(x, gate.qtype.is_float()),
+    };
+    s.gate.set_rows(x.n_rows())?;
+    s.up.set_rows(x.n_rows())?;
+    let few = gate_up_kernel(gate.qtype, rows().tile);
+    let Some(kernel) = few.filter(|_| gate.qtype == up.qtype && gate.n_rows.is_multiple_of(32)) else {
+        product(device, &mut s.gate, (0, gate.n_rows), gate, x, &rows())?;
+        product(device, &mut s.up, (0, up.n_rows), up, x, &rows())?;
+        return swiglu(device, s);
+    };
+    let (rows, lanes, input) = (rows(), lanes_of(gate.n_cols), x.q8()?);
+    let written = [s.gate.arg_mut(), s.up.arg_mut()];
+    let q8 = s.gate.q8_mut()?.unwrap_or([Arg::Address(0); 2]);
+    let places = [rows.tiles, rows.order, rows.ids];
+    let sizes = [rows.n_slots, gate.n_rows, gate.n_cols, rows.x_div, lanes].map(Arg::from);
+    let args = [&written[..], &q8, &gate.planes(), &up.planes(), &input, &places, &sizes].concat();
+    device.launch(kernel, 512, [gate.n_rows / 32, rows.n_tiles, 1], &args);
+    Ok(())
+}
+
+/// `s.gate = silu(s.gate) · s.up`
+fn swiglu(device: &Device, s: &mut FfnScratch<CudaTensor>) -> Result<()> {
+    let (n, gate) = (s.gate.n(), s.gate.arg_mut());
+    match s.gate.q8_mut()? {
+        Some([codes, scales]) => {
+            let args = [gate, s.up.arg(), codes, scales, n.into()];
+            device.launch("swiglu_q8", 256, [(n / 4).div_ceil(256), 1, 1], &args);
+        }
+        None => device.launch("swiglu", 256, [n.div_ceil(256), 1, 1], &[gate, s.up.arg(), n.into()]),
+    }
+    Ok(())
+}
+
+/// Products of outputs with slots that a block of `down` holds at most.
+const DOWN_PRODUCTS: usize = 256;
+
+/// `s.down[i, s] = w[ids[i, s]] s.gate[i, s]`, `out[i] = Σ_s weights[i, s] s.down[i, s]`
+pub(crate) fn down(
+    device: &Device,
+    groups: &Groups,
+    out: &mut CudaTensor,
+    s: &mut FfnScratch<CudaTensor>,
+    w: &CudaWeight,
+    routing: &Routing<CudaTensor, CudaIds>,
+) -> Result<()> {
+    let (n_tokens, k) = (routing.ids.n_rows(), routing.ids.n_cols());
+    s.down.set_rows(n_tokens)?;
+    out.set_rows(n_tokens)?;
+    if groups.tile > 1 || w.qtype.is_float() || k > DOWN_PRODUCTS {
+        matmul_experts(device, groups, &mut s.down, w, &routing.ids, &s.gate)?;
+        weighted_sum(device, out, &s.down, &routing.weights);
+        return Ok(());
+    }
+    let (kernel, lanes) = (per_type!(w.qtype, "down_", "").expect("a type that was uploaded"), lanes_of(w.n_cols));
+    let per_block = (256 / lanes / k).max(1);
+    let input = s.gate.q8()?;
+    let sizes = [k, w.n_rows, w.n_cols, lanes, per_block].map(Arg::from);
+    let head = [&[out.arg_mut(), s.down.arg_mut()][..], &w.planes(), &input].concat();
+    let args = [&head[..], &[routing.ids.arg(), routing.weights.arg()], &sizes, &[Arg::Address(0)]].concat();
+    device.launch_open(kernel, 256, [w.n_rows.div_ceil(per_block), n_tokens, 1], &args);
+    Ok(())
+}
+
+/// `out[i] = Σ_s weights[i, s] x[i, s]`; `out` has its rows.
+pub(crate) fn weighted_sum(device: &Device, out: &mut CudaTensor, x: &CudaTensor, weights: &CudaTensor) {
+    let (rows, n) = (out.n_rows(), out.n_cols());
+    let args = [out.arg_mut(), x.arg(), weights.arg(), weights.n_cols().into(), n.into(), Arg::Address(0)];
+    device.launch_open("weighted_sum", 256, [n.div_ceil(256), rows, 1], &args);
+}
+
+/// `x += y`, by the launch that has just written `y` where that can.
+pub(crate) fn add(device: &Device, x: &mut CudaTensor, y: &CudaTensor) {
+    let to = x.arg_mut();
+    // Kernels that can have what to add to as their last argument, which none of their threads may read for anything else.
+    let adds = |last: &Launch| (last.kernel != "norm_rope" && !last.args.contains(&to)).then_some(last.kernel);
+    match device.take_open(y.arg(), adds) {
+        Some(mut launch) => {
+            *launch.args.last_mut().expect("kernels have arguments") = to;
+            device.push(launch);
+        }
+        None => {
+            let n = x.n();
+            device.launch("add", 256, [n.div_ceil(256), 1, 1], &[to, y.arg(), n.into()]);
+        }
+    }
 }
 
 /// `out[i, s] = w[ids[i, s]] x[i]`, or `x[i, s]` where `x` has a part per slot.
@@ -135,11 +293,7 @@ pub(crate) fn matmul_experts(
     ids: &CudaIds,
     x: &CudaTensor,
 ) -> Result<()> {
-    let [order, tiles] = groups.args();
-    let n_slots = ids.n_rows() * ids.n_cols();
-    let x_div = if x.n_cols() == w.n_cols { ids.n_cols() } else { 1 };
-    let rows = Rows { tiles, order, ids: ids.arg(), tile: groups.tile, n_tiles: groups.n_tiles, n_slots, x_div };
-    product(device, out, (0, w.n_rows), w, x, &rows)
+    product(device, out, (0, w.n_rows), w, x, &Rows::of_experts(groups, ids, x, w.n_cols))
 }
 
 fn product(
@@ -154,16 +308,23 @@ fn product(
     let head = [&[out.arg_mut()][..], &w.planes()].concat();
     let places = [rows.tiles, rows.order, rows.ids];
     let sizes = [rows.n_slots, w.n_rows, w.n_cols, rows.x_div, ld, at].map(Arg::from);
-    if w.qtype.is_float() {
-        let args = [&head[..], &[x.arg()], &places, &sizes].concat();
-        device.launch(kernel, 128, [w.n_rows.div_ceil(4), rows.n_tiles, 1], &args);
-    } else if rows.tile > 8 {
+    let none = Arg::Address(0);
+    if rows.tile > 8 {
         let args = [&head[..], &x.q8()?, &places, &sizes].concat();
         device.launch(kernel, 256, [w.n_rows.div_ceil(128), rows.n_tiles, 1], &args);
-    } else {
-        let lanes = lanes_of(w.n_cols);
-        let args = [&head[..], &x.q8()?, &places, &sizes, &[lanes.into()]].concat();
-        device.launch(kernel, 128, [w.n_rows.div_ceil(128 / lanes), rows.n_tiles, 1], &args);
+        return Ok(());
+    }
+    let (args, per_block) = match w.qtype.is_float() {
+        true => ([&head[..], &[x.arg()], &places, &sizes, &[none]].concat(), 4),
+        false => {
+            let lanes = lanes_of(w.n_cols);
+            ([&head[..], &x.q8()?, &places, &sizes, &[lanes.into(), none]].concat(), 128 / lanes)
+        }
+    };
+    let grid = [w.n_rows.div_ceil(per_block), rows.n_tiles, 1];
+    match (at, ld) == (0, w.n_rows) {
+        true => device.launch_open(kernel, 128, grid, &args),
+        false => device.launch(kernel, 128, grid, &args),
     }
     Ok(())
 }

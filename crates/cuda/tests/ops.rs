@@ -6,7 +6,9 @@ mod blocks;
 mod devices;
 
 use apr_core::backend::reference::Reference;
-use apr_core::backend::{Backend, BackendError, Bytes, Heads, KvShape, KvType, Routing, WeightData};
+use apr_core::backend::{
+    Backend, BackendError, Bytes, FfnScratch, FfnWeights, Heads, KvShape, KvType, Routing, WeightData,
+};
 use apr_core::batch::{Batch, Row, Wants};
 use apr_core::probe::NoProbe;
 use apr_core::qtype::GgmlType;
@@ -435,6 +437,191 @@ fn heads_are_normalised_and_rotated_as_by_the_reference(cuda: Make) {
     }
 }
 
+/// What a backend with this routing, or without one, leaves of a feed-forward block: up, gate, down where there are experts, output.
+fn fed_forward<B: Backend>(
+    b: &B,
+    w: &[WeightData; 3],
+    (ids, weights, k): (&[u32], &[f32], usize),
+    x: &[f32],
+) -> [Vec<f32>; 4] {
+    let [gate, up, down] = w.each_ref().map(|w| b.upload(w).unwrap());
+    let (n_embd, n_ff) = (w[0].n_cols, w[0].n_rows);
+    let mut s = FfnScratch {
+        gate: b.tensor(k * n_ff, &[&down]),
+        up: b.tensor(k * n_ff, &[]),
+        down: b.tensor(k * w[2].n_rows, &[]),
+    };
+    let weight = FfnWeights { gate, up, down };
+    let (x, mut out) = (tensor(b, n_embd, x), b.tensor(w[2].n_rows, &[]));
+    if ids.is_empty() {
+        b.dense_ffn(&mut out, &mut s, &weight, &x, 0, &mut NoProbe).unwrap();
+        return [values(b, &s.up), values(b, &s.gate), Vec::new(), values(b, &out)];
+    }
+    let mut routing = Routing { logits: b.tensor(w[0].n_mat, &[]), ids: b.ids(k), weights: tensor(b, k, weights) };
+    b.write_ids(&mut routing.ids, ids).unwrap();
+    b.experts_ffn(&mut out, &mut s, &weight, &routing, &x, 0, &mut NoProbe).unwrap();
+    [&s.up, &s.gate, &s.down, &out].map(|t| values(b, t))
+}
+
+/// Gate, up and down of a type, and of the next one where `mixed`: then gate and up are not of one type.
+fn ffn_weights(
+    qtype: GgmlType,
+    n_mat: usize,
+    (n_embd, n_ff): (usize, usize),
+    mixed: bool,
+    rng: &mut Rng,
+) -> [WeightData; 3] {
+    let other = if mixed { GgmlType::Q8_0 } else { qtype };
+    let shapes = [(qtype, n_ff, n_embd), (other, n_ff, n_embd), (other, n_embd, n_ff)];
+    shapes.map(|(qtype, n_rows, n_cols)| weight(qtype, (n_mat, n_rows, n_cols), rng))
+}
+
+fn feed_forward_blocks_of_every_type_are_those_of_the_reference(cuda: Make) {
+    let mut rng = Rng(14);
+    let every = QUANTIZED.into_iter().chain([GgmlType::F16]).map(|q| (q, false)).chain([(GgmlType::Q4_K, true)]);
+    for (qtype, mixed) in every {
+        for (n_expert, k, n_tokens) in
+            [(1, 1, 1), (1, 1, 3), (1, 1, 9), (1, 1, 20), (6, 3, 1), (6, 3, 2), (6, 4, 7), (6, 2, 60)]
+        {
+            // Outputs that no block of threads divides, and with 32-weight blocks an input that ends with half a unit.
+            let (n_embd, n_ff) = if qtype.block_len() == 256 { (256, 256) } else { (96, 288) };
+            let w = ffn_weights(qtype, n_expert, (n_embd, n_ff), mixed, &mut rng);
+            let x = rng.activations(n_tokens * n_embd);
+            let is_moe = n_expert > 1;
+            let ids: Vec<u32> = (0..if is_moe { n_tokens } else { 0 })
+                .flat_map(|t| (0..k).map(move |s| ((t + s) % 5) as u32))
+                .collect();
+            let weights: Vec<f32> = ids.iter().map(|_| 0.1 + rng.below(100) as f32 / 100.0).collect();
+            let routing = (&ids[..], &weights[..], k);
+            let [up, gate, down, out] = fed_forward(&cuda(), &w, routing, &x);
+            let seen = |x: &[f32], w: &WeightData| if w.qtype.is_float() { x.to_vec() } else { rounded(x) };
+            let what = format!("{qtype}, {n_expert} experts, {n_tokens} tokens");
+            // Judged by what the device itself gave before: the last bit of a value may be another code.
+            let product = |w: &WeightData, x: &[f32]| match is_moe {
+                true => matmul_experts(&Reference, w, &ids, k, &seen(x, w)),
+                false => products_of(&Reference, w, &seen(x, w)),
+            };
+            assert_close(&up, &product(&w[1], &x), 2e-6, &format!("up of {what}"));
+            let silu = |g: f32| g / (1.0 + (-g).exp());
+            let swiglu: Vec<f32> = product(&w[0], &x).iter().zip(&up).map(|(&g, u)| silu(g) * u).collect();
+            assert_close(&gate, &swiglu, 4e-6, &format!("gate of {what}"));
+            let parts = product(&w[2], &gate);
+            if !is_moe {
+                assert_close(&out, &parts, 2e-6, &format!("output of {what}"));
+                continue;
+            }
+            assert_close(&down, &parts, 2e-6, &format!("down of {what}"));
+            let of_token =
+                |t: usize, i: usize| (0..k).map(|s| weights[t * k + s] * down[(t * k + s) * n_embd + i]).sum();
+            let sums: Vec<f32> =
+                (0..n_tokens).flat_map(|t| (0..n_embd).map(move |i| (t, i))).map(|(t, i)| of_token(t, i)).collect();
+            assert_close(&out, &sums, 1e-6, &format!("output of {what}"));
+        }
+    }
+}
+
+/// Queries, keys and values of heads, all at once.
+fn qkv_of<B: Backend>(b: &B, w: &[WeightData; 3], heads: Heads, x: &[f32]) -> Vec<f32> {
+    let (w, x, mut out) =
+        (w.each_ref().map(|w| b.upload(w).unwrap()), tensor(b, w[0].n_cols, x), b.tensor(heads.n_qkv(), &[]));
+    b.qkv(&mut out, w.each_ref(), heads, &x).unwrap();
+    values(b, &out)
+}
+
+fn queries_keys_and_values_may_be_of_different_types(cuda: Make) {
+    use GgmlType::*;
+    let mut rng = Rng(15);
+    let heads = Heads { n_head: 5, n_head_kv: 2, head_dim: 8 };
+    for types in [[Q4_K, Q4_K, Q6_K], [Q5_K, Q8_0, Q4_0], [Q4_1, Q5_0, Q5_1], [Q4_K, F16, Q6_K]] {
+        for n_tokens in [1, 3, 9, 20] {
+            let shapes = [(types[0], 40), (types[1], 16), (types[2], 16)];
+            let w = shapes.map(|(qtype, n_rows)| weight(qtype, (1, n_rows, 256), &mut rng));
+            let x = rng.activations(n_tokens * 256);
+            let parts = w
+                .each_ref()
+                .map(|w| products_of(&Reference, w, &if w.qtype.is_float() { x.clone() } else { rounded(&x) }));
+            let row = |t: usize| parts.iter().zip(&w).flat_map(move |(p, w)| p[t * w.n_rows..][..w.n_rows].to_vec());
+            let expected: Vec<f32> = (0..n_tokens).flat_map(row).collect();
+            assert_close(&qkv_of(&cuda(), &w, heads, &x), &expected, 2e-6, &format!("{types:?}, {n_tokens} tokens"));
+        }
+    }
+}
+
+/// Logits, ids and weights of a router, with somebody looking at the logits before they are used or not.
+fn routed_by<B: Backend>(b: &B, w: &WeightData, k: usize, x: &[f32], looks: bool) -> (Vec<f32>, Vec<u32>, Vec<f32>) {
+    let mut r = Routing { logits: b.tensor(w.n_rows, &[]), ids: b.ids(k), weights: b.tensor(k, &[]) };
+    b.matmul(&mut r.logits, 0, &b.upload(w).unwrap(), &tensor(b, w.n_cols, x)).unwrap();
+    if looks {
+        values(b, &r.logits);
+    }
+    b.route(&mut r).unwrap();
+    let mut ids = Vec::new();
+    b.read_ids(&r.ids, &mut ids).unwrap();
+    (values(b, &r.logits), ids, values(b, &r.weights))
+}
+
+fn routers_of_few_and_many_tokens_route_by_their_logits(cuda: Make) {
+    let mut rng = Rng(16);
+    let b = cuda();
+    for (qtype, n_expert, k) in [(GgmlType::F32, 128, 8), (GgmlType::F32, 6, 2), (GgmlType::Q4_0, 16, 4)] {
+        for n_tokens in [1, 4, 7, 21] {
+            let w = weight(qtype, (1, n_expert, 64), &mut rng);
+            let x = rng.activations(n_tokens * 64);
+            let (logits, ids, weights) = routed_by(&b, &w, k, &x, false);
+            let what = format!("{k} of {n_expert}, {n_tokens} tokens");
+            let looked_at = routed_by(&b, &w, k, &x, true);
+            assert!((&logits, &ids, &weights) == (&looked_at.0, &looked_at.1, &looked_at.2), "{what}");
+            let (expected_ids, expected) = routed(&Reference, &logits, n_expert, k);
+            assert_eq!(ids, expected_ids, "{what}");
+            assert_close(&weights, &expected, 1e-6, &what);
+        }
+    }
+}
+
+/// `x + w x` where a product's output is added to something else, or to what it is made of.
+fn a_sum_with_a_product_may_be_with_its_own_input(cuda: Make) {
+    let mut rng = Rng(17);
+    for qtype in [GgmlType::F32, GgmlType::Q4_0] {
+        let (w, x, y) = (weight(qtype, (1, 64, 64), &mut rng), rng.activations(2 * 64), rng.activations(2 * 64));
+        let b = cuda();
+        let on_device = b.upload(&w).unwrap();
+        let product = products_of(&b, &w, &x);
+        for own in [false, true] {
+            let (mut input, mut other, mut out) = (tensor(&b, 64, &x), tensor(&b, 64, &y), b.tensor(64, &[]));
+            b.matmul(&mut out, 0, &on_device, &input).unwrap();
+            b.add(if own { &mut input } else { &mut other }, &out).unwrap();
+            let (sum, to) = if own { (values(&b, &input), &x) } else { (values(&b, &other), &y) };
+            let expected: Vec<f32> = product.iter().zip(to).map(|(p, v)| v + p).collect();
+            assert_eq!((sum, values(&b, &out)), (expected, product.clone()), "{qtype}");
+        }
+    }
+}
+
+fn products_with_what_attention_gave_are_those_with_its_values(cuda: Make) {
+    let mut rng = Rng(18);
+    for (n_head, n_head_kv, head_dim) in [(4, 2, 32), (8, 1, 128), (4, 4, 40)] {
+        let heads = Heads { n_head, n_head_kv, head_dim };
+        let n = heads.q().len();
+        // Heads of 40 do not end where groups of 32 do.
+        let w = weight(GgmlType::Q8_0, (1, 5, n), &mut rng);
+        let b = cuda();
+        let (on_device, mut kv) =
+            (b.upload(&w).unwrap(), b.kv_cache(KvShape { n_layer: 1, n_head_kv, head_dim, kv_type: KvType::F16 }));
+        b.kv_reserve(&mut kv, 4).unwrap();
+        // A prompt in tiles, then contexts that are split and one that is not.
+        for (rows, sequence) in [(0..150, 0), (150..151, 0), (0..1, 1)] {
+            let row = |position: u32| Row { token: 0, position, sequence, wants: Wants::Logits };
+            let batch = Batch::new(rows.clone().map(row).collect(), vec![vec![0, 1, 2], vec![3]]);
+            let qkv = tensor(&b, heads.n_qkv(), &rng.activations(rows.len() * heads.n_qkv()));
+            let (mut out, mut product) = (b.tensor(n, &[&on_device]), b.tensor(5, &[]));
+            b.attention(&mut out, &qkv, &mut kv, 0, heads, &batch, &mut NoProbe).unwrap();
+            b.matmul(&mut product, 0, &on_device, &out).unwrap();
+            let expected = products_of(&b, &w, &values(&b, &out));
+            assert!(values(&b, &product) == expected, "{n_head} heads of {head_dim}, {rows:?}");
+        }
+    }
+}
+
 #[test]
 fn what_did_not_fit_leaves_what_fits() {
     let b = CudaBackend::new(connect_with(Order::Ascending, 1_900_000));
@@ -462,5 +649,10 @@ devices::on_every_device!(
     blocks_of_keys_and_values_are_saved_and_restored,
     a_type_without_a_kernel_is_refused_by_name,
     a_norm_that_quantizes_gives_the_same_twice_over,
-    heads_are_normalised_and_rotated_as_by_the_reference
+    heads_are_normalised_and_rotated_as_by_the_reference,
+    feed_forward_blocks_of_every_type_are_those_of_the_reference,
+    queries_keys_and_values_may_be_of_different_types,
+    routers_of_few_and_many_tokens_route_by_their_logits,
+    a_sum_with_a_product_may_be_with_its_own_input,
+    products_with_what_attention_gave_are_those_with_its_values
 );

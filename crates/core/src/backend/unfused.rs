@@ -31,6 +31,14 @@ pub const INTERIOR: [Stage; 8] = [
     Stage::MoeExpertOut,
 ];
 
+/// What [`Backend::qkv`] means.
+pub fn qkv<B: Backend>(b: &B, out: &mut B::Tensor, w: [&B::Weight; 3], heads: Heads, x: &B::Tensor) -> Result<()> {
+    for (w, cols) in w.into_iter().zip([heads.q(), heads.k(), heads.v()]) {
+        b.matmul(out, cols.start, w, x)?;
+    }
+    Ok(())
+}
+
 /// What [`Backend::norm_rope`] means.
 pub fn norm_rope<B: Backend>(
     b: &B,

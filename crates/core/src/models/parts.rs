@@ -118,9 +118,7 @@ pub fn attention_block<B: Backend, P: Probe<B>>(
     let (q, k, v) = (f.heads.q(), f.heads.k(), f.heads.v());
     b.rms_norm(&mut s.xn, &s.x, &w.attn_norm, f.rms_eps)?;
     seen(probe, b, Stage::AttnNorm, il, &s.xn)?;
-    b.matmul(&mut s.qkv, q.start, &w.attn_q, &s.xn)?;
-    b.matmul(&mut s.qkv, k.start, &w.attn_k, &s.xn)?;
-    b.matmul(&mut s.qkv, v.start, &w.attn_v, &s.xn)?;
+    b.qkv(&mut s.qkv, [&w.attn_q, &w.attn_k, &w.attn_v], f.heads, &s.xn)?;
     seen(probe, b, Stage::QkvMatmul, il, &s.qkv)?;
     if let Some(bias) = &w.bias {
         for (bias, cols) in bias.iter().zip([&q, &k, &v]) {
