@@ -14,7 +14,7 @@ use crate::failure::{FAILED, Failure};
 use crate::print::{say, show_status};
 
 /// The first GPU that this process may use.
-pub const CUDA: Cuda = Cuda(connect);
+pub const CUDA: Cuda = Cuda::new(connect);
 
 fn connect() -> Result<Arc<dyn Driver>, ConnectError> {
     connect_nvidia(0, &toolchain())

@@ -2,8 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use apr_engine::device::Device;
+use apr_engine::device::{Cuda, Device};
 use apr_engine::loading::Way;
+use apr_engine::offload::GpuPlan;
 use apr_engine::{Engine, EngineOptions, Isa, KvType, Precision};
 
 use crate::failure::Result;
@@ -12,10 +13,11 @@ use crate::print::{bytes, say, show_reading};
 /// What `--device` may be.
 pub const DEVICES: [&str; 3] = ["cpu", "cuda", "reference"];
 
-/// The device of a name among [`DEVICES`].
-pub fn device_of(name: &str, n_threads: Option<usize>, isa: Option<Isa>) -> Device {
+/// The device of a name among [`DEVICES`]. Threads and instruction set are those of the CPU, which with a GPU computes the experts of
+/// some layers at most.
+pub fn device_of(name: &str, n_threads: Option<usize>, isa: Option<Isa>, n_cpu_moe: Option<usize>) -> Device {
     match name {
-        "cuda" => Device::Cuda(crate::gpu::CUDA),
+        "cuda" => Device::Cuda(Cuda { n_cpu_moe, n_threads, isa, ..crate::gpu::CUDA }),
         "reference" => Device::Reference { activations: Precision::F32 },
         _ => Device::Cpu { n_threads, isa },
     }
@@ -45,6 +47,10 @@ pub struct LoadArgs {
     /// Compute on a GPU; the same as --device cuda
     #[arg(long)]
     pub gpu: bool,
+    /// Leave the experts of the first N layers in the machine's memory, where the CPU computes them [default: of as few layers as it takes
+    /// for the model to fit the GPU]
+    #[arg(long, env = "APR_N_CPU_MOE", value_name = "N")]
+    pub n_cpu_moe: Option<usize>,
     /// Do not hold a GPU against the reference before a model is first used on it
     #[arg(long)]
     pub no_check: bool,
@@ -74,7 +80,13 @@ impl LoadArgs {
         if is_reference && (self.threads.is_some() || self.isa.is_some()) {
             say("note: the reference device runs plain loops on one thread; --threads and --isa do not apply");
         }
+        if self.n_cpu_moe.is_some() && !matches!(device, Device::Cuda(_)) {
+            say("note: without a GPU all experts are on the CPU; --n-cpu-moe does not apply");
+        }
         let engine = Engine::load(&self.model, EngineOptions { device, kv_type: self.kv, n_ctx: self.ctx })?;
+        if let Some(plan) = &engine.device.plan {
+            say(gpu_plan(plan));
+        }
         engine.hparams.notes.iter().for_each(|note| say(format_args!("note: {note}")));
         if let Way::OnDemand { need_bytes, available_bytes } = engine.loading.way {
             let per_token = engine.file.bytes_per_token(&engine.hparams);
@@ -85,7 +97,7 @@ impl LoadArgs {
 
     /// Where to compute.
     pub fn device(&self) -> Device {
-        device_of(if self.gpu { "cuda" } else { &self.device }, self.threads, self.isa)
+        device_of(if self.gpu { "cuda" } else { &self.device }, self.threads, self.isa, self.n_cpu_moe)
     }
 
     /// These options on another command line of `apr`, the model left out.
@@ -95,8 +107,27 @@ impl LoadArgs {
         args.extend(self.threads.map(|n| format!("--threads={n}")));
         args.extend(self.isa.map(|isa| format!("--isa={isa}")));
         args.extend(self.gpu.then(|| "--gpu".to_string()));
+        args.extend(self.n_cpu_moe.map(|n| format!("--n-cpu-moe={n}")));
         args.extend(self.no_check.then(|| "--no-check".to_string()));
         args
+    }
+}
+
+/// What is said of where a model's weights are.
+fn gpu_plan(plan: &GpuPlan) -> String {
+    let on_gpu = format!(
+        "GPU memory: {} free; weights {}, keys and values up to {}, buffers {}",
+        bytes(plan.free_bytes),
+        bytes(plan.weight_bytes),
+        bytes(plan.kv_bytes),
+        bytes(plan.buffer_bytes)
+    );
+    match plan.n_host_layer {
+        0 => on_gpu,
+        n => {
+            let (host, n_layer) = (bytes(plan.host_bytes), plan.n_layer);
+            format!("{on_gpu}; the experts of the first {n} of {n_layer} layers, {host}, stay in the machine's memory")
+        }
     }
 }
 
@@ -128,6 +159,25 @@ pub fn token_list(text: &str) -> std::result::Result<TokenList, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_plan_says_what_is_where() {
+        let plan = GpuPlan {
+            free_bytes: 8_000_000_000,
+            weight_bytes: 5_000_000_000,
+            host_bytes: 13_000_000_000,
+            n_host_layer: 36,
+            n_layer: 48,
+            kv_bytes: 1_000_000_000,
+            buffer_bytes: 500_000_000,
+        };
+        let text = gpu_plan(&plan);
+        assert!(
+            text.contains("8.00 GB free; weights 5.00 GB") && text.contains("first 36 of 48 layers, 13.00 GB"),
+            "{text}"
+        );
+        assert!(!gpu_plan(&GpuPlan { n_host_layer: 0, ..plan }).contains("machine's memory"));
+    }
 
     #[test]
     fn what_does_not_fit_is_read_for_every_token() {

@@ -96,6 +96,11 @@ impl DeviceBatch {
         self.n_gathered = 0;
     }
 
+    /// Goes on with a step whose launches so far have been run: those that come are another to replay.
+    pub fn go_on(&self, device: &Device) -> Result<()> {
+        if self.in_step { device.begin_step() } else { Ok(()) }
+    }
+
     /// Outside of a step what is on the device may be of another batch, and launches that wait may still need it.
     fn refresh(&mut self, device: &Device) -> Result<()> {
         if !self.in_step {

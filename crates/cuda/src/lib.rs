@@ -21,6 +21,7 @@ mod attention;
 mod batch;
 pub mod compile;
 pub mod driver;
+pub mod host;
 mod kv;
 mod memory;
 pub mod nvidia;
@@ -30,6 +31,7 @@ mod tensor;
 
 use batch::DeviceBatch;
 use driver::{Arg, Driver, DriverError};
+use host::{HostCall, HostExperts, HostWeight};
 pub use kv::KvCache;
 use memory::{Buffer, Device};
 use products::Groups;
@@ -39,6 +41,8 @@ pub use tensor::{CudaIds, CudaTensor, CudaWeight};
 pub struct CudaBackend {
     device: Device,
     shared: Mutex<Shared>,
+    /// Who has experts that the device has no room for.
+    host: Option<Box<dyn HostExperts>>,
 }
 
 /// Buffers that ops share.
@@ -52,6 +56,7 @@ struct Shared {
     moved: Option<Buffer>,
     /// Zeros that kernels count their blocks with.
     counters: Option<Buffer>,
+    call: HostCall,
 }
 
 /// A driver's error as a backend's.
@@ -77,7 +82,59 @@ fn counters(device: &Device, buffer: &mut Option<Buffer>, n: usize) -> driver::R
 impl CudaBackend {
     /// A backend on a device.
     pub fn new(driver: Arc<dyn Driver>) -> CudaBackend {
-        CudaBackend { device: Device::new(driver), shared: Mutex::default() }
+        CudaBackend { device: Device::new(driver), shared: Mutex::default(), host: None }
+    }
+
+    /// The same with experts on the host, those that `host` takes.
+    pub fn with_host(self, host: Box<dyn HostExperts>) -> CudaBackend {
+        CudaBackend { host: Some(host), ..self }
+    }
+
+    fn host(&self) -> &dyn HostExperts {
+        &**self.host.as_ref().expect("whoever took a weight is there")
+    }
+
+    /// Experts on the host: what they need is copied there, and what they give back. The step is cut in two.
+    fn host_ffn<P: Probe<Self>>(
+        &self,
+        out: &mut CudaTensor,
+        s: &mut FfnScratch<CudaTensor>,
+        block: usize,
+        routing: &Routing<CudaTensor, CudaIds>,
+        x: &CudaTensor,
+        il: usize,
+        probe: &mut P,
+    ) -> Result<()> {
+        use Stage::{MoeExpertOut, MoeExpertSwigl, MoeExpertUp};
+        let mut shared = self.shared();
+        let call = &mut shared.call;
+        call.wants_parts = [MoeExpertUp, MoeExpertSwigl, MoeExpertOut].iter().any(|&stage| probe.wants(stage, il));
+        self.read_for_host(call, &routing.ids, x)?;
+        self.ok(routing.weights.read(0..routing.weights.n_rows(), &mut call.weights))?;
+        self.host().experts_ffn(block, call)?;
+        self.ok(out.write(&call.out))?;
+        if call.wants_parts {
+            let parts = [&mut s.up, &mut s.gate, &mut s.down].into_iter().zip(&call.parts);
+            parts.into_iter().try_for_each(|(t, values)| self.ok(t.write(values)))?;
+        }
+        self.ok(shared.batch.go_on(&self.device))
+    }
+
+    /// Inputs of a product with experts on the host.
+    fn read_for_host(&self, call: &mut HostCall, ids: &CudaIds, x: &CudaTensor) -> Result<()> {
+        call.n_used = ids.n_cols();
+        self.ok(x.read(0..x.n_rows(), &mut call.x))?;
+        self.ok(ids.read(&mut call.ids))
+    }
+
+    /// A product with experts on the host.
+    fn host_matmul(&self, out: &mut CudaTensor, w: HostWeight, ids: &CudaIds, x: &CudaTensor) -> Result<()> {
+        let mut shared = self.shared();
+        let call = &mut shared.call;
+        self.read_for_host(call, ids, x)?;
+        self.host().matmul_experts(w, call)?;
+        self.ok(out.write(&call.out))?;
+        self.ok(shared.batch.go_on(&self.device))
     }
 
     fn shared(&self) -> MutexGuard<'_, Shared> {
@@ -118,6 +175,10 @@ impl Backend for CudaBackend {
     }
 
     fn upload(&self, data: &WeightData) -> Result<CudaWeight> {
+        let on_host = self.host.as_ref().map_or(Ok(None), |host| host.take(data))?;
+        if on_host.is_some() {
+            return Ok(CudaWeight::without_values(data, on_host));
+        }
         if products::kernel_of(data.qtype, 1).is_none() {
             let (tensor, qtype) = (data.name.clone(), data.qtype);
             return Err(BackendError::UnsupportedType { tensor, qtype, device: "cuda" });
@@ -333,6 +394,9 @@ impl Backend for CudaBackend {
     }
 
     fn matmul_experts(&self, out: &mut CudaTensor, w: &CudaWeight, ids: &CudaIds, x: &CudaTensor) -> Result<()> {
+        if let Some(w) = w.host {
+            return self.host_matmul(out, w, ids, x);
+        }
         self.ok(out.set_rows(x.n_rows()))?;
         let groups = &mut self.shared().groups;
         self.ok(groups.prepare(&self.device, ids, &[w]))?;
@@ -387,7 +451,9 @@ impl Backend for CudaBackend {
         il: usize,
         probe: &mut P,
     ) -> Result<()> {
-        {
+        if let Some(HostWeight { block, .. }) = w.gate.host {
+            self.host_ffn(out, s, block, routing, x, il, probe)?;
+        } else {
             let (groups, device) = (&mut self.shared().groups, &self.device);
             self.ok(groups.prepare(device, &routing.ids, &[&w.gate, &w.up, &w.down]))?;
             self.ok(products::gate_up(device, s, w, Some((groups, &routing.ids)), x))?;

@@ -32,8 +32,9 @@ pub enum ConnectError {
 /// The oldest architecture with the instructions that the kernels use.
 pub const ARCH_MIN: u32 = 80;
 
-/// Graphs that are kept: a step's shapes are few at a time.
-const N_GRAPH_MAX: usize = 64;
+/// Launches in the graphs that are kept, about 64 steps of a large model: a step's shapes are few at a time. One that goes to the host
+/// and back in every layer is as many graphs.
+const N_LAUNCH_MAX: usize = 1 << 15;
 
 /// A GPU, its kernels loaded.
 struct Nvidia {
@@ -242,7 +243,7 @@ impl Nvidia {
             Some(step) if step.launches == launches => step,
             other => {
                 self.forget(other)?;
-                self.forget_oldest(state)?;
+                self.make_room(state, launches.len())?;
                 state.steps.insert(key, Step { launches: launches.to_vec(), graph: None, last_used: now });
                 return self.enqueue(state, launches);
             }
@@ -257,14 +258,16 @@ impl Nvidia {
         unsafe { result::graph::launch(exec, self.stream) }.map_err(failed)
     }
 
-    /// Makes room for another step.
-    fn forget_oldest(&self, state: &mut State) -> Result<()> {
-        if state.steps.len() < N_GRAPH_MAX {
-            return Ok(());
+    /// Makes room for another step, by forgetting those that have not come for the longest time.
+    fn make_room(&self, state: &mut State, n_launches: usize) -> Result<()> {
+        let mut n: usize = state.steps.values().map(|s| s.launches.len()).sum();
+        while n > 0 && n + n_launches > N_LAUNCH_MAX {
+            let oldest = state.steps.iter().min_by_key(|(_, s)| s.last_used).map(|(k, _)| *k);
+            let step = oldest.and_then(|k| state.steps.remove(&k));
+            n -= step.as_ref().map_or(n, |s| s.launches.len());
+            self.forget(step)?;
         }
-        let oldest = state.steps.iter().min_by_key(|(_, s)| s.last_used).map(|(k, _)| *k);
-        let step = oldest.and_then(|k| state.steps.remove(&k));
-        self.forget(step)
+        Ok(())
     }
 
     fn forget(&self, step: Option<Step>) -> Result<()> {

@@ -6,6 +6,7 @@ use apr_core::backend::WeightData;
 use apr_core::qtype::{self, GgmlType};
 
 use crate::driver::{Arg, Result};
+use crate::host::HostWeight;
 use crate::memory::{Buffer, Device};
 
 /// Rows of floats on a device, and their 8-bit form once a product has needed it.
@@ -46,6 +47,8 @@ pub struct CudaWeight {
     planes: Vec<Buffer>,
     /// The values of a vector, such as a norm, as floats.
     vector: Option<Buffer>,
+    /// Where it is if it is on the host, and then nothing of it is on the device.
+    pub(crate) host: Option<HostWeight>,
 }
 
 /// Rows that a buffer has room for, so that it need not grow with every step.
@@ -217,16 +220,15 @@ pub(crate) fn planes_of(qtype: GgmlType) -> Option<&'static [(usize, usize)]> {
 const STAGE_BYTES: usize = 64 << 20;
 
 impl CudaWeight {
+    /// A weight none of whose values are on the device.
+    pub(crate) fn without_values(data: &WeightData, host: Option<HostWeight>) -> CudaWeight {
+        let &WeightData { qtype, n_cols, n_rows, n_mat, .. } = data;
+        CudaWeight { qtype, n_cols, n_rows, n_mat, planes: Vec::new(), vector: None, host }
+    }
+
     /// Takes a weight to the device. Its type is one that [`planes_of`] knows, or a float type.
     pub(crate) fn upload(device: &Device, data: &WeightData) -> Result<CudaWeight> {
-        let mut weight = CudaWeight {
-            qtype: data.qtype,
-            n_cols: data.n_cols,
-            n_rows: data.n_rows,
-            n_mat: data.n_mat,
-            planes: Vec::new(),
-            vector: None,
-        };
+        let mut weight = CudaWeight::without_values(data, None);
         if data.n_rows == 1 && data.n_mat == 1 && data.qtype.is_float() {
             let mut values = vec![0.0; data.n_cols];
             qtype::dequantize_row(data.qtype, &data.bytes, &mut values);

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use apr_core::backend::reference::Reference;
 use apr_core::backend::rounded::Rounded;
-use apr_core::backend::{Backend, BackendError, KV_BLOCK, KvShape, Precision};
+use apr_core::backend::{Backend, BackendError, Precision};
 use apr_core::hparams::Hparams;
 use apr_cpu::CpuBackend;
 use apr_cpu::kernels::Isa;
@@ -13,6 +13,7 @@ use apr_cuda::CudaBackend;
 use crate::diff::op::StageOp;
 use crate::engine::EngineError;
 use crate::model_file::ModelFile;
+use crate::offload::{GpuPlan, HostLayers};
 use crate::session::{Runner, Session, SessionSettings};
 use crate::threads::THREADS_MAX;
 
@@ -36,13 +37,29 @@ pub enum Device {
     Cuda(Cuda),
 }
 
-/// How a CUDA device is reached. Whoever reads the environment knows where compilers and caches are.
+/// How a CUDA device is reached, and what it leaves to the host.
 #[derive(Clone, Copy, Debug)]
-pub struct Cuda(pub fn() -> Result<Arc<dyn Driver>, ConnectError>);
+pub struct Cuda {
+    /// Whoever reads the environment knows where compilers and caches are.
+    pub connect: fn() -> Result<Arc<dyn Driver>, ConnectError>,
+    /// Layers whose experts the host's cores compute, the first ones; `None` takes as few as it takes for the model to fit.
+    pub n_cpu_moe: Option<usize>,
+    /// Of those cores, as for [`Device::Cpu`].
+    pub n_threads: Option<usize>,
+    pub isa: Option<Isa>,
+}
+
+impl Cuda {
+    /// A device that is reached this way, by its defaults.
+    pub const fn new(connect: fn() -> Result<Arc<dyn Driver>, ConnectError>) -> Cuda {
+        Cuda { connect, n_cpu_moe: None, n_threads: None, isa: None }
+    }
+}
 
 impl PartialEq for Cuda {
     fn eq(&self, other: &Cuda) -> bool {
-        std::ptr::fn_addr_eq(self.0, other.0)
+        let of = |c: &Cuda| (c.n_cpu_moe, c.n_threads, c.isa);
+        std::ptr::fn_addr_eq(self.connect, other.connect) && of(self) == of(other)
     }
 }
 
@@ -53,23 +70,22 @@ impl Eq for Cuda {}
 pub struct DeviceInfo {
     /// `cpu`, `cuda` or `reference`
     pub kind: &'static str,
-    /// Instruction set of the kernels, where there is a choice.
+    /// Instruction set of the kernels, where there is a choice; of a GPU none, whoever computes some of its experts.
     pub isa: Option<Isa>,
     /// Threads that compute, where that is the caller's choice.
     pub n_threads: Option<usize>,
     /// For people.
     pub name: String,
+    /// Where a model's weights were put, of a GPU.
+    pub plan: Option<GpuPlan>,
 }
-
-/// Device memory for activations and while weights are taken apart.
-const CUDA_BUFFER_BYTES: u64 = 512 << 20;
 
 /// What can be done with a backend, whichever it is.
 trait Task {
     type Out;
-    /// Refuses what a device of its own memory, of which so much is free, cannot hold.
-    fn fits(&self, _free_bytes: u64) -> Result<(), EngineError> {
-        Ok(())
+    /// Plans what goes where on a device of its own memory, of which so much is free, and refuses what that cannot hold.
+    fn plan(&self, _free_bytes: u64, _n_cpu_moe: Option<usize>) -> Result<Option<GpuPlan>, EngineError> {
+        Ok(None)
     }
     fn on<B>(self, backend: B) -> Result<Self::Out, EngineError>
     where
@@ -84,34 +100,50 @@ trait Task {
 fn with_backend<T: Task>(device: Device, task: T) -> Result<(T::Out, DeviceInfo), EngineError> {
     match device {
         Device::Cpu { n_threads, isa } => {
-            let n_threads = n_threads.unwrap_or_else(default_threads);
-            if n_threads == 0 || n_threads > THREADS_MAX {
-                return Err(EngineError::Threads { got: n_threads, max: THREADS_MAX });
-            }
-            let backend = CpuBackend::new(n_threads, isa)?;
+            let backend = cpu(n_threads, isa)?;
             let name = format!("cpu ({}, {} threads)", backend.isa(), backend.n_threads());
-            let info = DeviceInfo { kind: "cpu", isa: Some(backend.isa()), n_threads: Some(backend.n_threads()), name };
+            let (isa, n_threads) = (Some(backend.isa()), Some(backend.n_threads()));
+            let info = DeviceInfo { kind: "cpu", isa, n_threads, name, plan: None };
             Ok((task.on(backend)?, info))
         }
         Device::Reference { activations: Precision::F32 } => {
-            let info = DeviceInfo { kind: "reference", isa: None, n_threads: None, name: "reference".to_string() };
+            let name = "reference".to_string();
+            let info = DeviceInfo { kind: "reference", isa: None, n_threads: None, name, plan: None };
             Ok((task.on(Reference)?, info))
         }
         Device::Reference { activations: Precision::Int8 } => {
             let name = "reference, activations rounded to 8 bits".to_string();
-            let info = DeviceInfo { kind: "reference", isa: None, n_threads: None, name };
+            let info = DeviceInfo { kind: "reference", isa: None, n_threads: None, name, plan: None };
             Ok((task.on(Rounded(Reference))?, info))
         }
-        Device::Cuda(Cuda(connect)) => {
-            let driver = connect()?;
+        Device::Cuda(device) => {
+            let driver = (device.connect)()?;
             let d = driver.description();
-            let name = format!("cuda ({}, sm_{})", d.name, d.arch);
             let free_bytes = driver.free_bytes().map_err(|e| ConnectError::Failed(d.name.clone(), e.to_string()))?;
-            task.fits(free_bytes)?;
-            let info = DeviceInfo { kind: "cuda", isa: None, n_threads: None, name };
-            Ok((task.on(CudaBackend::new(driver))?, info))
+            let plan = task.plan(free_bytes, device.n_cpu_moe)?;
+            let gpu = format!("{}, sm_{}", d.name, d.arch);
+            let backend = CudaBackend::new(driver);
+            let info = |name| DeviceInfo { kind: "cuda", isa: None, n_threads: None, name, plan };
+            match plan.map_or(device.n_cpu_moe.unwrap_or(0), |p| p.n_host_layer) {
+                0 => Ok((task.on(backend)?, info(format!("cuda ({gpu})")))),
+                n => {
+                    let host = cpu(device.n_threads, device.isa)?;
+                    let (isa, n_threads) = (host.isa(), host.n_threads());
+                    let name = format!("cuda ({gpu}) and cpu ({isa}, {n_threads} threads: experts of {n} layers)");
+                    Ok((task.on(backend.with_host(Box::new(HostLayers::new(host, n))))?, info(name)))
+                }
+            }
         }
     }
+}
+
+/// The host's cores as a backend.
+fn cpu(n_threads: Option<usize>, isa: Option<Isa>) -> Result<CpuBackend, EngineError> {
+    let n_threads = n_threads.unwrap_or_else(default_threads);
+    if n_threads == 0 || n_threads > THREADS_MAX {
+        return Err(EngineError::Threads { got: n_threads, max: THREADS_MAX });
+    }
+    Ok(CpuBackend::new(n_threads, isa)?)
 }
 
 /// Loads the model's weights into a device.
@@ -125,21 +157,8 @@ pub(crate) fn open(
     impl Task for Load<'_> {
         type Out = Box<dyn Session>;
 
-        fn fits(&self, free_bytes: u64) -> Result<(), EngineError> {
-            let Load(file, h, settings) = self;
-            let (n_head_kv, head_dim) = (h.heads.n_head_kv, h.heads.head_dim);
-            let kv = KvShape { n_layer: h.n_layer, n_head_kv, head_dim, kv_type: settings.kv_type };
-            let kv_bytes = settings.n_ctx.div_ceil(KV_BLOCK) as u64 * kv.block_bytes() as u64;
-            let need = file.file_bytes + kv_bytes + CUDA_BUFFER_BYTES;
-            match need <= free_bytes {
-                true => Ok(()),
-                false => Err(EngineError::GpuMemory {
-                    weights: file.file_bytes,
-                    n_ctx: settings.n_ctx,
-                    kv: kv_bytes,
-                    free: free_bytes,
-                }),
-            }
+        fn plan(&self, free_bytes: u64, n_cpu_moe: Option<usize>) -> Result<Option<GpuPlan>, EngineError> {
+            GpuPlan::new(self.0, self.1, self.2, free_bytes, n_cpu_moe).map(Some)
         }
 
         fn on<B>(self, backend: B) -> Result<Self::Out, EngineError>

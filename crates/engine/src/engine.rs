@@ -19,6 +19,7 @@ use crate::generate::PREFILL_CHUNK;
 use crate::loading::Loading;
 use crate::memory;
 use crate::model_file::{ModelFile, OpenError};
+use crate::offload::GpuPlan;
 use crate::sampler::{SamplerConfig, SamplerError};
 use crate::session::{Session, SessionSettings};
 use crate::tokenizer::{Piece, Tokenizer, TokenizerError, Vocab};
@@ -104,10 +105,13 @@ pub enum EngineError {
     #[error(transparent)]
     Gpu(#[from] ConnectError),
     #[error(
-        "the GPU has {free} bytes free: weights need {weights}, keys and values of --ctx {n_ctx} {kv}; use a smaller --ctx, --kv q8_0, \
-         or leave --gpu out"
+        "the GPU has {} bytes free: weights need {}, keys and values of --ctx {n_ctx} {}, buffers {}; use a smaller --ctx, --kv q8_0, leave \
+         --n-cpu-moe out or raise it, or leave --gpu out",
+        plan.free_bytes, plan.weight_bytes, plan.kv_bytes, plan.buffer_bytes
     )]
-    GpuMemory { weights: u64, n_ctx: usize, kv: u64, free: u64 },
+    GpuMemory { plan: GpuPlan, n_ctx: usize },
+    #[error("--n-cpu-moe keeps experts on the CPU, and this model has none")]
+    NoExperts,
     #[error("the file has no chat template; use --raw to give the text to the model as it is")]
     NoTemplate,
 }
@@ -134,7 +138,7 @@ impl EngineError {
     /// Whether the request was wrong, as opposed to file or machine.
     pub fn is_usage(&self) -> bool {
         use EngineError::*;
-        matches!(self, Context { .. } | KvType(_) | Cpu(CpuError::Isa(_)) | Threads { .. } | NoTemplate)
+        matches!(self, Context { .. } | KvType(_) | Cpu(CpuError::Isa(_)) | Threads { .. } | NoTemplate | NoExperts)
     }
 }
 

@@ -16,6 +16,7 @@ pub mod loading;
 pub mod mapping;
 pub mod memory;
 pub mod model_file;
+pub mod offload;
 pub mod onlook;
 pub mod output_parser;
 pub mod plan;

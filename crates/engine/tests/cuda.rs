@@ -2,18 +2,20 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use apr_core::probe::Recorder;
+use apr_core::stage::Stage;
 use apr_cuda::driver::{Description, Driver, DriverError, Launch};
 use apr_cuda_emu::Order;
 use apr_engine::device::{ConnectError, Cuda, Device};
 use apr_engine::generate::{Ends, Request, generate};
 use apr_engine::sampler::SamplerConfig;
-use apr_engine::session::{Logits, Part, Sequence};
+use apr_engine::session::{Logits, Look, Part, Sequence};
 use apr_engine::verify::{Outcome, VerifyOptions, before_first_use, verify};
 use apr_engine::{Engine, EngineError, EngineOptions, KvType, Precision};
 
-const EMULATED: Device = Device::Cuda(Cuda(|| Ok(apr_cuda_emu::connect(Order::Ascending))));
+const EMULATED: Device = Device::Cuda(Cuda::new(|| Ok(apr_cuda_emu::connect(Order::Ascending))));
 const REFERENCE: Device = Device::Reference { activations: Precision::F32 };
 
 fn load(device: Device) -> Result<Engine, EngineError> {
@@ -123,7 +125,7 @@ impl Driver for Lacking {
 
 #[test]
 fn a_device_that_computes_something_else_is_found_out_before_its_first_use() {
-    let check = |connect| before_first_use(&mut load(Device::Cuda(Cuda(connect))).unwrap()).unwrap();
+    let check = |connect| before_first_use(&mut load(Device::Cuda(Cuda::new(connect))).unwrap()).unwrap();
     let sound = check(|| Ok(apr_cuda_emu::connect(Order::Ascending)));
     assert_eq!(sound.outcome, Outcome::Passed, "{:?}", sound.measure);
     for faulty in [
@@ -137,7 +139,7 @@ fn a_device_that_computes_something_else_is_found_out_before_its_first_use() {
 
 #[test]
 fn a_model_that_is_too_large_for_the_gpu_is_refused_before_it_is_uploaded() {
-    let small = Device::Cuda(Cuda(|| Ok(apr_cuda_emu::connect_with(Order::Ascending, 1 << 20))));
+    let small = Device::Cuda(Cuda::new(|| Ok(apr_cuda_emu::connect_with(Order::Ascending, 1 << 20))));
     let e = load(small).err().expect("a mebibyte is too little");
     assert!(
         e.is_resource() && e.to_string().contains("1048576 bytes free") && e.to_string().contains("--ctx 512"),
@@ -145,8 +147,90 @@ fn a_model_that_is_too_large_for_the_gpu_is_refused_before_it_is_uploaded() {
     );
 }
 
+/// The emulation with the experts of the first `n` layers on the CPU.
+fn sharing(n: usize) -> Device {
+    let connect = || Ok(apr_cuda_emu::connect(Order::Ascending));
+    Device::Cuda(Cuda { n_cpu_moe: Some(n), n_threads: Some(2), ..Cuda::new(connect) })
+}
+
+/// Layers of the model.
+const N_LAYER: usize = 4;
+
+#[test]
+fn experts_on_the_cpu_give_the_same_text_and_keep_the_contracts() {
+    let text =
+        |n| generate(&mut load(sharing(n)).unwrap(), &request(16), &AtomicBool::new(false), &mut |_| {}).unwrap();
+    let alone = text(0);
+    for n in [1, N_LAYER] {
+        let mut engine = load(sharing(n)).unwrap();
+        let plan = engine.device.plan.unwrap();
+        assert_eq!((plan.n_host_layer, plan.weight_bytes + plan.host_bytes), (n, engine.file.file_bytes));
+        assert!(engine.device.name.contains(&format!("2 threads: experts of {n} layers")), "{}", engine.device.name);
+        let report = verify(&mut engine, &VerifyOptions::default(), &mut |_| {}).unwrap();
+        assert!(report.passed(), "{n} layers: {:?}", report.broken().map(|r| r.contract.id).collect::<Vec<_>>());
+        assert_eq!(text(n).tokens, alone.tokens, "{n} layers");
+    }
+    assert_eq!(load(sharing(99)).unwrap().device.plan.unwrap().n_host_layer, N_LAYER, "more than all are all");
+}
+
+/// Logits after a step of some tokens and of one more, with a recorder looking on or without.
+fn logits_watched(engine: &mut Engine, watch: Option<(&mut Recorder, bool)>) -> Vec<f32> {
+    let (session, mut sequence, mut row) = (&mut engine.session, Sequence::default(), Vec::new());
+    let mut watch = watch;
+    for tokens in [&(200..230).collect::<Vec<u32>>()[..], &[7]] {
+        let parts = &mut [Part { sequence: &mut sequence, tokens, logits: Logits::Last }];
+        match &mut watch {
+            Some((watch, unfused)) => {
+                session.step_watched(parts, Look { watch: *watch, unfused: *unfused, feed: None }).unwrap()
+            }
+            None => session.step(parts).unwrap(),
+        }
+    }
+    session.logits(0, &mut row).unwrap();
+    session.release(&mut sequence);
+    row
+}
+
+#[test]
+fn what_the_cpu_computes_of_a_gpus_step_can_be_seen() {
+    let mut engine = load(sharing(2)).unwrap();
+    let alone = logits_watched(&mut engine, None);
+    let (mut fused, mut unfused) = (Recorder::all(), Recorder::all());
+    assert!(logits_watched(&mut engine, Some((&mut fused, false))) == alone, "bitwise the same with a probe");
+    let plain = logits_watched(&mut engine, Some((&mut unfused, true)));
+    let largest = alone.iter().fold(0f32, |m, v| m.max(v.abs()));
+    assert!(plain.iter().zip(&alone).all(|(a, b)| (a - b).abs() < 0.02 * largest), "and nearly so unfused");
+    for stage in [Stage::MoeExpertUp, Stage::MoeExpertSwigl, Stage::MoeExpertOut, Stage::MoeFfnOut] {
+        let (a, b) = (&fused.seen[&(0, stage)], &unfused.seen[&(0, stage)]);
+        let largest = b.values.iter().fold(0f32, |m, v| m.max(v.abs()));
+        let is_close = a.values.iter().zip(&b.values).all(|(a, b)| (a - b).abs() < 0.02 * largest);
+        assert!(a.values.len() == b.values.len() && is_close, "{}", stage.name());
+    }
+}
+
+#[test]
+fn a_gpu_that_is_too_small_leaves_as_few_experts_to_the_cpu_as_it_takes() {
+    static TOTAL: AtomicU64 = AtomicU64::new(0);
+    let connect = || Ok(apr_cuda_emu::connect_with(Order::Ascending, TOTAL.load(Ordering::Relaxed)));
+    let whole = load(EMULATED).unwrap().device.plan.unwrap();
+    let need = whole.weight_bytes + whole.kv_bytes + whole.buffer_bytes;
+    let of_two = load(sharing(2)).unwrap().device.plan.unwrap().host_bytes;
+    let of_all = load(sharing(N_LAYER)).unwrap().device.plan.unwrap().host_bytes;
+    for (total, n) in [(need, 0), (need - 1, 1), (need - of_two, 2), (need - of_two - 1, 3), (need - of_all, N_LAYER)] {
+        TOTAL.store(total, Ordering::Relaxed);
+        let plan = load(Device::Cuda(Cuda::new(connect))).unwrap().device.plan.unwrap();
+        assert_eq!((plan.n_host_layer, plan.free_bytes), (n, total));
+    }
+    TOTAL.store(need - 1, Ordering::Relaxed);
+    let e = load(Device::Cuda(Cuda { n_cpu_moe: Some(0), ..Cuda::new(connect) })).err().expect("none were asked for");
+    assert!(e.is_resource() && e.to_string().contains("--n-cpu-moe"), "{e}");
+    TOTAL.store(need - of_all - 1, Ordering::Relaxed);
+    let e = load(Device::Cuda(Cuda::new(connect))).err().expect("the rest does not fit either");
+    assert!(matches!(e, EngineError::GpuMemory { .. }), "{e}");
+}
+
 #[test]
 fn a_gpu_that_is_not_there_is_a_missing_resource() {
-    let e = load(Device::Cuda(Cuda(|| Err(ConnectError::NoDriver)))).err().expect("there is no driver");
+    let e = load(Device::Cuda(Cuda::new(|| Err(ConnectError::NoDriver)))).err().expect("there is no driver");
     assert!(e.is_resource() && e.to_string().contains("libcuda"), "{e}");
 }

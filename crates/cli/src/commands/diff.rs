@@ -90,6 +90,9 @@ struct SideArgs {
     /// Threads that compute [default: all that this process may use]
     #[arg(long, short = 't', value_name = "N")]
     threads: Option<usize>,
+    /// On a GPU, leave the experts of the first N layers to the CPU [default: of as few as it takes for the model to fit]
+    #[arg(long, value_name = "N")]
+    n_cpu_moe: Option<usize>,
     /// Positions of the context
     #[arg(long, short = 'c', visible_alias = "ctx-size", value_name = "N")]
     ctx: Option<usize>,
@@ -105,7 +108,7 @@ impl SideArgs {
             true => (&self.device_a, self.isa_a, self.unfused_a, self.kv_a),
             false => (&self.device_b, self.isa_b, self.unfused_b, self.kv_b),
         };
-        let device = device_of(device.as_ref().unwrap_or(&self.device), self.threads, isa.or(self.isa));
+        let device = device_of(device.as_ref().unwrap_or(&self.device), self.threads, isa.or(self.isa), self.n_cpu_moe);
         let options = EngineOptions { device, kv_type: kv.unwrap_or(self.kv), n_ctx: self.ctx };
         Ok(Source::Model(ModelSource { path: path.to_path_buf(), options, unfused: unfused || self.unfused }))
     }

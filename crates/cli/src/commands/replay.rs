@@ -34,7 +34,7 @@ pub struct Args {
 /// As with `apr diff`, whatever keeps the op from running is exit code 2.
 pub fn run(args: Args) -> Result<Done> {
     let bundle = Bundle::read(&args.file)?;
-    let device = device_of(&args.device, args.threads, args.isa);
+    let device = device_of(&args.device, args.threads, args.isa, None);
     let done = replay(&bundle, device)?;
     if args.json {
         writeln!(io::stdout(), "{}", one_line(&report(&args, &bundle, &done)))?;
