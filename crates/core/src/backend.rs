@@ -250,6 +250,26 @@ pub struct Routing<T, I> {
     pub weights: T,
 }
 
+/// The largest value of a row, which is not empty: the first of those that are not a number or positive infinity, where there is one,
+/// else the first of the largest.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Largest {
+    pub index: u32,
+    pub value: f32,
+}
+
+impl Largest {
+    /// Of a row on the host.
+    pub fn of(row: &[f32]) -> Largest {
+        let is_bad = |v: &f32| v.is_nan() || *v == f32::INFINITY;
+        let index = row.iter().position(is_bad).unwrap_or_else(|| {
+            let largest = row.iter().fold(f32::NEG_INFINITY, |m, v| m.max(*v));
+            row.iter().position(|v| *v == largest).expect("a row has values")
+        });
+        Largest { index: index as u32, value: row[index] }
+    }
+}
+
 /// A device that can run the ops of the models.
 pub trait Backend: Sized {
     /// Rows of floats, one per token of the step, resident on the device.
@@ -326,6 +346,17 @@ pub trait Backend: Sized {
         for i in rows {
             self.read_row(t, i, &mut row)?;
             out.push(RowStats::of(&row[cols.clone()]));
+        }
+        Ok(())
+    }
+
+    /// The largest value of every row, for whoever wants no more of them. A device finds them where the values are.
+    fn largest(&self, t: &Self::Tensor, out: &mut Vec<Largest>) -> Result<()> {
+        let mut row = Vec::new();
+        out.clear();
+        for i in 0..self.shape(t).0 {
+            self.read_row(t, i, &mut row)?;
+            out.push(Largest::of(&row));
         }
         Ok(())
     }

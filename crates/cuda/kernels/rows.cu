@@ -119,3 +119,44 @@ KERNEL(swiglu_q8, 256, f32x4 *gate, const f32x4 *up, u32 *codes, f32x2 *scales, 
     }
     quantize_four(codes, scales, v, i, there);
 }
+
+// A value's place among all of a row: larger ones above, lower indices above among equals, what is not a number or positive infinity on
+// top. The low half is the index, inverted.
+DEVICE u64 place_of(f32 v, u32 index) {
+    const bool is_bad = !(v < INFINITY);
+    // Both zeros are one.
+    const u32 b = bits(v == 0 ? 0.0f : v), ordered = b >> 31 ? ~b : b | 0x80000000u;
+    return (u64)(is_bad ? 0xffffffffu : ordered) << 32 | (~index & 0xffffffffu);
+}
+
+DEVICE u64 warp_most(u64 v) {
+    UNROLL for (int mask = 16; mask > 0; mask /= 2)
+        v = most(v, (u64)shuffle_xor((u32)(v >> 32), mask) << 32 | shuffle_xor((u32)v, mask));
+    return v;
+}
+
+DEVICE u64 block_most(u64 v, u32x2 *scratch) {
+    v = warp_most(v);
+    barrier();
+    if (thread_x() % 32 == 0) scratch[thread_x() / 32] = u32x2{(u32)v, (u32)(v >> 32)};
+    barrier();
+    for (u32 i = 0; i < 8; i++) v = most(v, (u64)scratch[i].y << 32 | scratch[i].x);
+    return v;
+}
+
+// to[row]: index and value of the largest of n_cols values; parts: room for as many as the grid has blocks, counters: zeros, one per row.
+// Grid: parts of a row, rows.
+KERNEL(largest, 256, u32x2 *to, u32x2 *parts, u32 *counters, const f32 *x, u32 n_cols) {
+    SHARED(u32x2, scratch, 8);
+    x += (u64)block_y() * n_cols;
+    parts += block_y() * grid_x();
+    u64 best = 0;
+    for (u32 i = block_x() * 256 + thread_x(); i < n_cols; i += grid_x() * 256) best = most(best, place_of(x[i], i));
+    best = block_most(best, scratch);
+    if (thread_x() == 0) parts[block_x()] = u32x2{(u32)best, (u32)(best >> 32)};
+    if (!is_last_block(counters + block_y(), grid_x())) return;
+    best = 0;
+    for (u32 i = thread_x(); i < grid_x(); i += 256) best = most(best, (u64)parts[i].y << 32 | parts[i].x);
+    best = block_most(best, scratch);
+    if (thread_x() == 0) to[block_y()] = u32x2{~(u32)best, bits(x[~(u32)best])};
+}

@@ -7,7 +7,7 @@ mod devices;
 
 use apr_core::backend::reference::Reference;
 use apr_core::backend::{
-    Backend, BackendError, Bytes, FfnScratch, FfnWeights, Heads, KvShape, KvType, Routing, WeightData,
+    Backend, BackendError, Bytes, FfnScratch, FfnWeights, Heads, KvShape, KvType, Largest, Routing, WeightData,
 };
 use apr_core::batch::{Batch, Row, Wants};
 use apr_core::probe::NoProbe;
@@ -578,6 +578,29 @@ fn routers_of_few_and_many_tokens_route_by_their_logits(cuda: Make) {
     }
 }
 
+fn largest_values_are_found_where_they_are(cuda: Make) {
+    let mut rng = Rng(19);
+    let b = cuda();
+    for n_cols in [1, 40, 2048, 5001] {
+        let mut x = rng.activations(6 * n_cols);
+        let row = |i: usize| i * n_cols;
+        // Equals, of which one is a negative zero; nothing above negative infinity; a number that is none, behind one that is larger.
+        x[row(1)..row(2)].fill(-0.0);
+        x[row(2) - 1] = 0.0;
+        x[row(2)..row(3)].fill(f32::NEG_INFINITY);
+        x[row(3) + n_cols / 2] = f32::NAN;
+        x[row(4) - 1] = f32::INFINITY;
+        x[row(4)..row(5)].iter_mut().for_each(|v| *v = -v.abs() - 1.0);
+        for _ in 0..2 {
+            let mut got = Vec::new();
+            b.largest(&tensor(&b, n_cols, &x), &mut got).unwrap();
+            let bits = |l: &Largest| (l.index, l.value.to_bits());
+            let expected: Vec<_> = x.chunks(n_cols).map(|row| bits(&Largest::of(row))).collect();
+            assert_eq!(got.iter().map(bits).collect::<Vec<_>>(), expected, "{n_cols} columns");
+        }
+    }
+}
+
 /// `x + w x` where a product's output is added to something else, or to what it is made of.
 fn a_sum_with_a_product_may_be_with_its_own_input(cuda: Make) {
     let mut rng = Rng(17);
@@ -654,5 +677,6 @@ devices::on_every_device!(
     queries_keys_and_values_may_be_of_different_types,
     routers_of_few_and_many_tokens_route_by_their_logits,
     a_sum_with_a_product_may_be_with_its_own_input,
+    largest_values_are_found_where_they_are,
     products_with_what_attention_gave_are_those_with_its_values
 );

@@ -263,8 +263,13 @@ impl Answer {
         let (mut logits, mut n_right) = (Vec::new(), 0);
         while !self.is_done {
             let row = n_before + n_right;
-            session.logits(first + row, &mut logits)?;
-            let token = self.choose(tokenizer, &logits)?;
+            let token = match self.choose_largest(session, first + row)? {
+                Some(token) => token,
+                None => {
+                    session.logits(first + row, &mut logits)?;
+                    self.choose(tokenizer, &logits)?
+                }
+            };
             self.keep_logits(&logits);
             self.take((session, tokenizer), token, (row, &logits), on_piece)?;
             if self.draft.get(n_right) != Some(&token) {
@@ -276,6 +281,19 @@ impl Answer {
         // Guesses that were wrong are in the sequence, the newest token is not.
         self.sequence.truncate(self.tokens.len() - 1);
         Ok(())
+    }
+
+    /// The token that is taken where nobody wants more of a position's logits than the largest: a device then need not hand over all.
+    /// What is not finite is left to [`choose`](Self::choose).
+    fn choose_largest(&self, session: &dyn Session, row: usize) -> Result<Option<u32>, GenerateError> {
+        let Request { constraint, ends, n_best, .. } = &self.request;
+        let may_end = self.out.tokens.len() >= ends.min_tokens;
+        let is_free = may_end && constraint.is_none() && n_best.is_none() && self.kept.is_none();
+        if !is_free || !self.sampler.wants_largest() {
+            return Ok(None);
+        }
+        let largest = session.largest_logit(row)?;
+        Ok(largest.value.is_finite().then_some(largest.index))
     }
 
     /// The token that is taken, of the model's own logits.

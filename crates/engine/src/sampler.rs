@@ -203,6 +203,11 @@ impl Sampler {
         Ok(self.draw())
     }
 
+    /// Whether [`sample`](Self::sample) chooses the first of the largest logits, where that is finite.
+    pub fn wants_largest(&self) -> bool {
+        self.config.temperature == 0.0 && self.config.logit_bias.is_empty() && !self.config.penalizes()
+    }
+
     /// Fills the candidates with the biased and penalized logits that are above negative infinity, by id.
     fn collect(&mut self, logits: &[f32]) -> Result<(), SamplerError> {
         let bad = |logit: &f32| logit.is_nan() || *logit == f32::INFINITY;
@@ -369,7 +374,26 @@ mod tests {
         prop::collection::vec((-400i32..400).prop_map(|n| n as f32 / 50.0), 1..300)
     }
 
+    #[test]
+    fn whoever_weighs_logits_wants_all_of_them() {
+        assert!(sampler(SamplerConfig::default()).wants_largest() && !sampler(warm()).wants_largest());
+        for config in [
+            SamplerConfig { logit_bias: vec![(1, 2.0)], ..SamplerConfig::default() },
+            SamplerConfig { repetition_penalty: 1.05, ..SamplerConfig::default() },
+            SamplerConfig { frequency_penalty: 0.5, ..SamplerConfig::default() },
+            SamplerConfig { presence_penalty: -0.5, ..SamplerConfig::default() },
+        ] {
+            assert!(!sampler(config).wants_largest());
+        }
+    }
+
     proptest! {
+        #[test]
+        fn greedy_is_the_first_of_the_largest(logits in rows()) {
+            let mut greedy = sampler(SamplerConfig::default());
+            prop_assert_eq!(greedy.sample(&logits).unwrap(), apr_core::backend::Largest::of(&logits).index);
+        }
+
         #[test]
         fn top_k_keeps_the_k_best(logits in rows(), k in 1u32..310) {
             let mut expected: Vec<u32> = sorted(&logits).iter().take(k as usize).map(|r| r.0).collect();

@@ -1,10 +1,11 @@
 //! Steps on a loaded model: the one entry to the forward pass, and the KV blocks of the sequences on it.
 
+use std::cell::RefCell;
 use std::ops::Range;
 
 use apr_core::backend::fed::{Fed, Feed, Feeding};
 use apr_core::backend::unfused::Unfused;
-use apr_core::backend::{Backend, BackendError, KV_BLOCK, KvShape, KvType, Precision};
+use apr_core::backend::{Backend, BackendError, KV_BLOCK, KvShape, KvType, Largest, Precision};
 use apr_core::batch::{Batch, Row, Wants};
 use apr_core::hparams::Hparams;
 use apr_core::models::{self, LoadError, Model, StateOf};
@@ -110,6 +111,9 @@ pub trait Session: Send {
 
     /// Copies the logits of the `i`-th row that wanted them in the last step.
     fn logits(&self, i: usize, out: &mut Vec<f32>) -> Result<(), StepError>;
+
+    /// The largest logit of the `i`-th row that wanted them in the last step, for whoever wants no more.
+    fn largest_logit(&self, i: usize) -> Result<Largest, StepError>;
 
     /// Positions that a sequence may have.
     fn n_ctx(&self) -> usize;
@@ -220,6 +224,8 @@ pub(crate) struct Runner<B: Backend> {
     hparams: Hparams,
     /// Rows of the last step that wanted logits.
     n_logits: usize,
+    /// The largest of each, once somebody has asked for one.
+    largest: RefCell<Vec<Largest>>,
 }
 
 impl<B: Backend> Runner<B> {
@@ -241,6 +247,7 @@ impl<B: Backend> Runner<B> {
             n_ctx: settings.n_ctx,
             hparams: h.clone(),
             n_logits: 0,
+            largest: RefCell::default(),
         })
     }
 
@@ -273,6 +280,7 @@ impl<B: Backend> Runner<B> {
     fn batch(&mut self, parts: &mut [Part<'_>]) -> Result<Option<Batch>, StepError> {
         self.check(parts)?;
         self.n_logits = 0;
+        self.largest.get_mut().clear();
         let (mut rows, mut tables) = (Vec::new(), Vec::new());
         for part in parts.iter_mut().filter(|p| !p.tokens.is_empty()) {
             let from = part.sequence.n_tokens;
@@ -370,6 +378,7 @@ where
 
     fn step_output(&mut self, residual: &[f32]) -> Result<(), StepError> {
         assert!(residual.len().is_multiple_of(self.hparams.n_embd), "whole rows of the residual stream");
+        self.largest.get_mut().clear();
         models::output_of(&self.backend, &self.model, &mut self.state, residual)?;
         self.n_logits = residual.len() / self.hparams.n_embd;
         Ok(())
@@ -378,6 +387,15 @@ where
     fn logits(&self, i: usize, out: &mut Vec<f32>) -> Result<(), StepError> {
         assert!(i < self.n_logits, "row {i} of the {} that wanted logits", self.n_logits);
         Ok(self.backend.read_row(&self.state.logits, i, out)?)
+    }
+
+    fn largest_logit(&self, i: usize) -> Result<Largest, StepError> {
+        assert!(i < self.n_logits, "row {i} of the {} that wanted logits", self.n_logits);
+        let mut largest = self.largest.borrow_mut();
+        if largest.is_empty() {
+            self.backend.largest(&self.state.logits, &mut largest)?;
+        }
+        Ok(largest[i])
     }
 
     fn n_ctx(&self) -> usize {

@@ -1,5 +1,6 @@
 //! The CUDA backend under the engine, on the emulation: the same sessions, scheduler and checks as on any device.
 
+use std::cell::Cell;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -91,6 +92,14 @@ fn contracts_hold() {
     assert!(report.unwrap().passed(), "{broken:#?}");
 }
 
+/// Tokens that the model knows.
+const N_VOCAB: usize = 2048;
+
+thread_local! {
+    /// Bytes that this thread has read from devices like the next.
+    static N_READ: Cell<usize> = const { Cell::new(0) };
+}
+
 /// A device on which one kernel never runs.
 struct Lacking(Arc<dyn Driver>, &'static str);
 
@@ -113,6 +122,7 @@ impl Driver for Lacking {
         unsafe { self.0.write(to, bytes) }
     }
     unsafe fn read(&self, from: u64, bytes: &mut [u8]) -> Result<(), DriverError> {
+        N_READ.set(N_READ.get() + bytes.len());
         // SAFETY: the caller's promise.
         unsafe { self.0.read(from, bytes) }
     }
@@ -135,6 +145,23 @@ fn a_device_that_computes_something_else_is_found_out_before_its_first_use() {
     ] {
         assert_eq!(faulty.outcome, Outcome::Failed, "{:?}", faulty.measure);
     }
+}
+
+#[test]
+fn greedy_tokens_cost_a_few_bytes_each() {
+    let whole = || -> Result<Arc<dyn Driver>, ConnectError> {
+        Ok(Arc::new(Lacking(apr_cuda_emu::connect(Order::Ascending), "none")))
+    };
+    let mut engine = load(Device::Cuda(Cuda::new(whole))).unwrap();
+    let mut read_by = |request: Request| {
+        let before = N_READ.get();
+        generate(&mut engine, &request, &AtomicBool::new(false), &mut |_| {}).unwrap();
+        N_READ.get() - before
+    };
+    assert_eq!(read_by(request(12)) - read_by(request(4)), 8 * 8, "an index and a value per token");
+    let warm = SamplerConfig { temperature: 1.0, ..SamplerConfig::default() };
+    let drawn = read_by(Request { sampler: warm, ..request(4) });
+    assert_eq!(drawn, 4 * 4 * N_VOCAB, "whoever draws gets all logits");
 }
 
 #[test]
