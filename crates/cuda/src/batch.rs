@@ -8,7 +8,7 @@ use crate::kv::KvCache;
 use crate::memory::{Buffer, Device};
 use crate::tensor::ensure;
 
-/// Numbers that the host writes once per step. Their buffers stay where they are, so that the launches of like steps are equal.
+/// Numbers that the host writes once per step. They stay where they are, so that the launches of like steps are equal.
 #[derive(Default)]
 pub(crate) struct DeviceBatch {
     /// Whether a step is under way, whose ops all come with one batch; outside of one each may come with another.
@@ -18,19 +18,18 @@ pub(crate) struct DeviceBatch {
     /// Tokens that the tiles on the device have at most.
     tiles_of: Option<Option<usize>>,
     angles_are_there: bool,
-    n_gathered: usize,
-    tokens: Option<Buffer>,
-    positions: Option<Buffer>,
-    tables: Option<Buffer>,
-    blocks: Option<Buffer>,
+    numbers: Numbers,
+    tokens: Option<Arg>,
+    positions: Option<Arg>,
+    tables: Option<Arg>,
+    blocks: Option<Arg>,
     inv_freq: Option<Buffer>,
     rope: Option<Rope>,
     cosines: Option<Buffer>,
     sines: Option<Buffer>,
-    gathered: Vec<Option<Buffer>>,
     few: RowList,
     many: RowList,
-    tiles: Option<Buffer>,
+    tiles: Option<Arg>,
     n_tiles: usize,
 }
 
@@ -40,7 +39,7 @@ struct RowList {
     n: usize,
     /// The longest context among them.
     n_kv: usize,
-    rows: Option<Buffer>,
+    rows: Option<Arg>,
 }
 
 /// Rows on the device: how many, the longest context, indices.
@@ -74,17 +73,50 @@ pub(crate) struct Places {
     pub positions: Arg,
 }
 
-/// Writes numbers into a buffer that grows where it must.
-fn put<T: bytemuck::NoUninit>(device: &Device, buffer: &mut Option<Buffer>, values: &[T]) -> Result<Arg> {
-    let bytes: &[u8] = bytemuck::cast_slice(values);
-    ensure(device, buffer, bytes.len().next_power_of_two().max(64))?;
-    let buffer = buffer.as_mut().expect("it was ensured");
-    buffer.write(0, bytes)?;
-    Ok(buffer.arg())
+/// Bytes of a chunk, unless what is put there is longer; and of what begins on a boundary.
+const CHUNK_BYTES: usize = 1 << 16;
+const ALIGNMENT: usize = 64;
+
+/// What a step's launches read of the host's numbers, side by side, so that one copy takes them to the device. The same step finds each
+/// in the same place again.
+#[derive(Default)]
+struct Numbers {
+    chunks: Vec<Buffer>,
+    /// Which chunk is being filled, and up to where.
+    chunk: usize,
+    n_used: usize,
+}
+
+impl Numbers {
+    /// Begins again at the first place.
+    fn clear(&mut self) {
+        (self.chunk, self.n_used) = (0, 0);
+    }
+
+    /// Puts numbers behind those that were put before.
+    fn put<T: bytemuck::NoUninit>(&mut self, device: &Device, values: &[T]) -> Result<Arg> {
+        let mut bytes = bytemuck::cast_slice::<T, u8>(values).to_vec();
+        // Powers of two, so that places stay the same for a while as contexts grow.
+        bytes.resize(bytes.len().next_power_of_two().max(ALIGNMENT), 0);
+        while self.chunks.get(self.chunk).is_some_and(|c| self.n_used + bytes.len() > c.n_bytes()) {
+            (self.chunk, self.n_used) = (self.chunk + 1, 0);
+        }
+        if self.chunk == self.chunks.len() {
+            self.chunks.push(device.alloc(bytes.len().max(CHUNK_BYTES))?);
+        }
+        let (chunk, at) = (&self.chunks[self.chunk], self.n_used);
+        device.stage(chunk, at, &bytes);
+        self.n_used += bytes.len();
+        Ok(Arg::Address(chunk.address(at)))
+    }
 }
 
 fn arg_of(buffer: &Option<Buffer>) -> Arg {
     buffer.as_ref().map_or(Arg::Address(0), Buffer::arg)
+}
+
+fn arg(place: Option<Arg>) -> Arg {
+    place.unwrap_or(Arg::Address(0))
 }
 
 impl DeviceBatch {
@@ -93,7 +125,7 @@ impl DeviceBatch {
         self.in_step = in_step;
         (self.rows_are_there, self.blocks_are_there, self.angles_are_there) = (false, false, false);
         self.tiles_of = None;
-        self.n_gathered = 0;
+        self.numbers.clear();
     }
 
     /// Goes on with a step whose launches so far have been run: those that come are another to replay.
@@ -113,8 +145,8 @@ impl DeviceBatch {
     fn put_rows(&mut self, device: &Device, batch: &Batch) -> Result<()> {
         if !self.rows_are_there {
             let column = |f: fn(&apr_core::batch::Row) -> u32| batch.rows().iter().map(f).collect::<Vec<u32>>();
-            put(device, &mut self.tokens, &column(|r| r.token))?;
-            put(device, &mut self.positions, &column(|r| r.position))?;
+            self.tokens = Some(self.numbers.put(device, &column(|r| r.token))?);
+            self.positions = Some(self.numbers.put(device, &column(|r| r.position))?);
             self.rows_are_there = true;
         }
         Ok(())
@@ -124,7 +156,7 @@ impl DeviceBatch {
     pub fn tokens(&mut self, device: &Device, batch: &Batch) -> Result<Arg> {
         self.refresh(device)?;
         self.put_rows(device, batch)?;
-        Ok(arg_of(&self.tokens))
+        Ok(arg(self.tokens))
     }
 
     /// Where the batch's keys and values lie in `kv`.
@@ -138,11 +170,11 @@ impl DeviceBatch {
                 blocks.extend(table.iter().map(|&block| kv.address(block)));
             }
             let tables: Vec<u32> = batch.rows().iter().map(|r| firsts[r.sequence as usize]).collect();
-            put(device, &mut self.blocks, &blocks)?;
-            put(device, &mut self.tables, &tables)?;
+            self.blocks = Some(self.numbers.put(device, &blocks)?);
+            self.tables = Some(self.numbers.put(device, &tables)?);
             self.blocks_are_there = true;
         }
-        let [blocks, tables, positions] = [&self.blocks, &self.tables, &self.positions].map(arg_of);
+        let [blocks, tables, positions] = [self.blocks, self.tables, self.positions].map(arg);
         Ok(Places { blocks, tables, positions })
     }
 
@@ -150,10 +182,6 @@ impl DeviceBatch {
     /// them one by one where `per_tile` is none. Asked for after [`places`](Self::places).
     pub fn attention_rows(&mut self, device: &Device, batch: &Batch, per_tile: Option<usize>) -> Result<AttentionRows> {
         if self.tiles_of != Some(per_tile) {
-            if self.tiles_of.is_some() {
-                // What waits was launched with the others.
-                device.flush()?;
-            }
             let (mut few, mut many, mut tiles) = (Vec::new(), Vec::new(), Vec::<[u32; 4]>::new());
             let mut first = 0;
             for rows in batch.rows().chunk_by(|a, b| a.sequence == b.sequence) {
@@ -172,17 +200,17 @@ impl DeviceBatch {
             let position = |row: u32| batch.rows()[row as usize].position;
             tiles.sort_by_key(|t| std::cmp::Reverse(position(t[0] + t[1] - 1)));
             self.n_tiles = tiles.len();
-            put(device, &mut self.tiles, &tiles)?;
+            self.tiles = Some(self.numbers.put(device, &tiles)?);
             for (list, rows) in [(&mut self.few, few), (&mut self.many, many)] {
                 list.n = rows.len();
                 list.n_kv = rows.iter().map(|&r| position(r) as usize + 1).max().unwrap_or(0);
-                put(device, &mut list.rows, &rows)?;
+                list.rows = Some(self.numbers.put(device, &rows)?);
             }
             self.tiles_of = Some(per_tile);
         }
-        let listed = |l: &RowList| Listed { n: l.n, n_kv: l.n_kv, rows: arg_of(&l.rows) };
+        let listed = |l: &RowList| Listed { n: l.n, n_kv: l.n_kv, rows: arg(l.rows) };
         let (few, many) = (listed(&self.few), listed(&self.many));
-        Ok(AttentionRows { few, many, tiles: arg_of(&self.tiles), n_tiles: self.n_tiles })
+        Ok(AttentionRows { few, many, tiles: arg(self.tiles), n_tiles: self.n_tiles })
     }
 
     /// Cosines and sines of the batch's positions, `[n_tokens, n_pair]` each.
@@ -192,7 +220,7 @@ impl DeviceBatch {
         if self.rope.as_ref() != Some(rope) {
             // What waits was launched with the other rotation.
             device.flush()?;
-            put(device, &mut self.inv_freq, &rope.inv_freq)?;
+            self.inv_freq = Some(device.alloc_with(bytemuck::cast_slice(&rope.inv_freq))?);
             self.rope = Some(rope.clone());
             self.angles_are_there = false;
         }
@@ -201,9 +229,8 @@ impl DeviceBatch {
             let n_bytes = (n_rows * n_pair * 4).next_power_of_two();
             ensure(device, &mut self.cosines, n_bytes)?;
             ensure(device, &mut self.sines, n_bytes)?;
-            let [cosines, sines, positions, inv_freq] =
-                [&self.cosines, &self.sines, &self.positions, &self.inv_freq].map(arg_of);
-            let args = [cosines, sines, positions, inv_freq, n_pair.into(), rope.magnitude.into()];
+            let [cosines, sines, inv_freq] = [&self.cosines, &self.sines, &self.inv_freq].map(arg_of);
+            let args = [cosines, sines, arg(self.positions), inv_freq, n_pair.into(), rope.magnitude.into()];
             device.launch("rope_angles", 128, [n_rows, 1, 1], &args);
             self.angles_are_there = true;
         }
@@ -213,11 +240,6 @@ impl DeviceBatch {
     /// Indices of rows that an op keeps.
     pub fn kept(&mut self, device: &Device, rows: &[u32]) -> Result<Arg> {
         self.refresh(device)?;
-        if self.gathered.len() == self.n_gathered {
-            self.gathered.push(None);
-        }
-        let buffer = &mut self.gathered[self.n_gathered];
-        self.n_gathered += 1;
-        put(device, buffer, rows)
+        self.numbers.put(device, rows)
     }
 }

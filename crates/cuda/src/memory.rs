@@ -16,6 +16,8 @@ struct Queue {
     launches: Vec<Launch>,
     /// Whether what waits began with a step and nothing of the step has been run yet.
     is_step: bool,
+    /// Bytes that are to be on the device before the launches run, and where.
+    staged: Vec<(u64, Vec<u8>)>,
     /// What the last launch writes, if its kernel, or another in its place, can do more with that.
     open: Option<Arg>,
 }
@@ -87,6 +89,17 @@ impl Device {
         queue.launches.pop().map(|launch| Launch { kernel, ..launch })
     }
 
+    /// Writes bytes at an offset before the launches run that wait: those that lie side by side in one copy.
+    pub fn stage(&self, to: &Buffer, offset: usize, bytes: &[u8]) {
+        let at = to.address(offset);
+        assert!(offset + bytes.len() <= to.n_bytes, "{} bytes at {offset} fit {}", bytes.len(), to.n_bytes);
+        let mut queue = self.queue();
+        match queue.staged.last_mut().filter(|(begin, run)| begin + run.len() as u64 == at) {
+            Some((_, run)) => run.extend_from_slice(bytes),
+            None => queue.staged.push((at, bytes.to_vec())),
+        }
+    }
+
     /// Begins a step: what is launched until the next flush is replayed where it has been seen before.
     pub fn begin_step(&self) -> Result<()> {
         self.flush()?;
@@ -100,6 +113,10 @@ impl Device {
         let step = std::mem::take(&mut queue.is_step);
         let launches = std::mem::take(&mut queue.launches);
         queue.open = None;
+        for (at, bytes) in std::mem::take(&mut queue.staged) {
+            // SAFETY: the range was checked to be in a buffer, and a buffer is freed only after a flush.
+            unsafe { self.driver.write(at, &bytes) }?;
+        }
         if launches.is_empty() {
             return Ok(());
         }

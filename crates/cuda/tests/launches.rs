@@ -1,5 +1,5 @@
-//! How many kernels a decode step launches: what it costs to begin one is a good part of a step on a GPU, so their number may not creep
-//! up, and looking on may not change which values they give.
+//! How many kernels a decode step launches and how often it is written to: what it costs to begin a kernel or a copy is a good part of a
+//! step on a GPU, so their number may not creep up, and looking on may not change which values they give.
 
 #[path = "support/devices.rs"]
 mod devices;
@@ -19,8 +19,8 @@ use runs::Run;
 const TINY: &str = "tiny-qwen3moe.gguf";
 const N_LAYER: usize = 4;
 
-/// A device that keeps the names of the kernels of its last step.
-struct Counting(Arc<dyn Driver>, Mutex<Vec<&'static str>>);
+/// A device that keeps the launches of its last step, and how often it has been written to.
+struct Counting(Arc<dyn Driver>, Mutex<(Vec<Launch>, usize)>);
 
 impl Driver for Counting {
     fn description(&self) -> &Description {
@@ -37,6 +37,7 @@ impl Driver for Counting {
         unsafe { self.0.free(at, n_bytes) }
     }
     unsafe fn write(&self, to: u64, bytes: &[u8]) -> Result<()> {
+        self.1.lock().unwrap().1 += 1;
         // SAFETY: the caller's promise.
         unsafe { self.0.write(to, bytes) }
     }
@@ -46,7 +47,7 @@ impl Driver for Counting {
     }
     unsafe fn run(&self, launches: &[Launch], step: bool) -> Result<()> {
         if step {
-            *self.1.lock().unwrap() = launches.iter().map(|l| l.kernel).collect();
+            self.1.lock().unwrap().0 = launches.to_vec();
         }
         // SAFETY: the caller's promise.
         unsafe { self.0.run(launches, step) }
@@ -65,7 +66,7 @@ fn kernels_of_a_decode(file: &str, n: usize, n_sequences: usize) -> Vec<&'static
         run.step_many(&parts, &mut none);
     }
     run.last_logits();
-    let kernels = driver.1.lock().unwrap().clone();
+    let kernels: Vec<_> = driver.1.lock().unwrap().0.iter().map(|l| l.kernel).collect();
     println!("{file}, {n_sequences} sequences of {n}: {} launches: {kernels:?}", kernels.len());
     kernels
 }
@@ -77,6 +78,24 @@ fn a_decode_step_launches_nine_kernels_per_layer() {
     assert_eq!(kernels_of_a_decode(TINY, 100, 1).len(), 4 + 10 * N_LAYER);
     // Slots of many sequences are sorted by expert, and summed up by themselves.
     assert_eq!(kernels_of_a_decode(TINY, 20, 6).len(), 4 + 11 * N_LAYER);
+}
+
+#[test]
+fn a_decode_step_takes_one_copy_and_is_the_same_as_the_one_before() {
+    let driver = Arc::new(Counting(connect(Order::Ascending), Mutex::default()));
+    let mut run = Run::new(CudaBackend::new(driver.clone()), TINY, KvType::F16, |_| {});
+    let mut decode = |position: usize| {
+        let n_before = driver.1.lock().unwrap().1;
+        run.step(&[9], position, 1, &mut Recorder::of(&[]));
+        let (launches, n_writes) = driver.1.lock().unwrap().clone();
+        (launches, n_writes - n_before)
+    };
+    // The first makes the buffers.
+    decode(0);
+    let (first, n_copies) = decode(1);
+    let (second, n_copies_again) = decode(2);
+    assert_eq!((n_copies, n_copies_again), (1, 1), "tokens, positions and where keys and values lie go together");
+    assert!(first == second, "a step of the same shape is replayed");
 }
 
 #[test]

@@ -63,13 +63,16 @@ pub fn run(args: Args) -> Result<Done> {
         reps: args.reps,
     };
     check(&args, &options)?;
-    let subject = subject(&args.load)?;
+    let has_tests = !options.tests().is_empty();
+    let engine = has_tests.then(|| args.load.load()).transpose()?;
+    let subject = match &engine {
+        Some(engine) => subject(&args.load, engine.device.clone(), &engine.file)?,
+        None => subject(&args.load, device::info(args.load.device())?, &ModelFile::open(&args.load.model)?)?,
+    };
     let mut out = std::io::stdout();
     let mut results = Vec::new();
     let mut limits: Option<Limits> = None;
-    let has_tests = !options.tests().is_empty();
-    if has_tests {
-        let mut engine = args.load.load()?;
+    if let Some(mut engine) = engine {
         options.check(&engine)?;
         if !args.json {
             write!(out, "{}", subject.head())?;
@@ -114,9 +117,7 @@ fn check(args: &Args, options: &BenchOptions) -> Result<()> {
     Ok(())
 }
 
-fn subject(load: &LoadArgs) -> Result<Subject> {
-    let device = device::info(load.device())?;
-    let file = ModelFile::open(&load.model)?;
+fn subject(load: &LoadArgs, device: DeviceInfo, file: &ModelFile) -> Result<Subject> {
     let hparams = file.hparams().map_err(EngineError::from)?;
     let n_threads = device.n_threads.unwrap_or_else(default_threads);
     let (name, kv) = (model_name(&load.model), load.kv.to_string());
