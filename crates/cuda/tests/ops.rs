@@ -620,6 +620,53 @@ fn a_sum_with_a_product_may_be_with_its_own_input(cuda: Make) {
     }
 }
 
+/// Attention of steps whose heads are normalised, where there are norms, rotated and stored, nobody looking in between.
+fn attended_at_once<B: Backend>(
+    b: &B,
+    heads: Heads,
+    kv_type: KvType,
+    norms: Option<&[Vec<f32>; 2]>,
+    steps: &[(Batch, Vec<f32>)],
+) -> Vec<f32> {
+    let Heads { n_head_kv, head_dim, .. } = heads;
+    let mut kv = b.kv_cache(KvShape { n_layer: 2, n_head_kv, head_dim, kv_type });
+    b.kv_reserve(&mut kv, 12).unwrap();
+    let rope = Rope::new(Pairing::Halves, head_dim, 1e4, Scaling::None, None);
+    let norms = norms.map(|norms| norms.each_ref().map(|w| b.upload(&vector(w)).unwrap()));
+    let mut all = Vec::new();
+    for (batch, qkv) in steps {
+        let (mut qkv, mut out) = (tensor(b, heads.n_qkv(), qkv), b.tensor(heads.q().len(), &[]));
+        b.norm_rope(&mut qkv, heads, norms.as_ref().map(|norms| (norms, 1e-6)), &rope, batch).unwrap();
+        b.attention(&mut out, &qkv, &mut kv, 1, heads, batch, &mut NoProbe).unwrap();
+        all.extend(values(b, &out));
+    }
+    all
+}
+
+fn heads_are_rotated_and_stored_at_once_in_every_type(cuda: Make) {
+    let mut rng = Rng(20);
+    // Numbers of heads that four warps do not share evenly.
+    let heads = Heads { n_head: 3, n_head_kv: 3, head_dim: 64 };
+    let row = |position: u32, sequence: u32| Row { token: 0, position, sequence, wants: Wants::Logits };
+    let tables = vec![vec![3, 1], vec![8]];
+    let mut step = |rows: Vec<Row>| {
+        let qkv = rng.activations(rows.len() * heads.n_qkv());
+        (Batch::new(rows, tables.clone()), qkv)
+    };
+    let mut steps: Vec<_> = (0..7).map(|i| step((11 * i..11 * i + 11).map(|p| row(p, 0)).collect())).collect();
+    steps.push(step(vec![row(0, 1), row(77, 0)]));
+    let norms = [rng.activations(64), rng.activations(64)];
+    for kv_type in [KvType::F32, KvType::F16, KvType::Q8_0] {
+        for norms in [None, Some(&norms)] {
+            let expected = attended_at_once(&Reference, heads, kv_type, norms, &steps);
+            // A last bit of a rotated key may be another code or half of it.
+            let bound = if kv_type == KvType::F32 { 2e-5 } else { 5e-4 };
+            let what = format!("{kv_type}, norms: {}", norms.is_some());
+            assert_close(&attended_at_once(&cuda(), heads, kv_type, norms, &steps), &expected, bound, &what);
+        }
+    }
+}
+
 fn products_with_what_attention_gave_are_those_with_its_values(cuda: Make) {
     let mut rng = Rng(18);
     for (n_head, n_head_kv, head_dim) in [(4, 2, 32), (8, 1, 128), (4, 4, 40)] {
@@ -678,5 +725,6 @@ devices::on_every_device!(
     routers_of_few_and_many_tokens_route_by_their_logits,
     a_sum_with_a_product_may_be_with_its_own_input,
     largest_values_are_found_where_they_are,
+    heads_are_rotated_and_stored_at_once_in_every_type,
     products_with_what_attention_gave_are_those_with_its_values
 );
