@@ -261,11 +261,24 @@ pub struct Largest {
 impl Largest {
     /// Of a row on the host.
     pub fn of(row: &[f32]) -> Largest {
-        let is_bad = |v: &f32| v.is_nan() || *v == f32::INFINITY;
-        let index = row.iter().position(is_bad).unwrap_or_else(|| {
-            let largest = row.iter().fold(f32::NEG_INFINITY, |m, v| m.max(*v));
-            row.iter().position(|v| *v == largest).expect("a row has values")
-        });
+        // Columns side by side, so that they are compared several at a time.
+        const SIDE: usize = 16;
+        let (mut largest, mut is_bad) = ([f32::NEG_INFINITY; SIDE], [false; SIDE]);
+        let (chunks, rest) = row.as_chunks::<SIDE>();
+        for chunk in chunks {
+            for i in 0..SIDE {
+                largest[i] = if chunk[i] > largest[i] { chunk[i] } else { largest[i] };
+                is_bad[i] |= chunk[i].is_nan() | (chunk[i] == f32::INFINITY);
+            }
+        }
+        let bad = |v: &f32| v.is_nan() || *v == f32::INFINITY;
+        let index = if is_bad.contains(&true) || rest.iter().any(bad) {
+            row.iter().position(bad)
+        } else {
+            let largest = largest.iter().chain(rest).fold(f32::NEG_INFINITY, |m, v| m.max(*v));
+            row.iter().position(|v| *v == largest)
+        };
+        let index = index.expect("a row has values");
         Largest { index: index as u32, value: row[index] }
     }
 }
@@ -487,4 +500,43 @@ pub fn check_restore(expected: usize, got: usize) -> Result<()> {
 /// Offers the ids of a routing to a probe.
 pub fn seen_ids<B: Backend, P: Probe<B>>(p: &mut P, b: &B, stage: Stage, layer: usize, ids: &B::Ids) -> Result<()> {
     p.seen(b, stage, layer, View::Ids(ids))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The definition, value by value.
+    fn plainly(row: &[f32]) -> usize {
+        let mut best = 0;
+        for (i, v) in row.iter().enumerate() {
+            if v.is_nan() || *v == f32::INFINITY {
+                return i;
+            }
+            if *v > row[best] {
+                best = i;
+            }
+        }
+        best
+    }
+
+    #[test]
+    fn the_largest_is_the_first_of_equals_or_the_first_that_is_no_logit() {
+        let values = [-1.0, 3.0, f32::NEG_INFINITY, 3.0, 0.0, -0.0, f32::NAN, f32::INFINITY];
+        let mut random = 1u32;
+        for n in 1..70 {
+            for n_kinds in 1..=values.len() {
+                let row: Vec<f32> = (0..n)
+                    .map(|_| {
+                        random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                        values[(random >> 24) as usize % n_kinds]
+                    })
+                    .collect();
+                let got = Largest::of(&row);
+                assert_eq!(got.index as usize, plainly(&row), "{row:?}");
+                assert_eq!(got.value.to_bits(), row[got.index as usize].to_bits());
+            }
+        }
+        assert_eq!(Largest::of(&[f32::NEG_INFINITY; 40]).index, 0);
+    }
 }

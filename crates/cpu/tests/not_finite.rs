@@ -1,6 +1,6 @@
 //! Attention is causal also for values that are not finite, and NaN is not lost in the cache.
 
-use apr_core::backend::{Backend, Heads, KvShape, KvType};
+use apr_core::backend::{Backend, Heads, KvShape, KvType, Largest};
 use apr_core::batch::{Batch, Row, Wants};
 use apr_core::probe::NoProbe;
 use apr_core::stats::RowStats;
@@ -80,5 +80,26 @@ fn statistics_are_of_the_rows_and_columns_asked_for() {
             b.row_stats(&x, rows.clone(), cols.clone(), &mut out).unwrap();
             assert_eq!(out[1..], expected(rows, cols), "small integers sum exactly, in any order");
         }
+    }
+}
+
+/// Rows are looked at side by side, each as a row of its own.
+#[test]
+fn the_largest_of_every_row_is_found_or_what_is_no_number() {
+    for n_threads in [1, 2, 3] {
+        let b = CpuBackend::new(n_threads, None).unwrap();
+        let mut x = b.tensor(100, &[]);
+        let mut values: Vec<f32> = (0..500).map(|i| ((i * 7919) % 101) as f32 - 50.0).collect();
+        values[130] = f32::NAN;
+        values[299] = f32::INFINITY;
+        b.write(&mut x, &values).unwrap();
+        let mut got = Vec::new();
+        b.largest(&x, &mut got).unwrap();
+        let of_rows: Vec<Largest> = values.chunks(100).map(Largest::of).collect();
+        assert_eq!(
+            got.iter().map(|l| l.index).collect::<Vec<_>>(),
+            of_rows.iter().map(|l| l.index).collect::<Vec<_>>()
+        );
+        assert!(got[1].index == 30 && got[1].value.is_nan() && got[2].index == 99);
     }
 }

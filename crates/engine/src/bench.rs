@@ -245,8 +245,10 @@ fn decode(
         let mut parts: Vec<Part<'_>> = sequences.iter_mut().zip(tokens).map(part).collect();
         engine.session.step(&mut parts)?;
         for i in 0..tokens.len() {
-            engine.session.logits(i, &mut logits)?;
-            black_box(greedy.sample(&logits)?);
+            if !black_box(engine.session.largest_logit(i)?).value.is_finite() {
+                engine.session.logits(i, &mut logits)?;
+                greedy.sample(&logits)?;
+            }
         }
     }
     Ok(())
