@@ -61,9 +61,10 @@ def write(path, state, base, more, file_type):
     w.add_description("A small Qwen3-MoE trained from scratch on public-domain English: Shakespeare, the King James Bible, Austen, "
                       "Carroll, Milton and the Jargon File. It continues text in their manner and knows nothing else.")
     w.add_license("MIT OR Apache-2.0")
-    w.add_sampling_temp(0.7)
+    w.add_sampling_temp(0.5)
     w.add_sampling_top_p(0.9)
-    w.add_sampling_penalty_repeat(1.1)
+    w.add_sampling_min_p(0.1)
+    w.add_sampling_penalty_repeat(1.05)
     w.add_block_count(cfg.num_hidden_layers)
     w.add_context_length(cfg.max_position_embeddings)
     w.add_embedding_length(cfg.hidden_size)

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::UNIX_EPOCH;
 
 use apr_engine::Engine;
+use apr_engine::demo;
 use apr_engine::device::{ConnectError, Cuda, Driver, Toolchain, connect_nvidia, sources_hash};
 use apr_engine::verify::{Outcome, before_first_use};
 
@@ -62,6 +63,12 @@ pub fn check_first_use(engine: &mut Engine, model: &Path) -> Result<(), Failure>
 
 /// What a check holds for: the file as it is, the device, the kernels.
 fn first_use(model: &Path, device: &str) -> std::io::Result<String> {
+    if demo::is_meant(model) {
+        let mut hash = DefaultHasher::new();
+        hash.write(demo::bytes());
+        let hash = hash.finish();
+        return Ok(format!("demo {hash:016x}\n{device}\n{}\n", sources_hash("")));
+    }
     let (path, about) = (std::fs::canonicalize(model)?, std::fs::metadata(model)?);
     let modified = about.modified()?.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos());
     Ok(format!("{}\n{} bytes, {modified}\n{device}\n{}\n", path.display(), about.len(), sources_hash("")))
@@ -109,5 +116,8 @@ mod tests {
         assert!(!is_recorded(&records, &first_use(&model, "cuda (NVIDIA L4, sm_89)").unwrap()), "another device");
         std::fs::write(&model, "as it is now").unwrap();
         assert!(!is_recorded(&records, &first_use(&model, "cuda (NVIDIA H200, sm_90)").unwrap()), "another file");
+        let demo = first_use("demo".as_ref(), "cuda (NVIDIA H200, sm_90)").unwrap();
+        write_record(&records, &demo).unwrap();
+        assert!(is_recorded(&records, &demo), "the model in the program has no file");
     }
 }

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use apr_engine::demo;
 use apr_engine::device::{Cuda, Device};
 use apr_engine::loading::Way;
 use apr_engine::offload::GpuPlan;
@@ -26,7 +27,7 @@ pub fn device_of(name: &str, n_threads: Option<usize>, isa: Option<Isa>, n_cpu_m
 /// The model and how to load it.
 #[derive(clap::Args)]
 pub struct LoadArgs {
-    /// A GGUF file; any part of a split model.
+    /// A GGUF file, any part of a split model; or demo, the small model in this program (a file of that name is ./demo)
     pub model: PathBuf,
     /// Positions of the context [default: the smaller of the file's and 32768]
     #[arg(long, short = 'c', visible_alias = "ctx-size", env = "APR_CTX", value_name = "N")]
@@ -82,6 +83,9 @@ impl LoadArgs {
         }
         if self.n_cpu_moe.is_some() && !matches!(device, Device::Cuda(_)) {
             say("note: without a GPU all experts are on the CPU; --n-cpu-moe does not apply");
+        }
+        if demo::is_meant(&self.model) && self.model.is_file() {
+            say("note: demo is the model in this program; the file of that name is ./demo");
         }
         let engine = Engine::load(&self.model, EngineOptions { device, kv_type: self.kv, n_ctx: self.ctx })?;
         if let Some(plan) = &engine.device.plan {

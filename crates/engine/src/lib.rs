@@ -7,6 +7,7 @@ pub mod answer;
 pub mod bench;
 pub mod chat_template;
 pub mod constraint;
+pub mod demo;
 pub mod device;
 pub mod diff;
 pub mod draft;

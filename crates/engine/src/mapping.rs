@@ -16,11 +16,18 @@ const ASK_BYTES: usize = 512 << 10;
 const PAGE_BYTES_MIN: usize = 4 << 10;
 pub const PAGE_BYTES_MAX: usize = 64 << 10;
 
-/// A mapped file.
+/// A mapped file, or one that is part of the program.
 pub struct Mapping {
-    map: Mmap,
+    bytes: Held,
     /// Whether to ask the disk for what is about to be read.
     asks: AtomicBool,
+}
+
+/// Where the bytes are.
+enum Held {
+    Mapped(Mmap),
+    /// The system reads them as it reads the program: nothing is asked of it or told to it.
+    Embedded(&'static [u8]),
 }
 
 impl Mapping {
@@ -32,7 +39,12 @@ impl Mapping {
         // SAFETY: the mapping is read-only and private to this process. Another process that writes to or truncates the file while it
         // is mapped breaks this; that is the documented price of running from the page cache, as in every engine that maps its weights.
         let map = unsafe { Mmap::map(file) }?;
-        Ok(Mapping { map, asks: AtomicBool::new(false) })
+        Ok(Mapping { bytes: Held::Mapped(map), asks: AtomicBool::new(false) })
+    }
+
+    /// A file that is part of the program.
+    pub fn embedded(bytes: &'static [u8]) -> Mapping {
+        Mapping { bytes: Held::Embedded(bytes), asks: AtomicBool::new(false) }
     }
 
     /// Says that the whole file will be read and kept. The system then reads it into huge pages, where the file system has them: that
@@ -42,7 +54,9 @@ impl Mapping {
         self.asks.store(false, Ordering::Relaxed);
         // Advice that is not taken changes no result.
         #[cfg(target_os = "linux")]
-        let _ = self.map.advise(Advice::HugePage);
+        if let Held::Mapped(map) = &self.bytes {
+            let _ = map.advise(Advice::HugePage);
+        }
     }
 
     /// Says that parts of the file will be read, and are to be asked for before: a call to the system for every expert, which pays
@@ -50,7 +64,9 @@ impl Mapping {
     pub fn expect_parts(&self) {
         self.asks.store(true, Ordering::Relaxed);
         #[cfg(target_os = "linux")]
-        let _ = self.map.advise(Advice::NoHugePage);
+        if let Held::Mapped(map) = &self.bytes {
+            let _ = map.advise(Advice::NoHugePage);
+        }
     }
 
     /// Whether what is about to be read is asked for.
@@ -64,7 +80,8 @@ impl Mapping {
     #[cfg(target_os = "linux")]
     pub fn is_resident(&self, offset: usize) -> bool {
         assert!(offset.is_multiple_of(PAGE_BYTES_MAX), "offset {offset} begins a page");
-        let (start, mut page) = (self.map[offset..].as_ptr(), 1u8);
+        let Held::Mapped(map) = &self.bytes else { return true };
+        let (start, mut page) = (map[offset..].as_ptr(), 1u8);
         // SAFETY: one byte at `start` lies in the mapping, which lives as long as `self`; a mapping begins with a page, so `start` is
         // aligned. The system writes one byte, for the one page that holds it.
         let status = unsafe { libc::mincore(start.cast_mut().cast(), 1, &mut page) };
@@ -81,14 +98,15 @@ impl Mapping {
         if self.populate(&range).is_err() {
             // An older system, or another one: touching a page does the same, one at a time.
             for at in range.step_by(PAGE_BYTES_MIN) {
-                std::hint::black_box(self.map[at]);
+                std::hint::black_box(self.as_ref()[at]);
             }
         }
     }
 
     #[cfg(target_os = "linux")]
     fn populate(&self, range: &Range<usize>) -> io::Result<()> {
-        match self.map.advise_range(Advice::PopulateRead, range.start, range.len()) {
+        let Held::Mapped(map) = &self.bytes else { return Err(io::ErrorKind::Unsupported.into()) };
+        match map.advise_range(Advice::PopulateRead, range.start, range.len()) {
             Err(e) if e.kind() == io::ErrorKind::InvalidInput => Err(e),
             // What cannot be read is found by whoever computes with it.
             _ => Ok(()),
@@ -103,22 +121,29 @@ impl Mapping {
     /// Asks for a range without waiting for it.
     fn ask(&self, range: Range<usize>) {
         #[cfg(unix)]
-        for at in range.clone().step_by(ASK_BYTES) {
-            // Advice that is not taken changes no result.
-            let _ = self.map.advise_range(Advice::WillNeed, at, ASK_BYTES.min(range.end - at));
+        if let Held::Mapped(map) = &self.bytes {
+            for at in range.clone().step_by(ASK_BYTES) {
+                // Advice that is not taken changes no result.
+                let _ = map.advise_range(Advice::WillNeed, at, ASK_BYTES.min(range.end - at));
+            }
         }
     }
 
     /// Says that pages of a range are read in no order, so that no neighbours are read with them.
     pub fn read_at_random(&self, range: Range<usize>) {
         #[cfg(unix)]
-        let _ = self.map.advise_range(Advice::Random, range.start, range.len());
+        if let Held::Mapped(map) = &self.bytes {
+            let _ = map.advise_range(Advice::Random, range.start, range.len());
+        }
     }
 }
 
 impl AsRef<[u8]> for Mapping {
     fn as_ref(&self) -> &[u8] {
-        &self.map
+        match &self.bytes {
+            Held::Mapped(map) => map,
+            Held::Embedded(bytes) => bytes,
+        }
     }
 }
 
@@ -141,7 +166,13 @@ mod tests {
         let bytes: Vec<u8> = (0..1_200_001u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(&bytes).unwrap();
-        let mapping = Mapping::new(&file).unwrap();
+        let embedded = Mapping::embedded(Vec::leak(bytes.clone()));
+        for mapping in [Mapping::new(&file).unwrap(), embedded] {
+            check(&mapping, &bytes);
+        }
+    }
+
+    fn check(mapping: &Mapping, bytes: &[u8]) {
         for range in [0..bytes.len(), 4097..4097, 5000..700_001, bytes.len() - 1..bytes.len()] {
             mapping.read(range.clone());
             mapping.read_at_random(range.clone());

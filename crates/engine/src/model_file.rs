@@ -9,6 +9,7 @@ use apr_core::gguf::{self, Gguf, GgufError};
 use apr_core::hparams::{Hparams, HparamsError};
 use sha2::{Digest, Sha256};
 
+use crate::demo;
 use crate::mapping::Mapping;
 
 /// An opened model: metadata, tensor directory and the mapped bytes.
@@ -38,7 +39,8 @@ pub enum OpenError {
 }
 
 impl ModelFile {
-    /// Opens a model; the parts of a split one are found beside it, whichever part is named.
+    /// Opens a model; the parts of a split one are found beside it, whichever part is named. The bare name `demo` is the
+    /// [demo model](crate::demo).
     ///
     /// # Errors
     /// What cannot be read, is no GGUF, or is an incomplete set of parts, with the file's name.
@@ -91,6 +93,9 @@ impl ModelFile {
 }
 
 fn map(path: &Path, n_parts: usize) -> Result<Mapping, OpenError> {
+    if demo::is_meant(path) {
+        return Ok(Mapping::embedded(demo::bytes()));
+    }
     let io = |source: std::io::Error| match source.kind() {
         std::io::ErrorKind::NotFound if n_parts > 1 => OpenError::PartMissing { path: path.to_path_buf(), n_parts },
         _ => OpenError::Io { path: path.to_path_buf(), source },

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
+use apr_engine::demo;
 use apr_engine::device::Device;
 use apr_engine::diff::bundle::{self, BundleError};
 use apr_engine::diff::{DiffOptions, ModelSource, Prompt, Report, Source, diff, replay};
@@ -20,7 +21,7 @@ mod report;
 
 #[derive(clap::Args)]
 pub struct Args {
-    /// Side A: a GGUF file, or a saved trace (a file, or the folder of --save-tensor-dir)
+    /// Side A: a GGUF file, demo, or a saved trace (a file, or the folder of --save-tensor-dir)
     a: PathBuf,
     /// Side B [default: the same file as A, run as the options for B say]
     b: Option<PathBuf>,
@@ -133,6 +134,9 @@ impl SideArgs {
 
 /// Whether a path is a model; anything else is taken for a trace.
 fn is_gguf(path: &Path) -> Result<bool> {
+    if demo::is_meant(path) {
+        return Ok(true);
+    }
     if path.is_dir() {
         return Ok(false);
     }

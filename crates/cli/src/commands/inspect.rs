@@ -19,7 +19,7 @@ const STRING_SHOWN: usize = 100;
 
 #[derive(clap::Args)]
 pub struct Args {
-    /// A GGUF file; any part of a split model
+    /// A GGUF file, any part of a split model; or demo
     model: PathBuf,
     /// Print one JSON object
     #[arg(long)]

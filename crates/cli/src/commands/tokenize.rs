@@ -11,7 +11,7 @@ use crate::print::{harmless, one_line};
 
 #[derive(clap::Args)]
 pub struct Args {
-    /// A GGUF file
+    /// A GGUF file, or demo
     model: PathBuf,
     /// The text; `-` reads it from standard input, as does leaving it out
     text: Option<String>,
