@@ -38,15 +38,15 @@ pub fn judge(engine: &mut Engine, tokens: &[u32], sample: &Sample, threshold: f6
     let run = pass::run(session, &mut sequence, tokens, &sample.positions, look, &mut |_, _| Ok(()));
     session.release(&mut sequence);
     run?;
-    let (precision, n_layer) = (engine.session.precision(), engine.hparams.n_layer);
+    let precision = engine.session.precision();
     let mut exact = MemoryTape::new(sample);
     let mut errors = Comparison::sampled(&tape, tokens, sample);
-    let mut feed = TapeFeed::sampled(&tape, sample, n_layer);
+    let mut feed = TapeFeed::sampled(&tape, sample);
     run_fed(engine, Precision::F32, tokens, sample, &mut super::sides::Both(&mut exact, &mut errors), &mut feed)?;
     let mut noise = Measured::new();
     if precision != Precision::F32 {
         let mut rounded = Comparison::sampled(&exact, tokens, sample);
-        let mut feed = TapeFeed::sampled(&tape, sample, n_layer);
+        let mut feed = TapeFeed::sampled(&tape, sample);
         run_fed(engine, precision, tokens, sample, &mut rounded, &mut feed)?;
         noise = rounded.measured;
     }
@@ -94,9 +94,10 @@ mod tests {
         Engine::load(&path, EngineOptions { device, kv_type: KvType::F16, n_ctx: Some(1024) }).unwrap()
     }
 
-    fn judged(engine: &mut Engine) -> Judged {
+    fn judged(engine: &mut Engine, layers: &[usize]) -> Judged {
         let tokens: Vec<u32> = (0..N_TOKENS).map(|i| ((i * 2_654_435) >> 7) % 2048).collect();
-        let sample = Sample { layers: vec![0, 2, 3], positions: vec![1, 2, 60, N_TOKENS - 2, N_TOKENS - 1] };
+        let sample =
+            Sample { layers: layers.to_vec(), positions: vec![1, 2, 60, N_TOKENS - 2, N_TOKENS - 1], n_layer: 4 };
         judge(engine, &tokens, &sample, 3.0).unwrap()
     }
 
@@ -110,12 +111,12 @@ mod tests {
             Some(fault) => Box::new(Runner::load(Faulty(cpu, fault), &engine.file, &h, settings).unwrap()),
             None => Box::new(Runner::load(cpu, &engine.file, &h, settings).unwrap()),
         };
-        judged(&mut engine).culprits.iter().map(|c| c.place.to_string()).collect()
+        judged(&mut engine, &[0, 2, 3]).culprits.iter().map(|c| c.place.to_string()).collect()
     }
 
     #[test]
     fn a_sound_device_makes_the_noise_it_declares() {
-        let judged = judged(&mut engine());
+        let judged = judged(&mut engine(), &[0, 2, 3]);
         assert!(judged.culprits.is_empty(), "{:?}", judged.culprits);
         let of = |stage| judged.places.iter().filter(move |(p, _)| p.stage == stage).map(|(p, s)| (p.layer(), s.ratio));
         for stage in [Stage::QkvMatmul, Stage::AttnOut, Stage::MoeExpertUp, Stage::MoeExpertOut] {
@@ -124,6 +125,15 @@ mod tests {
             assert!(ratios.iter().all(|(_, r)| (0.9..1.1).contains(r)), "{stage:?}: {ratios:?}");
         }
         assert!(of(Stage::LmHead).all(|(_, r)| (0.9..1.1).contains(&r)));
+    }
+
+    #[test]
+    fn the_output_is_computed_from_the_last_layer_whether_or_not_that_is_sampled() {
+        for layers in [&[0][..], &[1, 2], &[3], &[]] {
+            let judged = judged(&mut engine(), layers);
+            assert!(judged.culprits.is_empty(), "{layers:?}: {:?}", judged.culprits);
+            assert!(judged.places.iter().any(|(p, s)| p.stage == Stage::LmHead && (0.9..1.1).contains(&s.ratio)));
+        }
     }
 
     #[test]

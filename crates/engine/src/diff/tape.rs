@@ -36,6 +36,8 @@ pub struct Sample {
     pub layers: Vec<usize>,
     /// Ascending.
     pub positions: Vec<u32>,
+    /// Layers of the model; the stages behind the last are always looked at.
+    pub n_layer: usize,
 }
 
 impl Sample {
@@ -44,11 +46,11 @@ impl Sample {
         place.layer().is_none_or(|il| self.layers.contains(&il)) && self.positions.binary_search(&position).is_ok()
     }
 
-    /// Whether a value is needed to compute the sample: its own values, the residual stream that enters its layers, and their keys and
-    /// values at all positions.
+    /// Whether a value is needed to compute the sample: its own values, the residual stream that enters its layers and the stages behind
+    /// the last, and the layers' keys and values at all positions.
     fn needs(&self, place: Place, position: u32) -> bool {
-        let enters =
-            place.stage == Stage::PostFfnResidual && place.layer().is_some_and(|il| self.layers.contains(&(il + 1)));
+        let is_computed = |il: usize| il == self.n_layer || self.layers.contains(&il);
+        let enters = place.stage == Stage::PostFfnResidual && place.layer().is_some_and(|il| is_computed(il + 1));
         let stores = matches!(place.stage, Stage::QkvMatmul | Stage::QkvBias | Stage::KPostRope)
             && place.layer().is_some_and(|il| self.layers.contains(&il));
         stores || self.has(place, position) || (enters && self.positions.binary_search(&position).is_ok())
@@ -109,20 +111,18 @@ pub struct TapeFeed<'a> {
     sample: Option<&'a Sample>,
     /// Whether the stages inside fusable ops are fed.
     interior: bool,
-    /// Layers before the last stages.
-    n_layer: usize,
     batch: Batch,
 }
 
 impl<'a> TapeFeed<'a> {
     /// Feeds all of a pass. Without `interior` fusable ops are computed whole from their inputs, as a fused one is in any case.
     pub fn new(tape: &'a dyn Tape, interior: bool) -> TapeFeed<'a> {
-        TapeFeed { tape, sample: None, interior, n_layer: 0, batch: Batch::default() }
+        TapeFeed { tape, sample: None, interior, batch: Batch::default() }
     }
 
-    /// Feeds a sample of a model of `n_layer` layers. Steps hold positions of the sample or others, never both.
-    pub fn sampled(tape: &'a dyn Tape, sample: &'a Sample, n_layer: usize) -> TapeFeed<'a> {
-        TapeFeed { sample: Some(sample), n_layer, ..TapeFeed::new(tape, true) }
+    /// Feeds a sample. Steps hold positions of the sample or others, never both.
+    pub fn sampled(tape: &'a dyn Tape, sample: &'a Sample) -> TapeFeed<'a> {
+        TapeFeed { sample: Some(sample), ..TapeFeed::new(tape, true) }
     }
 }
 
@@ -134,7 +134,7 @@ impl Feed for TapeFeed<'_> {
     fn work(&self, layer: usize) -> Work {
         let Some(sample) = self.sample else { return Work::All };
         let is_sampled = self.batch.rows().iter().any(|r| sample.positions.binary_search(&r.position).is_ok());
-        match sample.layers.contains(&layer) || layer == self.n_layer {
+        match sample.layers.contains(&layer) || layer == sample.n_layer {
             true if is_sampled => Work::All,
             true => Work::Attention,
             false => Work::Nothing,

@@ -64,7 +64,7 @@ fn sample(n_layer: usize, n: u32, options: &VerifyOptions) -> Sample {
     layers.dedup();
     positions.sort_unstable();
     positions.dedup();
-    Sample { layers, positions }
+    Sample { layers, positions, n_layer }
 }
 
 fn list<T: ToString>(items: &[T]) -> String {
