@@ -38,8 +38,8 @@ pub struct LoadArgs {
     /// Threads that compute [default: one per core that this process may use, or as many as its control groups grant CPUs]
     #[arg(long, short = 't', env = "APR_THREADS", value_name = "N")]
     pub threads: Option<usize>,
-    /// Instruction set of the kernels: scalar, avx2, avx-vnni or avx512-vnni [default: the fastest of scalar and avx2
-    /// that this CPU has; the others have not run on such a CPU yet]
+    /// Instruction set of the kernels: scalar, avx2, avx-vnni or avx512-vnni [default: the fastest of scalar, avx2 and
+    /// avx512-vnni that this CPU has; avx-vnni has not run on such a CPU yet]
     #[arg(long, env = "APR_ISA", value_name = "ISA")]
     pub isa: Option<Isa>,
     /// Where to compute: cpu, cuda (an NVIDIA GPU), or reference (plain loops in high precision, slow)

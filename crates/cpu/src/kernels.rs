@@ -52,7 +52,7 @@ impl Isa {
 
     /// The instruction sets whose tests have passed on a CPU that has them. Others run when they are asked for by name,
     /// and are never chosen.
-    pub const PROVEN: [Isa; 2] = [Isa::Scalar, Isa::Avx2];
+    pub const PROVEN: [Isa; 3] = [Isa::Scalar, Isa::Avx2, Isa::Avx512Vnni];
 
     /// The name on the command line.
     pub fn name(self) -> &'static str {

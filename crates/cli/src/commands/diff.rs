@@ -66,8 +66,8 @@ struct SideArgs {
     device_a: Option<String>,
     #[arg(long, value_name = "DEVICE", value_parser = DEVICES)]
     device_b: Option<String>,
-    /// Instruction set of the kernels: scalar, avx2, avx-vnni or avx512-vnni [default: the fastest of scalar and avx2
-    /// that this CPU has; the others have not run on such a CPU yet]
+    /// Instruction set of the kernels: scalar, avx2, avx-vnni or avx512-vnni [default: the fastest of scalar, avx2 and
+    /// avx512-vnni that this CPU has; avx-vnni has not run on such a CPU yet]
     #[arg(long, value_name = "ISA")]
     isa: Option<Isa>,
     #[arg(long, value_name = "ISA")]

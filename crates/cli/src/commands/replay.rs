@@ -19,8 +19,8 @@ pub struct Args {
     /// Where to compute: cpu, cuda (an NVIDIA GPU), or reference (plain loops in high precision)
     #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = DEVICES)]
     device: String,
-    /// Instruction set of the kernels: scalar, avx2, avx-vnni or avx512-vnni [default: the fastest of scalar and avx2
-    /// that this CPU has; the others have not run on such a CPU yet]
+    /// Instruction set of the kernels: scalar, avx2, avx-vnni or avx512-vnni [default: the fastest of scalar, avx2 and
+    /// avx512-vnni that this CPU has; avx-vnni has not run on such a CPU yet]
     #[arg(long, value_name = "ISA")]
     isa: Option<Isa>,
     /// Threads that compute [default: all that this process may use]
