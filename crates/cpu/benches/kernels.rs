@@ -38,7 +38,9 @@ fn main() {
                 let share = 100.0 * streamed(k, qtype, &memory, n_threads, n_tokens) / read;
                 print!("  {n_tokens} tokens {share:.0} %");
             }
-            println!();
+            let weights_per_byte = qtype.block_len() as f64 / qtype.block_bytes() as f64;
+            let rate = 32.0 * weights_per_byte * streamed(k, qtype, &memory, n_threads, 32);
+            println!("  32 tokens {rate:.0} GMAC/s");
         }
     }
 }

@@ -54,7 +54,7 @@ fn fifth(nibbles: __m256i, high: __m256i, j: usize) -> __m256i {
 
 impl<const FIVE: bool, const BYTES: usize> K45<FIVE, BYTES> {
     /// Where the nibbles begin.
-    const QS: usize = if FIVE { 48 } else { 16 };
+    pub(super) const QS: usize = if FIVE { 48 } else { 16 };
 
     /// The codes of block `j` from the bytes that hold their first four bits, and the fifth.
     #[target_feature(enable = "avx2")]
@@ -120,6 +120,19 @@ impl<const FIVE: bool, const BYTES: usize> K45<FIVE, BYTES> {
         }
         (sum, min)
     }
+
+    /// Writes what a panel holds beside codes.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub(super) fn unpack_scales(blocks: &Blocks<'_, BYTES>, panel: &mut Panel) {
+        let of = scales(blocks);
+        for j in 0..8 {
+            store(&mut panel.scales[j], direct::bytes(of.scales[j / 4], j % 4, j % 4));
+        }
+        for i in 0..4 {
+            store(&mut panel.mins[i], direct::bytes(of.mins[i / 2], 2 * (i % 2), 2 * (i % 2) + 1));
+        }
+        (panel.d[0], panel.m[0]) = (store8(of.d), store8(of.m));
+    }
 }
 
 impl<const FIVE: bool, const BYTES: usize> Format for K45<FIVE, BYTES> {
@@ -159,7 +172,6 @@ impl<const FIVE: bool, const BYTES: usize> Format for K45<FIVE, BYTES> {
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn unpack(strip: &Strip<'_>, s: usize, panel: &mut Panel) {
         let blocks = direct::nth(&direct::rows_of::<BYTES>(strip), s);
-        let of = scales(&blocks);
         let slices = blocks.map(|block| &block[..]);
         let nibble = _mm256_set1_epi8(15);
         let high = if FIVE { transpose(load32_of_each(&slices, 16)) } else { [nibble; 8] };
@@ -174,13 +186,7 @@ impl<const FIVE: bool, const BYTES: usize> Format for K45<FIVE, BYTES> {
                 store(&mut panel.codes[2 * k + 1][i], w[1]);
             }
         }
-        for j in 0..8 {
-            store(&mut panel.scales[j], direct::bytes(of.scales[j / 4], j % 4, j % 4));
-        }
-        for i in 0..4 {
-            store(&mut panel.mins[i], direct::bytes(of.mins[i / 2], 2 * (i % 2), 2 * (i % 2) + 1));
-        }
-        (panel.d[0], panel.m[0]) = (store8(of.d), store8(of.m));
+        Self::unpack_scales(&blocks, panel);
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]

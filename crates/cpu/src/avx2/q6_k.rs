@@ -13,7 +13,7 @@ use super::tile::{self, Acc, Rows};
 use super::{Format, SEVERAL, Strip};
 use crate::kernels::{Lanes, Panel, Q8Block, STRIP};
 
-const BYTES: usize = 210;
+pub(super) const BYTES: usize = 210;
 
 pub(super) struct Q6K;
 
@@ -171,6 +171,27 @@ fn gemv(strip: &Strip<'_>, x: &[Q8Block]) -> __m256 {
     acc
 }
 
+/// Writes what a panel holds beside codes.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn unpack_scales(blocks: &Blocks<'_, BYTES>, panel: &mut Panel) {
+    let of = Scales::of(blocks);
+    for (c, (even, odd)) in of.even.into_iter().zip(of.odd).enumerate() {
+        for (i, v) in [even, odd].into_iter().enumerate() {
+            let lower = _mm256_blend_epi16::<0xaa>(v, _mm256_slli_epi32::<16>(v));
+            let upper = _mm256_blend_epi16::<0x55>(v, _mm256_srli_epi32::<16>(v));
+            store(&mut panel.scales[4 * c + i], lower);
+            store(&mut panel.scales[4 * c + 2 + i], upper);
+        }
+    }
+    for half in 0..2 {
+        let pairs = [of.pairs::<0>(half), of.pairs::<1>(half), of.pairs::<2>(half), of.pairs::<3>(half)];
+        for (q, pairs) in pairs.into_iter().enumerate() {
+            store(&mut panel.mins[4 * half + q], _mm256_mullo_epi16(pairs, _mm256_set1_epi16(-32)));
+        }
+    }
+    panel.d[0] = store8(direct::last_two_halves(blocks)[1]);
+}
+
 impl Format for Q6K {
     const TILES_FROM: usize = 9;
     const SEVERAL_FROM: usize = 2;
@@ -227,22 +248,7 @@ impl Format for Q6K {
                 store(&mut panel.codes[4 * half + 3][i], codes::<3>(low1[i], high[i]));
             }
         }
-        let of = Scales::of(&blocks);
-        for (c, (even, odd)) in of.even.into_iter().zip(of.odd).enumerate() {
-            for (i, v) in [even, odd].into_iter().enumerate() {
-                let lower = _mm256_blend_epi16::<0xaa>(v, _mm256_slli_epi32::<16>(v));
-                let upper = _mm256_blend_epi16::<0x55>(v, _mm256_srli_epi32::<16>(v));
-                store(&mut panel.scales[4 * c + i], lower);
-                store(&mut panel.scales[4 * c + 2 + i], upper);
-            }
-        }
-        for half in 0..2 {
-            let pairs = [of.pairs::<0>(half), of.pairs::<1>(half), of.pairs::<2>(half), of.pairs::<3>(half)];
-            for (q, pairs) in pairs.into_iter().enumerate() {
-                store(&mut panel.mins[4 * half + q], _mm256_mullo_epi16(pairs, _mm256_set1_epi16(-32)));
-            }
-        }
-        panel.d[0] = store8(direct::last_two_halves(&blocks)[1]);
+        unpack_scales(&blocks, panel);
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]

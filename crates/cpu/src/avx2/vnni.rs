@@ -1,13 +1,14 @@
 //! Kernels with dot-product instructions (`vpdpbusd`): AVX-VNNI in vectors of eight rows, AVX-512 VNNI in vectors of
 //! sixteen.
 //!
-//! Strips are unpacked, and single tokens multiplied, by the AVX2 code around this module: the first is done once for
-//! many tokens, the second waits for memory. What is written here is the tiles. They are generic over [`Vectors`], the
+//! Single tokens are multiplied by the AVX2 code around this module. What is written here is the tiles, and how AVX-512 unpacks
+//! rows for them. Tiles are generic over [`Vectors`], the
 //! dozen operations they need, which exist three times: as instructions of either set, and computed lane by lane
 //! ([`Emulated`]), so that the tiles can be held to the portable kernels on a CPU that lacks the instructions.
 
 mod emulated;
 mod tile;
+mod unpack;
 mod vectors;
 
 use apr_core::qtype::GgmlType;
@@ -15,10 +16,11 @@ use apr_core::qtype::GgmlType;
 use super::k_quants::K45;
 use super::q6_k::Q6K;
 use super::small::{Nibbles, Q8};
-use super::{Format, Strip, float, prefetch_distance, quantize};
-use crate::kernels::{Isa, Kernels, Out, Panel, PanelScratch, Q8Block, Q8Tokens, STRIP, SUPER, WeightRows};
+use super::{SPAN, Strip, float, quantize};
+use crate::kernels::{Isa, Kernels, LANES, LaneSums, Out, PanelScratch, Q8Block, Q8Tokens, STRIP, SUPER, WeightRows};
 use emulated::Emulated;
-use vectors::{MAX_ROWS, Vectors, Ymm, Zmm};
+use unpack::Unpack;
+use vectors::{Vectors, Ymm, Zmm};
 
 pub(crate) static AVX_VNNI: Kernels = table(Isa::AvxVnni, matmul_q8::<Ymm>);
 pub(crate) static AVX512_VNNI: Kernels = table(Isa::Avx512Vnni, matmul_q8::<Zmm>);
@@ -34,60 +36,74 @@ const fn table(isa: Isa, matmul_q8: crate::kernels::MatmulQ8) -> Kernels {
 /// From this many tokens on the tiles here are taken, even where those of AVX2 would wait for more.
 const DIRECT_BELOW: usize = 5;
 
+/// Strips that lie side by side in the widest vectors.
+const MAX_STRIPS: usize = 2;
+
+/// A token's sums with strips side by side.
+type Sums = [LaneSums; MAX_STRIPS];
+
 /// How the panels of a format, as its [`Format::unpack`] leaves them, are multiplied.
 trait Tiles {
-    /// The products of strips side by side with `N` tokens.
+    /// Adds to `acc` the products of an unpacked super-block of strips side by side, of `n_blocks` blocks of 32 columns, with `N`
+    /// tokens.
     ///
     /// # Safety
     /// The CPU has the instructions of `V`.
     unsafe fn tile<V: Vectors, const N: usize>(
-        panels: &[V::Panels],
+        p: &V::Panels,
         n_blocks: usize,
-        x: [&[Q8Block]; N],
-    ) -> [V::Floats; N];
+        x: &[&Q8Block; N],
+        acc: &mut [V::Floats; N],
+    );
 }
 
 impl<const FIVE: bool, const BYTES: usize> Tiles for K45<FIVE, BYTES> {
     #[inline(always)]
-    unsafe fn tile<V: Vectors, const N: usize>(panels: &[V::Panels], _: usize, x: [&[Q8Block]; N]) -> [V::Floats; N] {
+    unsafe fn tile<V: Vectors, const N: usize>(p: &V::Panels, _: usize, x: &[&Q8Block; N], acc: &mut [V::Floats; N]) {
         // SAFETY: the caller's promise.
-        unsafe { tile::super_32::<V, N>(panels, x) }
+        unsafe { tile::super_32::<V, N>(p, x, acc) }
     }
 }
 
 impl Tiles for Q6K {
     #[inline(always)]
-    unsafe fn tile<V: Vectors, const N: usize>(panels: &[V::Panels], _: usize, x: [&[Q8Block]; N]) -> [V::Floats; N] {
+    unsafe fn tile<V: Vectors, const N: usize>(p: &V::Panels, _: usize, x: &[&Q8Block; N], acc: &mut [V::Floats; N]) {
         // SAFETY: the caller's promise.
-        unsafe { tile::halves_16::<V, N>(panels, x) }
+        unsafe { tile::halves_16::<V, N>(p, x, acc) }
     }
 }
+
+impl Unpack for Q8 {}
 
 impl Tiles for Q8 {
     #[inline(always)]
     unsafe fn tile<V: Vectors, const N: usize>(
-        panels: &[V::Panels],
+        p: &V::Panels,
         n_blocks: usize,
-        x: [&[Q8Block]; N],
-    ) -> [V::Floats; N] {
+        x: &[&Q8Block; N],
+        acc: &mut [V::Floats; N],
+    ) {
         // SAFETY: the caller's promise.
-        unsafe { tile::blocks_32::<V, 128, true, false, N>(panels, n_blocks, x) }
+        unsafe { tile::blocks_32::<V, 128, true, false, N>(p, n_blocks, x, acc) }
     }
 }
+
+impl<const MIN: bool, const FIVE: bool> Unpack for Nibbles<MIN, FIVE> {}
 
 impl<const MIN: bool, const FIVE: bool> Tiles for Nibbles<MIN, FIVE> {
     #[inline(always)]
     unsafe fn tile<V: Vectors, const N: usize>(
-        panels: &[V::Panels],
+        p: &V::Panels,
         n_blocks: usize,
-        x: [&[Q8Block]; N],
-    ) -> [V::Floats; N] {
+        x: &[&Q8Block; N],
+        acc: &mut [V::Floats; N],
+    ) {
         // SAFETY: the caller's promise.
         unsafe {
             match (MIN, FIVE) {
-                (true, _) => tile::blocks_32::<V, 0, false, MIN, N>(panels, n_blocks, x),
-                (false, false) => tile::blocks_32::<V, 8, false, MIN, N>(panels, n_blocks, x),
-                (false, true) => tile::blocks_32::<V, 16, false, MIN, N>(panels, n_blocks, x),
+                (true, _) => tile::blocks_32::<V, 0, false, MIN, N>(p, n_blocks, x, acc),
+                (false, false) => tile::blocks_32::<V, 8, false, MIN, N>(p, n_blocks, x, acc),
+                (false, true) => tile::blocks_32::<V, 16, false, MIN, N>(p, n_blocks, x, acc),
             }
         }
     }
@@ -111,7 +127,7 @@ fn matmul_q8<V: Vectors>(w: WeightRows<'_>, x: Q8Tokens<'_>, out: &mut Out<'_>, 
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-fn matmul<F: Format + Tiles, V: Vectors>(
+fn matmul<F: Unpack + Tiles, V: Vectors>(
     w: WeightRows<'_>,
     x: Q8Tokens<'_>,
     out: &mut Out<'_>,
@@ -120,61 +136,111 @@ fn matmul<F: Format + Tiles, V: Vectors>(
     if x.len() < F::TILES_FROM.min(DIRECT_BELOW) {
         return super::matmul::<F>(w, x, out, scratch);
     }
-    let (n_rows, n_blocks) = (w.n_rows(), w.n_cols().div_ceil(32));
-    let panels = scratch.panels(V::STRIPS * w.n_cols().div_ceil(SUPER));
-    for r in (0..n_rows).step_by(V::STRIPS * STRIP) {
-        unpack::<F>(&w, r, V::STRIPS, panels);
-        let panels = V::side_by_side(panels);
-        let n = (V::STRIPS * STRIP).min(n_rows - r);
-        let mut t = 0;
-        while t < x.len() {
-            t += match x.len() - t {
-                1 => tile_to::<F, V, 1>(panels, n_blocks, x, t, out, r, n),
-                2 => tile_to::<F, V, 2>(panels, n_blocks, x, t, out, r, n),
-                3 => tile_to::<F, V, 3>(panels, n_blocks, x, t, out, r, n),
-                8.. if V::TOKENS == 8 => tile_to::<F, V, 8>(panels, n_blocks, x, t, out, r, n),
-                _ => tile_to::<F, V, 4>(panels, n_blocks, x, t, out, r, n),
-            };
+    for from in (0..x.len()).step_by(SPAN) {
+        tiled::<F, V>(&w, x.part(from, SPAN), out, scratch);
+    }
+}
+
+/// What is fetched while a super-block meets the tokens: bytes `at .. at + len` of the next strips.
+///
+/// A little behind every tile: a burst fills the CPU's list of misses, and the next tile's loads from the second cache wait for
+/// memory.
+struct Next<'a> {
+    strip: &'a Strip<'a>,
+    at: usize,
+    len: usize,
+}
+
+impl Next<'_> {
+    /// Fetches the part that belongs to tokens `tokens` of `n`.
+    #[inline(always)]
+    fn fetch(&self, tokens: std::ops::Range<usize>, n: usize) {
+        let line = |t: usize| self.len * t / n / 64 * 64;
+        self.strip.fetch(self.at + line(tokens.start), line(tokens.end) - line(tokens.start));
+    }
+}
+
+/// Multiplies in tiles: super-block by super-block, strips side by side are unpacked into the first cache and meet all tokens,
+/// while the same super-block of the next strips is fetched.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn tiled<F: Unpack + Tiles, V: Vectors>(
+    w: &WeightRows<'_>,
+    x: Q8Tokens<'_>,
+    out: &mut Out<'_>,
+    scratch: &mut PanelScratch,
+) {
+    let (n_rows, n_blocks, n_supers) = (w.n_rows(), w.n_cols().div_ceil(32), w.n_cols().div_ceil(SUPER));
+    let (panels, _, sums) = scratch.tiles(V::STRIPS, 0, MAX_STRIPS * x.len());
+    let panels = V::side_by_side(panels);
+    let (sums, _) = sums.as_chunks_mut::<MAX_STRIPS>();
+    let bytes_of_super = V::STRIPS * STRIP * SUPER / w.qtype().block_len() * w.qtype().block_bytes();
+    for first in (0..n_rows).step_by(V::STRIPS * STRIP) {
+        let strips: [Strip<'_>; MAX_STRIPS] = std::array::from_fn(|h| Strip {
+            rows: std::array::from_fn(|i| w.row((first + STRIP * h + i).min(n_rows - 1))),
+            n_blocks,
+            ahead: V::STRIPS * STRIP * w.row_bytes(),
+        });
+        sums.fill([LaneSums([0.0; LANES]); MAX_STRIPS]);
+        for s in 0..n_supers {
+            // SAFETY: the tables of `V` are had only where the CPU has its instructions.
+            unsafe { V::unpack::<F>(&strips, s, panels) };
+            let next = Next { strip: &strips[0], at: s * bytes_of_super, len: bytes_of_super };
+            meet::<F, V>(panels, 8.min(n_blocks - 8 * s), x, s, &next, sums);
+        }
+        for (t, sums) in sums.iter().enumerate() {
+            for (h, sums) in sums.iter().enumerate().take(V::STRIPS) {
+                let r = first + STRIP * h;
+                match n_rows.saturating_sub(r) {
+                    STRIP.. => out.put(x.out_row(t), r, &sums.0),
+                    n => out.put(x.out_row(t), r.min(n_rows), &sums.0[..n]),
+                }
+            }
         }
     }
 }
 
-/// Unpacks the rows from `first` on into strips side by side. Where rows run out, the last one is repeated.
+/// Adds the products of unpacked strips with super-block `s` of the tokens to `sums`.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn unpack<F: Format>(w: &WeightRows<'_>, first: usize, strips: usize, panels: &mut [Panel]) {
-    let n_blocks = w.n_cols().div_ceil(32);
-    let row_bytes_of_super = SUPER / w.qtype().block_len() * w.qtype().block_bytes();
-    let ahead = prefetch_distance(w.row_bytes());
-    for h in 0..strips {
-        let rows = std::array::from_fn(|i| w.row((first + STRIP * h + i).min(w.n_rows() - 1)));
-        let strip = Strip { rows, n_blocks, ahead };
-        for (s, panel) in panels.iter_mut().skip(h).step_by(strips).enumerate() {
-            let at = s * row_bytes_of_super;
-            strip.fetch(STRIP * at, STRIP * row_bytes_of_super);
-            // SAFETY: this function itself runs only with the features that `Format` asks for.
-            unsafe { F::unpack(&strip, s, panel) };
-        }
+fn meet<F: Tiles, V: Vectors>(
+    p: &V::Panels,
+    n_blocks: usize,
+    x: Q8Tokens<'_>,
+    s: usize,
+    next: &Next<'_>,
+    sums: &mut [Sums],
+) {
+    let mut t = 0;
+    while t < x.len() {
+        let n = match x.len() - t {
+            1 => tile_to::<F, V, 1>(p, n_blocks, x, t, s, sums),
+            2 => tile_to::<F, V, 2>(p, n_blocks, x, t, s, sums),
+            3 => tile_to::<F, V, 3>(p, n_blocks, x, t, s, sums),
+            8.. if V::TOKENS == 8 => tile_to::<F, V, 8>(p, n_blocks, x, t, s, sums),
+            _ => tile_to::<F, V, 4>(p, n_blocks, x, t, s, sums),
+        };
+        next.fetch(t..t + n, x.len());
+        t += n;
     }
 }
 
-/// Multiplies tokens `t .. t + N` and writes the `n` results of each; returns `N`.
+/// Adds the products with tokens `t .. t + N`; returns `N`.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
 fn tile_to<F: Tiles, V: Vectors, const N: usize>(
-    panels: &[V::Panels],
+    p: &V::Panels,
     n_blocks: usize,
     x: Q8Tokens<'_>,
     t: usize,
-    out: &mut Out<'_>,
-    r: usize,
-    n: usize,
+    s: usize,
+    sums: &mut [Sums],
 ) -> usize {
-    let mut y = [[0.0; MAX_ROWS]; N];
-    // SAFETY: the tables of `V` are had only where the CPU has its instructions.
-    unsafe { V::tile::<F, N>(panels, n_blocks, std::array::from_fn(|i| x.row(t + i)), &mut y) };
-    for (i, y) in y.iter().enumerate() {
-        out.put(x.out_row(t + i), r, &y[..n]);
+    let mut blocks = [&x.row(t)[s]; N];
+    for i in 1..N {
+        blocks[i] = &x.row(t + i)[s];
     }
+    let sums = sums[t..].first_chunk_mut().expect("sums of every token");
+    // SAFETY: the tables of `V` are had only where the CPU has its instructions.
+    unsafe { V::tile::<F, N>(p, n_blocks, &blocks, sums) };
     N
 }

@@ -3,9 +3,11 @@
 
 use bytemuck::Pod;
 
+use super::super::Strip;
 use super::super::load::Plain;
-use super::Tiles;
-use super::vectors::{MAX_ROWS, Vectors};
+use super::unpack::Unpack;
+use super::vectors::Vectors;
+use super::{MAX_STRIPS, Sums, Tiles};
 use crate::kernels::{Panel, Q8Block, STRIP};
 
 /// Vectors of `STRIPS` times eight rows.
@@ -59,20 +61,30 @@ impl<const STRIPS: usize> Vectors for Emulated<STRIPS> {
     type Ints = Ints<STRIPS>;
     type Floats = Floats<STRIPS>;
 
-    fn side_by_side(panels: &[Panel]) -> &[Self::Panels] {
-        panels.as_chunks().0
+    fn side_by_side(panels: &mut [Panel]) -> &mut Self::Panels {
+        panels.first_chunk_mut().expect("as many panels as strips")
+    }
+
+    unsafe fn unpack<F: Unpack>(strips: &[Strip<'_>; MAX_STRIPS], s: usize, panels: &mut Self::Panels) {
+        for (strip, panel) in strips.iter().zip(panels) {
+            // SAFETY: emulations are had where the CPU has AVX2, FMA and F16C.
+            unsafe { F::unpack(strip, s, panel) };
+        }
     }
 
     unsafe fn tile<F: Tiles, const N: usize>(
-        panels: &[Self::Panels],
+        p: &Self::Panels,
         n_blocks: usize,
-        x: [&[Q8Block]; N],
-        y: &mut [[f32; MAX_ROWS]; N],
+        x: &[&Q8Block; N],
+        sums: &mut [Sums; N],
     ) {
+        let mut acc: [Floats<STRIPS>; N] = std::array::from_fn(|t| std::array::from_fn(|s| sums[t][s].0));
         // SAFETY: these vectors need no instructions.
-        let products = unsafe { F::tile::<Self, N>(panels, n_blocks, x) };
+        unsafe { F::tile::<Self, N>(p, n_blocks, x, &mut acc) };
         for t in 0..N {
-            y[t][..STRIPS * STRIP].copy_from_slice(products[t].as_flattened());
+            for s in 0..STRIPS {
+                sums[t][s].0 = acc[t][s];
+            }
         }
     }
 
@@ -224,9 +236,8 @@ mod tests {
     /// The CPU has the instructions of `V`.
     unsafe fn every_operation<V: Vectors>(seed: u64) -> Vec<(&'static str, Vec<i32>, Vec<u32>)> {
         let mut rng = Rng(seed);
-        let panels: Vec<Panel> =
-            (0..2 * V::STRIPS).map(|i| Rng(seed + 1000 + (i % V::STRIPS) as u64).panel()).collect();
-        let p = &V::side_by_side(&panels)[1];
+        let mut panels: Vec<Panel> = (0..V::STRIPS as u64).map(|i| Rng(seed + 1000 + i).panel()).collect();
+        let p = &*V::side_by_side(&mut panels);
         let mut dwords = [[[0u8; 4]; 8]; 3];
         dwords.as_flattened_mut().fill_with(|| rng.bits().to_le_bytes());
         let (float, any) = (rng.float(), rng.bits());

@@ -7,12 +7,11 @@ use std::arch::x86_64::*;
 
 use bytemuck::Pod;
 
+use super::super::Strip;
 use super::super::load::{self, Plain};
-use super::Tiles;
+use super::unpack::Unpack;
+use super::{MAX_STRIPS, Sums, Tiles};
 use crate::kernels::{Panel, Q8Block};
-
-/// Rows of the widest vectors.
-pub(super) const MAX_ROWS: usize = 16;
 
 /// Vectors with a 32-bit lane for each of some weight rows.
 ///
@@ -31,15 +30,18 @@ pub(super) trait Vectors {
     /// A vector of floats.
     type Floats: Copy;
 
-    /// Panels in groups, as they lie.
-    fn side_by_side(panels: &[Panel]) -> &[Self::Panels];
+    /// The first [`Vectors::STRIPS`] panels.
+    fn side_by_side(panels: &mut [Panel]) -> &mut Self::Panels;
 
-    /// [`Tiles::tile`] compiled for the instructions; row `r`'s product with token `t` goes to `y[t][r]`.
+    /// Unpacks super-block `s` of the first [`Vectors::STRIPS`] strips.
+    unsafe fn unpack<F: Unpack>(strips: &[Strip<'_>; MAX_STRIPS], s: usize, panels: &mut Self::Panels);
+
+    /// [`Tiles::tile`] compiled for the instructions; the products of token `t` are added to `sums[t]`.
     unsafe fn tile<F: Tiles, const N: usize>(
-        panels: &[Self::Panels],
+        p: &Self::Panels,
         n_blocks: usize,
-        x: [&[Q8Block]; N],
-        y: &mut [[f32; MAX_ROWS]; N],
+        x: &[&Q8Block; N],
+        sums: &mut [Sums; N],
     );
 
     /// The 32 bytes that `field` shows in each panel.
@@ -101,21 +103,30 @@ impl Vectors for Ymm {
     type Ints = __m256i;
     type Floats = __m256;
 
-    fn side_by_side(panels: &[Panel]) -> &[Self::Panels] {
-        panels.as_chunks().0
+    fn side_by_side(panels: &mut [Panel]) -> &mut Self::Panels {
+        panels.first_chunk_mut().expect("as many panels as strips")
+    }
+
+    unsafe fn unpack<F: Unpack>(strips: &[Strip<'_>; MAX_STRIPS], s: usize, panels: &mut Self::Panels) {
+        // SAFETY: the caller has the instructions, AVX2 among them.
+        unsafe { F::unpack(&strips[0], s, &mut panels[0]) }
     }
 
     #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
     unsafe fn tile<F: Tiles, const N: usize>(
-        panels: &[Self::Panels],
+        p: &Self::Panels,
         n_blocks: usize,
-        x: [&[Q8Block]; N],
-        y: &mut [[f32; MAX_ROWS]; N],
+        x: &[&Q8Block; N],
+        sums: &mut [Sums; N],
     ) {
-        // SAFETY: this function itself runs only where the CPU has the instructions.
-        let products = unsafe { F::tile::<Ymm, N>(panels, n_blocks, x) };
+        let mut acc = [_mm256_setzero_ps(); N];
         for t in 0..N {
-            y[t][..8].copy_from_slice(&load::store8(products[t]));
+            acc[t] = load::floats(&sums[t][0].0);
+        }
+        // SAFETY: this function itself runs only where the CPU has the instructions.
+        unsafe { F::tile::<Ymm, N>(p, n_blocks, x, &mut acc) };
+        for t in 0..N {
+            sums[t][0].0 = load::store8(acc[t]);
         }
     }
 
@@ -172,22 +183,32 @@ impl Vectors for Zmm {
     type Ints = __m512i;
     type Floats = __m512;
 
-    fn side_by_side(panels: &[Panel]) -> &[Self::Panels] {
-        panels.as_chunks().0
+    fn side_by_side(panels: &mut [Panel]) -> &mut Self::Panels {
+        panels.first_chunk_mut().expect("as many panels as strips")
+    }
+
+    unsafe fn unpack<F: Unpack>(strips: &[Strip<'_>; MAX_STRIPS], s: usize, panels: &mut Self::Panels) {
+        // SAFETY: the caller has the instructions.
+        unsafe { F::unpack_16(strips, s, panels) }
     }
 
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
     unsafe fn tile<F: Tiles, const N: usize>(
-        panels: &[Self::Panels],
+        p: &Self::Panels,
         n_blocks: usize,
-        x: [&[Q8Block]; N],
-        y: &mut [[f32; MAX_ROWS]; N],
+        x: &[&Q8Block; N],
+        sums: &mut [Sums; N],
     ) {
-        // SAFETY: this function itself runs only where the CPU has the instructions.
-        let products = unsafe { F::tile::<Zmm, N>(panels, n_blocks, x) };
+        let mut acc = [_mm512_setzero_ps(); N];
         for t in 0..N {
-            // SAFETY: `y[t]` has sixteen floats.
-            unsafe { _mm512_storeu_ps(y[t].as_mut_ptr(), products[t]) };
+            // SAFETY: `sums[t]` is sixteen floats, those of its second part directly behind those of its first.
+            acc[t] = unsafe { _mm512_loadu_ps(sums[t].as_ptr().cast()) };
+        }
+        // SAFETY: this function itself runs only where the CPU has the instructions.
+        unsafe { F::tile::<Zmm, N>(p, n_blocks, x, &mut acc) };
+        for t in 0..N {
+            // SAFETY: as above.
+            unsafe { _mm512_storeu_ps(sums[t].as_mut_ptr().cast(), acc[t]) };
         }
     }
 
