@@ -264,6 +264,12 @@ impl<'a> WeightRows<'a> {
         &self.data[r * self.row_bytes..][..self.row_bytes]
     }
 
+    /// The rows' bytes, one row after another.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only SIMD kernels take rows side by side"))]
+    pub(crate) fn data(&self) -> &'a [u8] {
+        self.data
+    }
+
     /// Rows `range`, as a matrix.
     pub fn rows(&self, range: std::ops::Range<usize>) -> WeightRows<'a> {
         WeightRows { data: &self.data[range.start * self.row_bytes..range.end * self.row_bytes], ..*self }

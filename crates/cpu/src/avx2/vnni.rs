@@ -7,6 +7,7 @@
 //! ([`Emulated`]), so that the tiles can be held to the portable kernels on a CPU that lacks the instructions.
 
 mod emulated;
+mod k_quants;
 mod tile;
 mod unpack;
 mod vectors;
@@ -17,7 +18,9 @@ use super::k_quants::K45;
 use super::q6_k::Q6K;
 use super::small::{Nibbles, Q8};
 use super::{SPAN, Strip, float, quantize};
-use crate::kernels::{Isa, Kernels, LANES, LaneSums, Out, PanelScratch, Q8Block, Q8Tokens, STRIP, SUPER, WeightRows};
+use crate::kernels::{
+    Isa, Kernels, LANES, LaneSums, MatmulQ8, Out, PanelScratch, Q8Block, Q8Tokens, STRIP, SUPER, WeightRows,
+};
 use emulated::Emulated;
 use unpack::Unpack;
 use vectors::{Vectors, Ymm, Zmm};
@@ -29,7 +32,7 @@ pub(crate) static AVX_VNNI_EMULATED: Kernels = table(Isa::AvxVnni, matmul_q8::<E
 /// [`AVX512_VNNI`] for a CPU that has no more than AVX2.
 pub(crate) static AVX512_VNNI_EMULATED: Kernels = table(Isa::Avx512Vnni, matmul_q8::<Emulated<2>>);
 
-const fn table(isa: Isa, matmul_q8: crate::kernels::MatmulQ8) -> Kernels {
+const fn table(isa: Isa, matmul_q8: MatmulQ8) -> Kernels {
     Kernels::new(isa, quantize::quantize_row, matmul_q8, float::matmul_f32)
 }
 
@@ -42,8 +45,18 @@ const MAX_STRIPS: usize = 2;
 /// A token's sums with strips side by side.
 type Sums = [LaneSums; MAX_STRIPS];
 
+/// A kernel for few tokens, in vectors of sixteen rows. It may run only on a CPU that has the instructions of [`Zmm`].
+struct Few {
+    /// Tokens at most.
+    most: usize,
+    matmul: MatmulQ8,
+}
+
 /// How the panels of a format, as its [`Format::unpack`] leaves them, are multiplied.
 trait Tiles {
+    /// What multiplies few tokens where the CPU has the instructions, instead of the AVX2 code.
+    const FEW: Option<Few> = None;
+
     /// Adds to `acc` the products of an unpacked super-block of strips side by side, of `n_blocks` blocks of 32 columns, with `N`
     /// tokens.
     ///
@@ -58,6 +71,8 @@ trait Tiles {
 }
 
 impl<const FIVE: bool, const BYTES: usize> Tiles for K45<FIVE, BYTES> {
+    const FEW: Option<Few> = Some(Few { most: k_quants::MOST, matmul: k_quants::matmul::<FIVE, BYTES> });
+
     #[inline(always)]
     unsafe fn tile<V: Vectors, const N: usize>(p: &V::Panels, _: usize, x: &[&Q8Block; N], acc: &mut [V::Floats; N]) {
         // SAFETY: the caller's promise.
@@ -133,6 +148,13 @@ fn matmul<F: Unpack + Tiles, V: Vectors>(
     out: &mut Out<'_>,
     scratch: &mut PanelScratch,
 ) {
+    if let Some(few) = F::FEW
+        && V::FEW
+        && (1..=few.most).contains(&x.len())
+    {
+        // SAFETY: the tables of `V` are had only where the CPU has its instructions, which are those of `Zmm`.
+        return unsafe { (few.matmul)(w, x, out, scratch) };
+    }
     if x.len() < F::TILES_FROM.min(DIRECT_BELOW) {
         return super::matmul::<F>(w, x, out, scratch);
     }

@@ -81,10 +81,10 @@ impl Groups {
 }
 
 impl Machine<'_> {
-    /// Weight rows per task: enough tasks for all threads, strips of eight whole.
+    /// Weight rows per task: enough tasks for all threads, strips of sixteen whole.
     fn rows_per_task(&self, n_rows: usize, n_group: usize) -> usize {
         let tasks_wanted = (4 * self.pool.n_threads()).div_ceil(n_group);
-        n_rows.div_ceil(tasks_wanted).next_multiple_of(8).clamp(16, 128)
+        n_rows.div_ceil(tasks_wanted).next_multiple_of(16).clamp(16, 128)
     }
 
     /// Calls `f(thread, group, weight rows)` for every group and every range of `n_rows` weight rows.

@@ -56,6 +56,7 @@ fn low_words(a: i32, b: i32) -> i32 {
 impl<const STRIPS: usize> Vectors for Emulated<STRIPS> {
     const STRIPS: usize = STRIPS;
     const TOKENS: usize = 4 * STRIPS;
+    const FEW: bool = false;
 
     type Panels = [Panel; STRIPS];
     type Ints = Ints<STRIPS>;

@@ -22,6 +22,8 @@ pub(super) trait Vectors {
     const STRIPS: usize;
     /// Tokens of a tile at most: as many as there are registers for.
     const TOKENS: usize;
+    /// Whether the kernels for few tokens ([`super::Few`]) are for these vectors.
+    const FEW: bool;
 
     /// The panels of that many strips, of one super-block.
     type Panels;
@@ -98,6 +100,7 @@ macro_rules! intrinsics {
 impl Vectors for Ymm {
     const STRIPS: usize = 1;
     const TOKENS: usize = 4;
+    const FEW: bool = false;
 
     type Panels = [Panel; 1];
     type Ints = __m256i;
@@ -178,6 +181,7 @@ impl Vectors for Ymm {
 impl Vectors for Zmm {
     const STRIPS: usize = 2;
     const TOKENS: usize = 8;
+    const FEW: bool = true;
 
     type Panels = [Panel; 2];
     type Ints = __m512i;
