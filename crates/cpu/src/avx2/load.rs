@@ -120,7 +120,7 @@ pub(super) fn store8(v: __m256) -> [f32; 8] {
 #[inline(always)]
 pub(super) fn prefetch(b: &[u8], ahead: usize) {
     // SAFETY: a prefetch accesses nothing, whatever the address.
-    unsafe { _mm_prefetch::<_MM_HINT_T0>(b.as_ptr().wrapping_add(ahead).cast()) }
+    unsafe { _mm_prefetch::<_MM_HINT_T1>(b.as_ptr().wrapping_add(ahead).cast()) }
 }
 
 /// Eight half floats, given as their bits, as floats.
