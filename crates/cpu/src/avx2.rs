@@ -29,7 +29,8 @@ use load::{prefetch, store8};
 use reduce::transpose_floats;
 use tile::{Acc, Rows};
 
-pub(crate) static KERNELS: Kernels = Kernels::new(Isa::Avx2, quantize::quantize_row, matmul_q8, float::matmul_f32);
+pub(crate) static KERNELS: Kernels =
+    Kernels::new(Isa::Avx2, &crate::float::avx2::TABLE, quantize::quantize_row, matmul_q8, float::matmul_f32);
 
 /// Strips that are unpacked at a time: many, so that interleaved tokens are seldom read again, and no more than fit the
 /// first cache beside four groups of tokens.

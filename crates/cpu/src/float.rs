@@ -1,19 +1,14 @@
 //! Float loops of the CPU backend: the small matrix product of attention, exponentials, norms.
 //!
-//! Portable bodies are inlined into functions that enable an ISA's features, one table per ISA; where that gives poor code, the ISA
-//! has its own. Every sum has an
-//! order of its own that does not depend on how many rows are computed together.
-
-#[cfg(target_arch = "x86_64")]
-mod avx2;
+//! One table per width of vectors: portable bodies, which are also inlined into functions that enable an ISA's features where
+//! compilers make good code of them, and for the others loops over the ISA's vectors. Every sum has an order of its own that
+//! does not depend on how many rows are computed together.
 
 use std::ops::Range;
 
 use apr_core::stats::RowStats;
 
-use crate::kernels::Isa;
-
-/// The float loops of one ISA.
+/// The float loops of one width of vectors.
 pub struct FloatKernels {
     gemm: unsafe fn(Gemm<'_>, &[f32]),
     gemm_halves: unsafe fn(Gemm<'_>, &[u16]),
@@ -57,17 +52,6 @@ impl Gemm<'_> {
 }
 
 impl FloatKernels {
-    /// The table of an ISA that this CPU has: [`Kernels`](crate::kernels::Kernels) has checked that.
-    pub(crate) fn for_isa(isa: Isa) -> &'static FloatKernels {
-        match isa {
-            Isa::Scalar => &SCALAR,
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 | Isa::AvxVnni | Isa::Avx512Vnni => &AVX2,
-            #[cfg(not(target_arch = "x86_64"))]
-            _ => unreachable!("no kernels were handed out for this ISA"),
-        }
-    }
-
     /// See [`Gemm`]. Every element is summed over `k` in ascending order.
     pub fn gemm(&self, g: Gemm<'_>, b: &[f32]) {
         g.check(b.len());
@@ -137,32 +121,69 @@ impl FloatKernels {
     }
 }
 
-static SCALAR: FloatKernels = FloatKernels {
-    gemm: body::gemm::<false>,
-    gemm_halves: body::gemm_halves::<false>,
-    softmax_tile: body::softmax_tile::<false>,
-    swiglu: body::swiglu::<false>,
-    normalise: body::normalise::<false>,
-    axpby: body::axpby::<false>,
+pub(crate) static SCALAR: FloatKernels = FloatKernels {
+    gemm: body::gemm,
+    gemm_halves: body::gemm_halves,
+    softmax_tile: body::softmax_tile,
+    swiglu: body::swiglu,
+    normalise: body::normalise,
+    axpby: body::axpby,
     row_stats: body::row_stats,
     widen: body::widen,
     scale_each: body::scale_each,
     scale_all: body::scale_all,
 };
 
+/// `TABLE`, of functions compiled for `$features` with loops over `$vector`. The module that it is written in has the products.
 #[cfg(target_arch = "x86_64")]
-static AVX2: FloatKernels = FloatKernels {
-    gemm: avx2::gemm,
-    gemm_halves: avx2::gemm_halves,
-    softmax_tile: avx2::softmax_tile,
-    swiglu: avx2::swiglu,
-    normalise: avx2::normalise,
-    axpby: avx2::axpby,
-    row_stats: avx2::row_stats,
-    widen: avx2::widen,
-    scale_each: avx2::scale_each,
-    scale_all: avx2::scale_all,
-};
+macro_rules! table {
+    ($features:literal, $vector:ty) => {
+        table! { $features, $vector:
+            loops {
+                softmax_tile(scores: &mut [f32], scale: f32) -> (f32, f32);
+                swiglu(gate: &mut [f32], up: &[f32]) -> ();
+                normalise(x: &[f32], w: &[f32], eps: f32, out: &mut [f32]) -> ();
+                axpby(y: &mut [f32], a: f32, x: &[f32], b: f32) -> ();
+                widen(halves: &[u16], out: &mut [f32]) -> ();
+            }
+            portable {
+                row_stats(values: &[f32]) -> RowStats;
+                scale_each(codes: &[i8], scales: &[f32], out: &mut [f32]) -> ();
+                scale_all(codes: &[i8], scale: f32, out: &mut [f32]) -> ();
+            }
+        }
+    };
+    ($features:literal, $vector:ty:
+        loops { $($loop:ident($($arg:ident: $kind:ty),*) -> $out:ty;)+ }
+        portable { $($body:ident($($body_arg:ident: $body_kind:ty),*) -> $body_out:ty;)+ }
+    ) => {
+        pub(crate) static TABLE: FloatKernels = FloatKernels { gemm, gemm_halves, $($loop,)+ $($body),+ };
+
+        $(
+            #[target_feature(enable = $features)]
+            fn $loop($($arg: $kind),*) -> $out {
+                // SAFETY: this function itself runs only where the CPU has the vector's instructions.
+                unsafe { loops::$loop::<$vector>($($arg),*) }
+            }
+        )+
+
+        $(
+            #[target_feature(enable = $features)]
+            fn $body($($body_arg: $body_kind),*) -> $body_out {
+                body::$body($($body_arg),*)
+            }
+        )+
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx2;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod loops;
+#[cfg(target_arch = "x86_64")]
+mod vector;
 
 /// The loops themselves, written over arrays of eight lanes. `FMA` says whether a fused multiply-add is one instruction.
 mod body {
@@ -184,13 +205,13 @@ mod body {
     }
 
     #[inline(always)]
-    pub fn gemm<const FMA: bool>(mut g: Gemm<'_>, b: &[f32]) {
-        gemm_columns::<FMA, _>(&mut g, b, |b| b, 0);
+    pub fn gemm(mut g: Gemm<'_>, b: &[f32]) {
+        gemm_columns::<false, _>(&mut g, b, |b| b, 0);
     }
 
     #[inline(always)]
-    pub fn gemm_halves<const FMA: bool>(mut g: Gemm<'_>, b: &[u16]) {
-        gemm_columns::<FMA, _>(&mut g, b, |b| f16::from_bits(b).to_f32(), 0);
+    pub fn gemm_halves(mut g: Gemm<'_>, b: &[u16]) {
+        gemm_columns::<false, _>(&mut g, b, |b| f16::from_bits(b).to_f32(), 0);
     }
 
     /// Columns `from ..` of the product.
@@ -224,17 +245,16 @@ mod body {
     /// `e^x` for eight lanes: range reduction by powers of two and a polynomial of degree 6, relative error about 2e-7.
     /// Arguments below -87 give 0; NaN stays NaN.
     #[inline(always)]
-    fn exp<const FMA: bool>(x: Lanes) -> Lanes {
+    fn exp(x: Lanes) -> Lanes {
         let mut out = [0.0; LANES];
         for l in 0..LANES {
             let v = x[l].min(88.0);
-            let shifted = mul_add::<FMA>(v, std::f32::consts::LOG2_E, ROUND);
+            let shifted = v * std::f32::consts::LOG2_E + ROUND;
             let n = shifted - ROUND;
-            let r = mul_add::<FMA>(n, -LN_2_HIGH, v);
-            let r = mul_add::<FMA>(n, -LN_2_LOW, r);
+            let r = n * -LN_2_LOW + (n * -LN_2_HIGH + v);
             let mut p = EXP[0];
             for c in &EXP[1..] {
-                p = mul_add::<FMA>(p, r, *c);
+                p = p * r + c;
             }
             let power = f32::from_bits(shifted.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127) << 23);
             // `min` drops NaN; the second comparison brings it back.
@@ -244,73 +264,49 @@ mod body {
         out
     }
 
-    #[inline(always)]
-    pub fn softmax_tile<const FMA: bool>(scores: &mut [f32], scale: f32) -> (f32, f32) {
-        let mut max = [f32::NEG_INFINITY; LANES];
-        let (chunks, tail) = scores.as_chunks_mut::<LANES>();
-        for chunk in chunks.iter() {
-            for l in 0..LANES {
-                max[l] = if chunk[l] > max[l] { chunk[l] } else { max[l] };
-            }
-        }
-        let largest = largest(max.into_iter().fold(f32::NEG_INFINITY, |m, v| if v > m { v } else { m }), tail);
+    pub fn softmax_tile(scores: &mut [f32], scale: f32) -> (f32, f32) {
+        let largest = or_zero(scores.iter().fold(f32::NEG_INFINITY, |m, &v| if v > m { v } else { m }));
+        let weights = |x: Lanes| exp(x.map(|v| (v - largest) * scale));
         let mut total = [0f32; LANES];
-        for chunk in chunks.iter_mut() {
-            let mut y = *chunk;
-            for l in 0..LANES {
-                y[l] = (y[l] - largest) * scale;
-            }
-            *chunk = exp::<FMA>(y);
+        let (chunks, tail) = scores.as_chunks_mut::<LANES>();
+        for chunk in chunks {
+            *chunk = weights(*chunk);
             for l in 0..LANES {
                 total[l] += chunk[l];
             }
         }
-        (largest * scale, softmax_tail::<FMA>(tail, largest, scale, total))
-    }
-
-    /// The largest of some lanes, `max`, and what follows them; 0 where nothing is comparable, all being NaN, which the sum then
-    /// shows.
-    #[inline(always)]
-    pub fn largest(max: f32, tail: &[f32]) -> f32 {
-        let largest = tail.iter().fold(max, |m, &v| if v > m { v } else { m });
-        if largest == f32::NEG_INFINITY { 0.0 } else { largest }
-    }
-
-    /// The exponentials of scores that fill no eight lanes; the sum over all is returned, `total` being that of the others.
-    #[inline(always)]
-    pub fn softmax_tail<const FMA: bool>(tail: &mut [f32], largest: f32, scale: f32, mut total: Lanes) -> f32 {
-        if tail.is_empty() {
-            return sum(total);
-        }
-        let mut last = [-1e9; LANES];
-        for (y, x) in last.iter_mut().zip(tail.iter()) {
-            *y = (*x - largest) * scale;
-        }
-        let last = exp::<FMA>(last);
+        let mut last = [f32::NEG_INFINITY; LANES];
+        last[..tail.len()].copy_from_slice(tail);
+        let last = weights(last);
         for (l, x) in tail.iter_mut().enumerate() {
             *x = last[l];
             total[l] += last[l];
         }
-        sum(total)
+        (largest * scale, sum(total))
     }
 
+    /// The largest of some scores; 0 where nothing is comparable, all being NaN, which the sum then shows.
     #[inline(always)]
-    pub fn swiglu<const FMA: bool>(gate: &mut [f32], up: &[f32]) {
+    pub fn or_zero(largest: f32) -> f32 {
+        if largest == f32::NEG_INFINITY { 0.0 } else { largest }
+    }
+
+    pub fn swiglu(gate: &mut [f32], up: &[f32]) {
         let (g8, g_tail) = gate.as_chunks_mut::<LANES>();
         let (u8s, u_tail) = up.as_chunks::<LANES>();
         for (g, u) in g8.iter_mut().zip(u8s) {
-            *g = swiglu8::<FMA>(*g, u);
+            *g = swiglu8(*g, u);
         }
         let (mut g, mut u) = ([0.0; LANES], [0.0; LANES]);
         g[..g_tail.len()].copy_from_slice(g_tail);
         u[..u_tail.len()].copy_from_slice(u_tail);
-        let y = swiglu8::<FMA>(g, &u);
+        let y = swiglu8(g, &u);
         g_tail.copy_from_slice(&y[..g_tail.len()]);
     }
 
     #[inline(always)]
-    fn swiglu8<const FMA: bool>(g: Lanes, u: &Lanes) -> Lanes {
-        let e = exp::<FMA>(g.map(|v| -v));
+    fn swiglu8(g: Lanes, u: &Lanes) -> Lanes {
+        let e = exp(g.map(|v| -v));
         let mut out = [0.0; LANES];
         for l in 0..LANES {
             out[l] = g[l] / (1.0 + e[l]) * u[l];
@@ -318,17 +314,16 @@ mod body {
         out
     }
 
-    #[inline(always)]
-    pub fn normalise<const FMA: bool>(x: &[f32], w: &[f32], eps: f32, out: &mut [f32]) {
+    pub fn normalise(x: &[f32], w: &[f32], eps: f32, out: &mut [f32]) {
         let mut squares = [0f32; LANES];
         let (chunks, tail) = x.as_chunks::<LANES>();
         for chunk in chunks {
             for l in 0..LANES {
-                squares[l] = mul_add::<FMA>(chunk[l], chunk[l], squares[l]);
+                squares[l] += chunk[l] * chunk[l];
             }
         }
         for (l, v) in tail.iter().enumerate() {
-            squares[l] = mul_add::<FMA>(*v, *v, squares[l]);
+            squares[l] += v * v;
         }
         let scale = 1.0 / (sum(squares) / x.len() as f32 + eps).sqrt();
         for ((o, x), w) in out.iter_mut().zip(x).zip(w) {
@@ -337,10 +332,8 @@ mod body {
     }
 
     #[inline(always)]
-    pub fn axpby<const FMA: bool>(y: &mut [f32], a: f32, x: &[f32], b: f32) {
-        for (y, x) in y.iter_mut().zip(x) {
-            *y = mul_add::<FMA>(a, *y, b * x);
-        }
+    pub fn axpby(y: &mut [f32], a: f32, x: &[f32], b: f32) {
+        y.iter_mut().zip(x).for_each(|(y, x)| *y = a * *y + b * x);
     }
 
     #[inline(always)]
@@ -396,7 +389,7 @@ mod body {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::Kernels;
+    use crate::kernels::{Isa, Kernels};
 
     fn tables() -> impl Iterator<Item = &'static FloatKernels> {
         Isa::ALL.into_iter().filter_map(Kernels::for_isa).map(Kernels::float)

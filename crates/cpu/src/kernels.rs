@@ -89,6 +89,7 @@ impl FromStr for Isa {
 /// The kernels of one instruction set. There is no way to hold the table of a set that this CPU lacks.
 pub struct Kernels {
     isa: Isa,
+    float: &'static FloatKernels,
     pub(crate) quantize_row: QuantizeRow,
     pub(crate) matmul_q8: MatmulQ8,
     pub(crate) matmul_f32: MatmulF32,
@@ -104,11 +105,12 @@ pub(crate) type MatmulF32 = unsafe fn(WeightRows<'_>, F32Tokens<'_>, &mut Out<'_
 impl Kernels {
     pub(crate) const fn new(
         isa: Isa,
+        float: &'static FloatKernels,
         quantize_row: QuantizeRow,
         matmul_q8: MatmulQ8,
         matmul_f32: MatmulF32,
     ) -> Kernels {
-        Kernels { isa, quantize_row, matmul_q8, matmul_f32 }
+        Kernels { isa, float, quantize_row, matmul_q8, matmul_f32 }
     }
 
     /// The fastest kernels that this CPU can run, of those that are proven ([`Isa::PROVEN`]).
@@ -165,7 +167,7 @@ impl Kernels {
 
     /// The float loops of this instruction set.
     pub fn float(&self) -> &'static FloatKernels {
-        FloatKernels::for_isa(self.isa)
+        self.float
     }
 
     /// Quantizes one activation row into a row of [`Q8Rows`] of the same width. A super-block that holds an infinity

@@ -11,7 +11,8 @@ use crate::kernels::{
 
 pub(crate) use unpack::{Family, IQ4_VALUES, MXFP4_VALUES, Unpacked, family, unpack};
 
-pub(crate) static KERNELS: Kernels = Kernels::new(Isa::Scalar, quantize_row, matmul_q8, matmul_f32);
+pub(crate) static KERNELS: Kernels =
+    Kernels::new(Isa::Scalar, &crate::float::SCALAR, quantize_row, matmul_q8, matmul_f32);
 
 pub(crate) fn quantize_row(x: &[f32], out: &mut [Q8Block]) {
     for (x, block) in x.chunks(SUPER).zip(out) {

@@ -18,6 +18,9 @@ use super::k_quants::K45;
 use super::q6_k::Q6K;
 use super::small::{Nibbles, Q8};
 use super::{SPAN, Strip, float, quantize};
+use crate::float::FloatKernels;
+use crate::float::avx2::TABLE as AVX2;
+use crate::float::avx512::TABLE as AVX512;
 use crate::kernels::{
     Isa, Kernels, LANES, LaneSums, MatmulQ8, Out, PanelScratch, Q8Block, Q8Tokens, STRIP, SUPER, WeightRows,
 };
@@ -25,15 +28,15 @@ use emulated::Emulated;
 use unpack::Unpack;
 use vectors::{Vectors, Ymm, Zmm};
 
-pub(crate) static AVX_VNNI: Kernels = table(Isa::AvxVnni, matmul_q8::<Ymm>);
-pub(crate) static AVX512_VNNI: Kernels = table(Isa::Avx512Vnni, matmul_q8::<Zmm>);
+pub(crate) static AVX_VNNI: Kernels = table(Isa::AvxVnni, &AVX2, matmul_q8::<Ymm>);
+pub(crate) static AVX512_VNNI: Kernels = table(Isa::Avx512Vnni, &AVX512, matmul_q8::<Zmm>);
 /// [`AVX_VNNI`] for a CPU that has no more than AVX2.
-pub(crate) static AVX_VNNI_EMULATED: Kernels = table(Isa::AvxVnni, matmul_q8::<Emulated<1>>);
+pub(crate) static AVX_VNNI_EMULATED: Kernels = table(Isa::AvxVnni, &AVX2, matmul_q8::<Emulated<1>>);
 /// [`AVX512_VNNI`] for a CPU that has no more than AVX2.
-pub(crate) static AVX512_VNNI_EMULATED: Kernels = table(Isa::Avx512Vnni, matmul_q8::<Emulated<2>>);
+pub(crate) static AVX512_VNNI_EMULATED: Kernels = table(Isa::Avx512Vnni, &AVX2, matmul_q8::<Emulated<2>>);
 
-const fn table(isa: Isa, matmul_q8: MatmulQ8) -> Kernels {
-    Kernels::new(isa, quantize::quantize_row, matmul_q8, float::matmul_f32)
+const fn table(isa: Isa, float: &'static FloatKernels, matmul_q8: MatmulQ8) -> Kernels {
+    Kernels::new(isa, float, quantize::quantize_row, matmul_q8, float::matmul_f32)
 }
 
 /// From this many tokens on the tiles here are taken, even where those of AVX2 would wait for more.

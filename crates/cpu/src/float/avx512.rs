@@ -1,0 +1,86 @@
+//! Float loops for AVX-512: 32 registers of sixteen floats, and multiply-adds that broadcast a float of memory.
+
+use std::arch::x86_64::__m512;
+
+use apr_core::stats::RowStats;
+
+use super::loops::{self, Ahead, tile};
+use super::vector::{Element, Vector};
+use super::{FloatKernels, Gemm, body};
+
+table! { "avx2,fma,f16c,avx512f,avx512bw,avx512vl", __m512 }
+
+const LANES: usize = <__m512 as Vector>::LANES;
+
+/// Vectors of columns that the last few rows are multiplied with together: one would wait for its own sums.
+const WIDE: usize = 4;
+
+/// See [`Gemm`]; the caller has checked its bounds.
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl")]
+fn gemm(g: Gemm<'_>, b: &[f32]) {
+    product(g, b, |b| b);
+}
+
+/// See [`Gemm`]; the caller has checked its bounds.
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl")]
+fn gemm_halves(g: Gemm<'_>, b: &[u16]) {
+    product(g, b, |b| half::f16::from_bits(b).to_f32());
+}
+
+/// Tiles are of eight rows and one vector of columns: all operands but the latter are floats that a multiply-add takes from
+/// memory, so that there is hardly an instruction beside the multiply-adds.
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl")]
+#[inline]
+fn product<T: Element>(mut g: Gemm<'_>, b: &[T], float: impl Fn(T) -> f32) {
+    let (n_wide, in_tiles) = (g.n / LANES * LANES, g.m / 4 * 4);
+    let mut ahead = Ahead::new(g.ahead, n_wide / LANES * in_tiles.div_ceil(8).max(1) * g.k.len());
+    for j in (0..n_wide).step_by(LANES) {
+        let mut i = 0;
+        while i < in_tiles {
+            // SAFETY: the rows are fewer than `m`, and the columns fewer than `n`.
+            i += unsafe {
+                match in_tiles - i {
+                    4 => columns::<T, 4, 1>(&mut g, b, (i, j), &mut ahead),
+                    _ => columns::<T, 8, 1>(&mut g, b, (i, j), &mut ahead),
+                }
+            };
+        }
+    }
+    let mut j = 0;
+    while in_tiles < g.m && j < n_wide {
+        let at = (in_tiles, j);
+        // SAFETY: as above.
+        unsafe {
+            if j + WIDE * LANES <= n_wide {
+                match g.m - in_tiles {
+                    1 => columns::<T, 1, WIDE>(&mut g, b, at, &mut ahead),
+                    2 => columns::<T, 2, WIDE>(&mut g, b, at, &mut ahead),
+                    _ => columns::<T, 3, WIDE>(&mut g, b, at, &mut ahead),
+                };
+                j += WIDE * LANES;
+            } else {
+                match g.m - in_tiles {
+                    1 => columns::<T, 1, 1>(&mut g, b, at, &mut ahead),
+                    2 => columns::<T, 2, 1>(&mut g, b, at, &mut ahead),
+                    _ => columns::<T, 3, 1>(&mut g, b, at, &mut ahead),
+                };
+                j += LANES;
+            }
+        }
+    }
+    body::gemm_columns::<true, _>(&mut g, b, float, n_wide);
+}
+
+/// [`tile`] of all of `k`.
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl")]
+#[inline]
+unsafe fn columns<T: Element, const R: usize, const C: usize>(
+    g: &mut Gemm<'_>,
+    b: &[T],
+    (i, j): (usize, usize),
+    ahead: &mut Ahead<'_>,
+) -> usize {
+    let (k, ldb) = (g.k.clone(), g.ldb);
+    // SAFETY: the caller's promise.
+    unsafe { tile::<__m512, T, R, C>(g, (b[k.start * ldb + j..].as_ptr(), ldb), (i, j), k, ahead) }
+}

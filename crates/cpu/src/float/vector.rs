@@ -1,0 +1,223 @@
+//! Vectors of floats, and the operations that the loops of x86-64 are made of: eight lanes with AVX2, sixteen with AVX-512.
+
+use std::arch::x86_64::*;
+
+use super::body;
+
+/// A vector of floats.
+///
+/// The functions are `unsafe` because they may run only on a CPU that has the vector's instructions, and because loads and
+/// stores take pointers to [`LANES`](Vector::LANES) elements. They take and return vectors, so they must be inlined into a
+/// function that is compiled for such a CPU.
+pub(super) trait Vector: Copy {
+    const LANES: usize;
+
+    unsafe fn load(from: *const f32) -> Self;
+    /// Half floats, given as their bits.
+    unsafe fn load_halves(from: *const u16) -> Self;
+    unsafe fn store(self, to: *mut f32);
+    /// `v` in every lane.
+    unsafe fn splat(v: f32) -> Self;
+    unsafe fn add(self, other: Self) -> Self;
+    unsafe fn sub(self, other: Self) -> Self;
+    unsafe fn mul(self, other: Self) -> Self;
+    unsafe fn div(self, other: Self) -> Self;
+    /// `self * b + c`, rounded once.
+    unsafe fn mul_add(self, b: Self, c: Self) -> Self;
+    /// The smaller; `other` where a lane of either is NaN.
+    unsafe fn min(self, other: Self) -> Self;
+    /// The larger; `other` where a lane of either is NaN.
+    unsafe fn max(self, other: Self) -> Self;
+    /// `self`, but `other` where that is NaN.
+    unsafe fn or_nan_of(self, other: Self) -> Self;
+    /// `self` times two to the power of `n`, an integer of at most 127; 0 where `x` is below -87. `shifted` is `n` plus
+    /// [`body::ROUND`].
+    unsafe fn scale_by_power(self, x: Self, n: Self, shifted: Self) -> Self;
+    /// The largest lane. There is no NaN among them.
+    unsafe fn largest_lane(self) -> f32;
+    unsafe fn sum_of_lanes(self) -> f32;
+}
+
+/// Elements of the right-hand side of a product. Unsafe as [`Vector`] is.
+pub(super) trait Element: Copy {
+    unsafe fn load<V: Vector>(from: *const Self) -> V;
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    unsafe fn load<V: Vector>(from: *const f32) -> V {
+        // SAFETY: the caller's promise.
+        unsafe { V::load(from) }
+    }
+}
+
+/// The bits of a half float.
+impl Element for u16 {
+    #[inline(always)]
+    unsafe fn load<V: Vector>(from: *const u16) -> V {
+        // SAFETY: the caller's promise.
+        unsafe { V::load_halves(from) }
+    }
+}
+
+/// Operations of [`Vector`] that are one intrinsic each.
+macro_rules! intrinsics {
+    ($features:literal: $($name:ident($($arg:ident),*) = $intrinsic:ident;)+) => {
+        $(
+            #[target_feature(enable = $features)]
+            #[inline]
+            unsafe fn $name(self $(, $arg: Self)*) -> Self {
+                $intrinsic(self $(, $arg)*)
+            }
+        )+
+    };
+}
+
+impl Vector for __m256 {
+    const LANES: usize = 8;
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline]
+    unsafe fn load(from: *const f32) -> __m256 {
+        // SAFETY: the caller's promise.
+        unsafe { _mm256_loadu_ps(from) }
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline]
+    unsafe fn load_halves(from: *const u16) -> __m256 {
+        // SAFETY: the caller's promise.
+        _mm256_cvtph_ps(unsafe { _mm_loadu_si128(from.cast()) })
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: the caller's promise.
+        unsafe { _mm256_storeu_ps(to, self) }
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline]
+    unsafe fn splat(v: f32) -> __m256 {
+        _mm256_set1_ps(v)
+    }
+
+    intrinsics! { "avx2,fma,f16c":
+        add(other) = _mm256_add_ps;
+        sub(other) = _mm256_sub_ps;
+        mul(other) = _mm256_mul_ps;
+        div(other) = _mm256_div_ps;
+        mul_add(b, c) = _mm256_fmadd_ps;
+        min(other) = _mm256_min_ps;
+        max(other) = _mm256_max_ps;
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline]
+    unsafe fn or_nan_of(self, other: __m256) -> __m256 {
+        _mm256_blendv_ps(self, other, _mm256_cmp_ps::<_CMP_UNORD_Q>(other, other))
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline]
+    unsafe fn scale_by_power(self, x: __m256, _: __m256, shifted: __m256) -> __m256 {
+        let bias = _mm256_set1_epi32(127 - body::ROUND.to_bits() as i32);
+        let exponent = _mm256_slli_epi32::<23>(_mm256_add_epi32(_mm256_castps_si256(shifted), bias));
+        let below = _mm256_cmp_ps::<_CMP_LT_OQ>(x, _mm256_set1_ps(-87.0));
+        _mm256_andnot_ps(below, _mm256_mul_ps(self, _mm256_castsi256_ps(exponent)))
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline]
+    unsafe fn largest_lane(self) -> f32 {
+        let v = _mm_max_ps(_mm256_castps256_ps128(self), _mm256_extractf128_ps::<1>(self));
+        let v = _mm_max_ps(v, _mm_movehl_ps(v, v));
+        _mm_cvtss_f32(_mm_max_ss(v, _mm_movehdup_ps(v)))
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline]
+    unsafe fn sum_of_lanes(self) -> f32 {
+        let v = _mm_add_ps(_mm256_castps256_ps128(self), _mm256_extractf128_ps::<1>(self));
+        let v = _mm_add_ps(v, _mm_movehl_ps(v, v));
+        _mm_cvtss_f32(_mm_add_ss(v, _mm_movehdup_ps(v)))
+    }
+}
+
+impl Vector for __m512 {
+    const LANES: usize = 16;
+
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl")]
+    #[inline]
+    unsafe fn load(from: *const f32) -> __m512 {
+        // SAFETY: the caller's promise.
+        unsafe { _mm512_loadu_ps(from) }
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl")]
+    #[inline]
+    unsafe fn load_halves(from: *const u16) -> __m512 {
+        // SAFETY: the caller's promise.
+        _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(from.cast()) })
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl")]
+    #[inline]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: the caller's promise.
+        unsafe { _mm512_storeu_ps(to, self) }
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl")]
+    #[inline]
+    unsafe fn splat(v: f32) -> __m512 {
+        _mm512_set1_ps(v)
+    }
+
+    intrinsics! { "avx2,fma,f16c,avx512f,avx512bw,avx512vl":
+        add(other) = _mm512_add_ps;
+        sub(other) = _mm512_sub_ps;
+        mul(other) = _mm512_mul_ps;
+        div(other) = _mm512_div_ps;
+        mul_add(b, c) = _mm512_fmadd_ps;
+        min(other) = _mm512_min_ps;
+        max(other) = _mm512_max_ps;
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl")]
+    #[inline]
+    unsafe fn or_nan_of(self, other: __m512) -> __m512 {
+        _mm512_mask_mov_ps(self, _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(other, other), other)
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl")]
+    #[inline]
+    unsafe fn scale_by_power(self, x: __m512, n: __m512, _: __m512) -> __m512 {
+        // Not less than: NaN is kept.
+        let kept = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x, _mm512_set1_ps(-87.0));
+        _mm512_maskz_scalef_ps(kept, self, n)
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl")]
+    #[inline]
+    unsafe fn largest_lane(self) -> f32 {
+        let (low, high) = halves(self);
+        // SAFETY: the CPU has AVX2 too.
+        unsafe { _mm256_max_ps(low, high).largest_lane() }
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl")]
+    #[inline]
+    unsafe fn sum_of_lanes(self) -> f32 {
+        let (low, high) = halves(self);
+        // SAFETY: the CPU has AVX2 too.
+        unsafe { _mm256_add_ps(low, high).sum_of_lanes() }
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl")]
+#[inline]
+fn halves(v: __m512) -> (__m256, __m256) {
+    (_mm512_castps512_ps256(v), _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(v))))
+}
