@@ -11,7 +11,7 @@ use apr_core::backend::{Backend, Heads, KV_BLOCK, KvShape, KvType};
 use apr_core::batch::{Batch, Row, Wants};
 use apr_core::probe::NoProbe;
 use apr_cpu::CpuBackend;
-use apr_cpu::float::{FloatKernels, Gemm};
+use apr_cpu::float::{FloatKernels, Gemm, Softmax};
 use apr_cpu::kernels::{Isa, Kernels};
 use apr_cpu::kv::{KvCache, Part};
 use apr_cpu::peak;
@@ -81,7 +81,7 @@ fn product(f: &FloatKernels, m: usize, n: usize, k: usize, halves: bool) -> f64 
     let repeats = 30_000_000 / (m * n * k);
     let seconds = median_seconds(&mut [()], |_| {
         for _ in 0..repeats {
-            let g = Gemm { m, n, k: 0..k, a: black_box(&a), lda: k, ldb: n, c: &mut c, ldc: n, ahead: &[] };
+            let g = Gemm { m, n, k: 0..k, a: black_box(&a), lda: k, ldb: n, c: &mut c, ldc: n, add: false, ahead: &[] };
             if halves { f.gemm_halves(g, &b_halves) } else { f.gemm(g, &b) }
         }
     });
@@ -106,11 +106,13 @@ fn row_by_row(k: &Kernels) {
     let mut blocks = apr_cpu::kernels::Q8Rows::new();
     blocks.resize(1, 2048);
     println!(
-        "{}, ns a row, a copy of it included: softmax of 64 {:.1}, axpby of 128 {:.1}, swiglu of 768 {:.1}, norm of 2048 {:.1}, \
+        "{}, ns a row, a copy of it included: softmax of 64 {:.1}, swiglu of 768 {:.1}, norm of 2048 {:.1}, \
          quantizing 2048 {:.1}",
         k.isa(),
-        timed(KV_BLOCK, &mut |x| _ = black_box(f.softmax_tile(x, 0.1))),
-        timed(HEADS.head_dim, &mut |x| f.axpby(x, 0.5, &w[..HEADS.head_dim], 0.25)),
+        timed(KV_BLOCK, &mut |scores| {
+            let (max, total, sum) = (&mut [0.0], &mut [0.0], &mut [0.0; HEADS.head_dim]);
+            f.softmax(Softmax { scores, scale: 0.1, max, total, sum });
+        }),
         timed(768, &mut |x| f.swiglu(x, &w[..768])),
         timed(2048, &mut |x| f.normalise(x, &w, 1e-6, &mut out)),
         timed(2048, &mut |x| k.quantize_row(x, blocks.row_mut(0))),

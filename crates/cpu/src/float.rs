@@ -6,13 +6,14 @@
 
 use std::ops::Range;
 
+use apr_core::backend::KV_BLOCK;
 use apr_core::stats::RowStats;
 
 /// The float loops of one width of vectors.
 pub struct FloatKernels {
     gemm: unsafe fn(Gemm<'_>, &[f32]),
     gemm_halves: unsafe fn(Gemm<'_>, &[u16]),
-    softmax_tile: unsafe fn(&mut [f32], f32) -> (f32, f32),
+    softmax: unsafe fn(Softmax<'_>),
     swiglu: unsafe fn(&mut [f32], &[f32]),
     normalise: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
     axpby: unsafe fn(&mut [f32], f32, &[f32], f32),
@@ -23,7 +24,7 @@ pub struct FloatKernels {
 }
 
 /// `c = a b` for small row-major matrices: `a` `[m, k.end]`, `b` `[k.end, n]`, `c` `[m, n]`. Only the columns `k` of `a` and
-/// the rows `k` of `b` are read; where they are not the first, `c` holds what those before them give, and is added to.
+/// the rows `k` of `b` are read.
 pub struct Gemm<'a> {
     pub m: usize,
     pub n: usize,
@@ -35,6 +36,8 @@ pub struct Gemm<'a> {
     pub ldb: usize,
     pub c: &'a mut [f32],
     pub ldc: usize,
+    /// Whether the product is added to what `c` holds.
+    pub add: bool,
     /// Bytes that are needed next and fetched into the cache meanwhile.
     pub ahead: &'a [u8],
 }
@@ -49,6 +52,21 @@ impl Gemm<'_> {
         );
         assert!(self.k.end == 0 || last_k * self.ldb + self.n <= b_len);
     }
+}
+
+/// One tile of a softmax over many, per row the softmax of the tiles so far: scores turn into weights relative to the largest
+/// score of this tile and those before, and what those before gave is scaled to it.
+pub struct Softmax<'a> {
+    /// `[n_rows, KV_BLOCK]`: scores, and then weights. Minus infinity has weight 0.
+    pub scores: &'a mut [f32],
+    /// What scores are multiplied with: a positive number.
+    pub scale: f32,
+    /// Per row the largest scaled score so far; minus infinity where there was none.
+    pub max: &'a mut [f32],
+    /// Per row the sum of the weights so far.
+    pub total: &'a mut [f32],
+    /// `[n_rows, n]`: the weighted sums so far.
+    pub sum: &'a mut [f32],
 }
 
 impl FloatKernels {
@@ -66,10 +84,14 @@ impl FloatKernels {
         unsafe { (self.gemm_halves)(g, b) }
     }
 
-    /// Turns scores into `exp(scale * (score - max))`; returns `scale * max` and the sum.
-    pub fn softmax_tile(&self, scores: &mut [f32], scale: f32) -> (f32, f32) {
+    /// See [`Softmax`]. A row of which nothing can be compared has weights of NaN, or 0 where it is minus infinity.
+    pub fn softmax(&self, s: Softmax<'_>) {
+        let n_rows = s.max.len();
+        assert!(
+            s.scores.len() == n_rows * KV_BLOCK && s.total.len() == n_rows && s.sum.len().is_multiple_of(n_rows.max(1))
+        );
         // SAFETY: the table is handed out only where the CPU has its ISA.
-        unsafe { (self.softmax_tile)(scores, scale) }
+        unsafe { (self.softmax)(s) }
     }
 
     /// `gate = silu(gate) * up`
@@ -124,7 +146,7 @@ impl FloatKernels {
 pub(crate) static SCALAR: FloatKernels = FloatKernels {
     gemm: body::gemm,
     gemm_halves: body::gemm_halves,
-    softmax_tile: body::softmax_tile,
+    softmax: body::softmax,
     swiglu: body::swiglu,
     normalise: body::normalise,
     axpby: body::axpby,
@@ -140,7 +162,7 @@ macro_rules! table {
     ($features:literal, $vector:ty) => {
         table! { $features, $vector:
             loops {
-                softmax_tile(scores: &mut [f32], scale: f32) -> (f32, f32);
+                softmax(s: Softmax<'_>) -> ();
                 swiglu(gate: &mut [f32], up: &[f32]) -> ();
                 normalise(x: &[f32], w: &[f32], eps: f32, out: &mut [f32]) -> ();
                 axpby(y: &mut [f32], a: f32, x: &[f32], b: f32) -> ();
@@ -189,7 +211,9 @@ mod vector;
 mod body {
     use half::f16;
 
-    use super::{Gemm, RowStats};
+    use apr_core::backend::KV_BLOCK;
+
+    use super::{Gemm, RowStats, Softmax};
 
     const LANES: usize = 8;
     pub type Lanes = [f32; LANES];
@@ -222,7 +246,7 @@ mod body {
         }
         for i in 0..g.m {
             let c = &mut g.c[i * g.ldc + from..i * g.ldc + g.n];
-            if g.k.start == 0 {
+            if !g.add {
                 c.fill(0.0);
             }
             for p in g.k.clone() {
@@ -264,30 +288,33 @@ mod body {
         out
     }
 
-    pub fn softmax_tile(scores: &mut [f32], scale: f32) -> (f32, f32) {
-        let largest = or_zero(scores.iter().fold(f32::NEG_INFINITY, |m, &v| if v > m { v } else { m }));
-        let weights = |x: Lanes| exp(x.map(|v| (v - largest) * scale));
-        let mut total = [0f32; LANES];
-        let (chunks, tail) = scores.as_chunks_mut::<LANES>();
-        for chunk in chunks {
-            *chunk = weights(*chunk);
-            for l in 0..LANES {
-                total[l] += chunk[l];
+    pub fn softmax(s: Softmax<'_>) {
+        let n = s.sum.len() / s.max.len().max(1);
+        for (q, scores) in s.scores.chunks_exact_mut(KV_BLOCK).enumerate() {
+            let largest = s.scale * scores.iter().fold(f32::NEG_INFINITY, |m, &v| if v > m { v } else { m });
+            let (before, now) = (s.max[q], s.max[q].max(largest));
+            let reference = reference(now);
+            let mut total = [0f32; LANES];
+            for chunk in scores.as_chunks_mut::<LANES>().0 {
+                *chunk = exp(chunk.map(|v| v * s.scale - reference));
+                for l in 0..LANES {
+                    total[l] += chunk[l];
+                }
             }
+            if before < now && before > f32::NEG_INFINITY {
+                let keep = exp([before - now; LANES])[0];
+                s.total[q] *= keep;
+                s.sum[q * n..(q + 1) * n].iter_mut().for_each(|v| *v *= keep);
+            }
+            s.max[q] = now;
+            s.total[q] += sum(total);
         }
-        let mut last = [f32::NEG_INFINITY; LANES];
-        last[..tail.len()].copy_from_slice(tail);
-        let last = weights(last);
-        for (l, x) in tail.iter_mut().enumerate() {
-            *x = last[l];
-            total[l] += last[l];
-        }
-        (largest * scale, sum(total))
     }
 
-    /// The largest of some scores; 0 where nothing is comparable, all being NaN, which the sum then shows.
+    /// What weights are relative to, `largest` being the largest score: 0 where nothing is comparable, all being NaN, which
+    /// the sum then shows, or minus infinity.
     #[inline(always)]
-    pub fn or_zero(largest: f32) -> f32 {
+    pub fn reference(largest: f32) -> f32 {
         if largest == f32::NEG_INFINITY { 0.0 } else { largest }
     }
 
@@ -410,11 +437,22 @@ mod tests {
             for (m, n, k) in [(1, 64, 128), (4, 16, 3), (7, 37, 64), (33, 80, 5), (2, 8, 9), (13, 48, 140)] {
                 let (a, b) = (values(m * k, 1), values(k * n, 2));
                 let mut c = vec![f32::NAN; m * n];
-                t.gemm(Gemm { m, n, k: 0..k, a: &a, lda: k, ldb: n, c: &mut c, ldc: n, ahead: &[] }, &b);
+                t.gemm(Gemm { m, n, k: 0..k, a: &a, lda: k, ldb: n, c: &mut c, ldc: n, add: false, ahead: &[] }, &b);
                 for i in 0..m {
                     let mut alone = vec![f32::NAN; n];
                     t.gemm(
-                        Gemm { m: 1, n, k: 0..k, a: &a[i * k..], lda: k, ldb: n, c: &mut alone, ldc: n, ahead: &[] },
+                        Gemm {
+                            m: 1,
+                            n,
+                            k: 0..k,
+                            a: &a[i * k..],
+                            lda: k,
+                            ldb: n,
+                            c: &mut alone,
+                            ldc: n,
+                            add: false,
+                            ahead: &[],
+                        },
                         &b,
                     );
                     assert_eq!(alone, c[i * n..(i + 1) * n], "row {i} alone is bitwise the same");
@@ -434,9 +472,12 @@ mod tests {
                 let (a, b) = (values(m * k, 1), values(k * n, 2));
                 let ahead = bytemuck::cast_slice(&b);
                 let (mut whole, mut parts) = (vec![f32::NAN; m * n], vec![f32::NAN; m * n]);
-                t.gemm(Gemm { m, n, k: 0..k, a: &a, lda: k, ldb: n, c: &mut whole, ldc: n, ahead: &[] }, &b);
-                for k_part in [0..first, first..k] {
-                    t.gemm(Gemm { m, n, k: k_part, a: &a, lda: k, ldb: n, c: &mut parts, ldc: n, ahead }, &b);
+                t.gemm(
+                    Gemm { m, n, k: 0..k, a: &a, lda: k, ldb: n, c: &mut whole, ldc: n, add: false, ahead: &[] },
+                    &b,
+                );
+                for (k_part, add) in [(0..first, false), (first..k, true)] {
+                    t.gemm(Gemm { m, n, k: k_part, a: &a, lda: k, ldb: n, c: &mut parts, ldc: n, add, ahead }, &b);
                 }
                 assert_eq!(whole, parts, "{m} by {n} by {k}, parted at {first}");
             }
@@ -452,30 +493,96 @@ mod tests {
                 let (mut wide, mut c, mut d) = (vec![0.0; k * n], vec![f32::NAN; m * n], vec![f32::NAN; m * n]);
                 t.widen(&halves, &mut wide);
                 assert!(wide.iter().zip(&b).all(|(w, b)| (w - b).abs() < 5e-4), "within the type's precision");
-                t.gemm(Gemm { m, n, k: 0..k, a: &a, lda: k, ldb: n, c: &mut c, ldc: n, ahead: &[] }, &wide);
-                t.gemm_halves(Gemm { m, n, k: 0..k, a: &a, lda: k, ldb: n, c: &mut d, ldc: n, ahead: &[] }, &halves);
+                t.gemm(Gemm { m, n, k: 0..k, a: &a, lda: k, ldb: n, c: &mut c, ldc: n, add: false, ahead: &[] }, &wide);
+                t.gemm_halves(
+                    Gemm { m, n, k: 0..k, a: &a, lda: k, ldb: n, c: &mut d, ldc: n, add: false, ahead: &[] },
+                    &halves,
+                );
                 assert_eq!(c, d, "{m} by {n} by {k}");
             }
         }
     }
 
     #[test]
-    fn softmax_tile_equals_the_exponential() {
+    fn a_tile_of_softmax_equals_the_exponential() {
         for t in tables() {
-            for n in [1, 7, 8, 64, 61] {
-                let before: Vec<f32> = values(n, 3).iter().map(|v| 60.0 * v).collect();
-                let mut x = before.clone();
-                let (max, sum) = t.softmax_tile(&mut x, 0.5);
-                let largest = before.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-                assert_eq!(max, 0.5 * largest);
-                let expected: Vec<f64> = before.iter().map(|&v| f64::from((v - largest) * 0.5).exp()).collect();
-                for (x, e) in x.iter().zip(&expected) {
-                    assert!((f64::from(*x) - e).abs() <= 4e-7 * e + 1e-30, "{x} {e}");
+            for n_seen in [1, 7, 8, 64, 61] {
+                let mut before: Vec<f32> = values(2 * KV_BLOCK, 3).iter().map(|v| 60.0 * v).collect();
+                before[KV_BLOCK + n_seen..].fill(f32::NEG_INFINITY);
+                let (mut x, mut max, mut total) = (before.clone(), [f32::NEG_INFINITY; 2], [0.0; 2]);
+                t.softmax(Softmax { scores: &mut x, scale: 0.5, max: &mut max, total: &mut total, sum: &mut [1.0; 6] });
+                for (q, before) in before.chunks(KV_BLOCK).enumerate() {
+                    let largest = before.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                    assert_eq!(max[q], 0.5 * largest);
+                    let expected = before.iter().map(|&v| f64::from(v * 0.5 - max[q]).exp());
+                    for (x, e) in x[q * KV_BLOCK..].iter().zip(expected.clone()) {
+                        assert!((f64::from(*x) - e).abs() <= 4e-7 * e + 1e-30, "{x} {e}");
+                    }
+                    assert!((f64::from(total[q]) / expected.sum::<f64>() - 1.0).abs() < 1e-6);
                 }
-                assert!((f64::from(sum) / expected.iter().sum::<f64>() - 1.0).abs() < 1e-6);
+                assert!(x[KV_BLOCK + n_seen..].iter().all(|&w| w == 0.0), "what is not seen has no weight");
             }
-            let mut x = [0.0, f32::NAN, 1.0];
-            assert!(t.softmax_tile(&mut x, 1.0).1.is_nan(), "NaN is not lost");
+        }
+    }
+
+    #[test]
+    fn tiles_of_softmax_one_after_the_other_equal_the_whole() {
+        const N: usize = 19;
+        for t in tables() {
+            // The largest score comes first, last, or in between.
+            for slope in [-0.3, 0.0, 0.3] {
+                let scores: Vec<f32> =
+                    values(4 * KV_BLOCK, 5).iter().enumerate().map(|(i, v)| 9.0 * v + slope * i as f32).collect();
+                let of_value = values(4 * KV_BLOCK * N, 6);
+                let (mut max, mut total, mut sum) = ([f32::NEG_INFINITY], [0.0], [0.0; N]);
+                for (tile, b) in scores.chunks(KV_BLOCK).zip(of_value.chunks(KV_BLOCK * N)) {
+                    let mut x = tile.to_vec();
+                    t.softmax(Softmax { scores: &mut x, scale: 0.7, max: &mut max, total: &mut total, sum: &mut sum });
+                    let k = 0..KV_BLOCK;
+                    t.gemm(
+                        Gemm {
+                            m: 1,
+                            n: N,
+                            k,
+                            a: &x,
+                            lda: KV_BLOCK,
+                            ldb: N,
+                            c: &mut sum,
+                            ldc: N,
+                            add: true,
+                            ahead: &[],
+                        },
+                        b,
+                    );
+                }
+                let largest = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                let weights: Vec<f64> = scores.iter().map(|&v| (0.7 * f64::from(v - largest)).exp()).collect();
+                let all: f64 = weights.iter().sum();
+                assert!((f64::from(total[0]) / all - 1.0).abs() < 1e-5, "{} {all}", total[0]);
+                for (j, got) in sum.iter().enumerate() {
+                    let e: f64 = weights.iter().enumerate().map(|(p, w)| w * f64::from(of_value[p * N + j])).sum();
+                    assert!((f64::from(*got) - e).abs() < 1e-5 * all, "{got} {e}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn softmax_does_not_lose_nan_and_takes_nothing_for_nothing() {
+        for t in tables() {
+            let nothing = [f32::NEG_INFINITY; KV_BLOCK];
+            let (mut some, mut all) = ([0.5; KV_BLOCK], [f32::NAN; KV_BLOCK]);
+            some[3] = f32::NAN;
+            let mut x = [nothing, some, all].concat();
+            let (mut max, mut total, mut sum) =
+                ([-100.0, f32::NEG_INFINITY, f32::NEG_INFINITY], [2.0, 0.0, 0.0], [3.0; 3]);
+            t.softmax(Softmax { scores: &mut x, scale: 1.0, max: &mut max, total: &mut total, sum: &mut sum });
+            assert_eq!((max[0], total[0], sum[0], max[1], max[2]), (-100.0, 2.0, 3.0, 0.5, f32::NEG_INFINITY));
+            assert!(total[1].is_nan() && total[2].is_nan());
+            all.fill(-200.0);
+            let (max, total) = (&mut max[2..], &mut total[2..]);
+            t.softmax(Softmax { scores: &mut all, scale: 1.0, max, total, sum: &mut sum[2..] });
+            assert!(max[0] == -200.0 && total[0].is_nan(), "NaN of an earlier tile stays");
         }
     }
 

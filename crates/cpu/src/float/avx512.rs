@@ -6,7 +6,7 @@ use apr_core::stats::RowStats;
 
 use super::loops::{self, Ahead, tile};
 use super::vector::{Element, Vector};
-use super::{FloatKernels, Gemm, body};
+use super::{FloatKernels, Gemm, Softmax, body};
 
 table! { "avx2,fma,f16c,avx512f,avx512bw,avx512vl", __m512 }
 

@@ -7,8 +7,10 @@
 use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
 use std::ops::Range;
 
+use apr_core::backend::KV_BLOCK;
+
 use super::vector::{Element, Vector};
-use super::{Gemm, body};
+use super::{Gemm, Softmax, body};
 
 /// The most lanes that a vector has.
 const MAX_LANES: usize = 16;
@@ -40,7 +42,7 @@ pub(super) unsafe fn tile<V: Vector, T: Element, const R: usize, const C: usize>
     ahead: &mut Ahead<'_>,
 ) -> usize {
     let (a, c, n) = (g.a[i * g.lda + k.start..].as_ptr(), g.c[i * g.ldc + j..].as_mut_ptr(), k.len());
-    let (lda, ldc) = (g.lda, g.ldc);
+    let (lda, ldc, add) = (g.lda, g.ldc, g.add || k.start > g.k.start);
     // Where nothing is left to fetch, what is there stands in: an address outside the process' memory costs a walk through
     // page tables.
     let n_ahead = ahead.step * n;
@@ -49,7 +51,7 @@ pub(super) unsafe fn tile<V: Vector, T: Element, const R: usize, const C: usize>
     // SAFETY: the caller's promise: `a` has `R` rows of `n` columns, `lda` apart, `b` has `n` rows, and `c` has `R` rows.
     unsafe {
         let mut acc = [[V::splat(0.0); C]; R];
-        if k.start > 0 {
+        if add {
             for r in 0..R {
                 for v in 0..C {
                     acc[r][v] = V::load(c.add(r * ldc + V::LANES * v));
@@ -121,38 +123,49 @@ unsafe fn store_to<V: Vector>(v: V, tail: &mut [f32]) {
 }
 
 #[inline(always)]
-pub(super) unsafe fn softmax_tile<V: Vector>(scores: &mut [f32], scale: f32) -> (f32, f32) {
+pub(super) unsafe fn softmax<V: Vector>(s: Softmax<'_>) {
+    let n = s.sum.len() / s.max.len().max(1);
     // SAFETY: the caller's promise; a chunk has as many floats as a vector.
     unsafe {
-        let mut max = V::splat(f32::NEG_INFINITY);
-        let chunks = scores.chunks_exact(V::LANES);
-        let tail = padded::<V>(chunks.remainder(), f32::NEG_INFINITY);
-        for chunk in chunks {
-            // The second operand stands where the first is NaN.
-            max = V::load(chunk.as_ptr()).max(max);
+        for (q, scores) in s.scores.as_chunks_mut::<KV_BLOCK>().0.iter_mut().enumerate() {
+            let mut largest = V::splat(f32::NEG_INFINITY);
+            for chunk in scores.chunks_exact(V::LANES) {
+                // The second operand stands where the first is NaN.
+                largest = V::load(chunk.as_ptr()).max(largest);
+            }
+            let (before, now) = (s.max[q], s.max[q].max(s.scale * largest.largest_lane()));
+            let (scale, minus_reference) = (V::splat(s.scale), V::splat(-body::reference(now)));
+            let mut total = V::splat(0.0);
+            for chunk in scores.chunks_exact_mut(V::LANES) {
+                let y = exp_below_88(V::load(chunk.as_ptr()).mul_add(scale, minus_reference));
+                y.store(chunk.as_mut_ptr());
+                total = total.add(y);
+            }
+            if before < now && before > f32::NEG_INFINITY {
+                let keep = exp_below_88(V::splat(before - now));
+                s.total[q] *= keep.largest_lane();
+                multiply(&mut s.sum[q * n..(q + 1) * n], keep);
+            }
+            s.max[q] = now;
+            s.total[q] += total.sum_of_lanes();
         }
-        let largest = body::or_zero(tail.max(max).largest_lane());
-        let mut total = V::splat(0.0);
-        let mut chunks = scores.chunks_exact_mut(V::LANES);
-        for chunk in &mut chunks {
-            let y = weight(V::load(chunk.as_ptr()), largest, scale);
-            y.store(chunk.as_mut_ptr());
-            total = total.add(y);
-        }
-        let rest = chunks.into_remainder();
-        if !rest.is_empty() {
-            let y = weight(tail, largest, scale);
-            store_to(y, rest);
-            total = total.add(y);
-        }
-        (largest * scale, total.sum_of_lanes())
     }
 }
 
+/// Multiplies all values with `by`, whose lanes are equal.
 #[inline(always)]
-unsafe fn weight<V: Vector>(score: V, largest: f32, scale: f32) -> V {
-    // SAFETY: the caller's promise.
-    unsafe { exp_below_88(score.sub(V::splat(largest)).mul(V::splat(scale))) }
+unsafe fn multiply<V: Vector>(values: &mut [f32], by: V) {
+    // SAFETY: the caller's promise; a chunk has as many floats as a vector.
+    unsafe {
+        let mut chunks = values.chunks_exact_mut(V::LANES);
+        for chunk in &mut chunks {
+            by.mul(V::load(chunk.as_ptr())).store(chunk.as_mut_ptr());
+        }
+        let rest = chunks.into_remainder();
+        if !rest.is_empty() {
+            store_to(by.mul(padded(rest, 0.0)), rest);
+        }
+    }
 }
 
 #[inline(always)]

@@ -1,9 +1,9 @@
 //! Attention over the KV cache: grouped queries as a small matrix product, tile by tile.
 //!
 //! One task is one KV head and a few consecutive rows of a sequence. All query heads that share the KV head run together, so that a
-//! tile of keys and values is read once for all of them. Each tile of [`KV_BLOCK`] absolute positions gives a maximum, a sum and a
-//! weighted value; tiles are merged in ascending order into spans of [`SPAN_TILES`], and spans into the row (online softmax,
-//! arXiv:1805.02867). Where rows are too few to occupy all threads, as in decoding, the spans of a row are tasks of their own and are
+//! tile of keys and values is read once for all of them. Tiles of [`KV_BLOCK`] absolute positions are summed in ascending order, in
+//! spans of [`SPAN_TILES`]: what a span has so far is scaled down where a tile has a larger score (online softmax,
+//! arXiv:1805.02867). Spans, each with a maximum, a sum and weighted values, are merged into the row in ascending order. Where rows are too few to occupy all threads, as in decoding, the spans of a row are tasks of their own and are
 //! merged afterwards. A row's result depends on its own query and the cache only, never on which rows are computed with it or on how
 //! the work was cut.
 
@@ -13,7 +13,7 @@ use std::sync::Mutex;
 use apr_core::backend::{Heads, KV_BLOCK};
 use apr_core::batch::Batch;
 
-use crate::float::{FloatKernels, Gemm};
+use crate::float::{FloatKernels, Gemm, Softmax};
 use crate::kernels::SharedOut;
 use crate::kv::{KvCache, Part, Tile};
 use crate::pool::Pool;
@@ -24,7 +24,7 @@ const ROWS_PER_TASK: usize = 16;
 /// Scores are computed in groups of so many positions.
 const COLUMNS: usize = 16;
 
-/// Tiles that are merged before they join the row: what one task of a split row covers.
+/// Tiles that are summed before they join the row: what one task of a split row covers.
 const SPAN_TILES: usize = 8;
 
 /// Buffers of one thread.
@@ -36,10 +36,6 @@ pub struct Scratch {
     q: Vec<f32>,
     /// `[n_q, KV_BLOCK]`
     scores: Vec<f32>,
-    /// `[n_q, head_dim]`: the weighted values of one tile
-    part: Vec<f32>,
-    /// Per query: largest score and sum of exponentials in one tile.
-    tile: Vec<(f32, f32)>,
     /// One span.
     span: Merged,
     /// The spans so far.
@@ -286,9 +282,7 @@ impl<'a> Task<'a> {
     fn start(&self, s: &mut Scratch) {
         let (n_q, d) = (self.n_q(), self.layer.heads.head_dim);
         s.q.resize(n_q * d, 0.0);
-        s.part.resize(n_q * d, 0.0);
         s.scores.resize(n_q * KV_BLOCK, 0.0);
-        s.tile.resize(n_q, (0.0, 0.0));
         for (i, q) in self.rows.clone().zip(s.q.chunks_exact_mut(self.group * d)) {
             q.copy_from_slice(&self.layer.qkv[i * self.layer.heads.n_qkv()..][self.cols()]);
         }
@@ -309,7 +303,7 @@ impl<'a> Task<'a> {
         }
     }
 
-    /// Attends to the `t`-th tile of the sequence and merges it into what came before in its span. The keys of the `next` block and
+    /// Attends to the `t`-th tile of the sequence, in addition to what came before in its span. The keys of the `next` block and
     /// head are fetched into the cache.
     fn attend_tile(&self, s: &mut Scratch, t: usize, block: u32, next: (u32, usize)) {
         let Layer { heads, batch, .. } = self.layer;
@@ -321,21 +315,23 @@ impl<'a> Task<'a> {
         let n = seen(rows.len() - 1).next_multiple_of(COLUMNS);
         let (a, c) = (&s.q[from * d..], &mut s.scores[from * KV_BLOCK..]);
         let ahead = self.bytes(block, Part::Value, self.head);
-        let by_keys = Gemm { m: n_q - from, n, k: 0..d, a, lda: d, ldb: KV_BLOCK, c, ldc: KV_BLOCK, ahead };
+        let m = n_q - from;
+        let by_keys = Gemm { m, n, k: 0..d, a, lda: d, ldb: KV_BLOCK, c, ldc: KV_BLOCK, add: false, ahead };
         self.operand(block, Part::Key, &mut s.key).multiply(self.f, by_keys);
         for q in from..n_q {
-            let scores = &mut s.scores[q * KV_BLOCK..(q + 1) * KV_BLOCK];
-            scores[seen(q / self.group)..].fill(f32::NEG_INFINITY);
-            s.tile[q] = self.f.softmax_tile(scores, 1.0 / (d as f32).sqrt());
+            s.scores[q * KV_BLOCK..(q + 1) * KV_BLOCK][seen(q / self.group)..].fill(f32::NEG_INFINITY);
         }
+        self.f.softmax(Softmax {
+            scores: &mut s.scores[from * KV_BLOCK..n_q * KV_BLOCK],
+            scale: 1.0 / (d as f32).sqrt(),
+            max: &mut s.span.max[from..],
+            total: &mut s.span.total[from..],
+            sum: &mut s.span.sum[from * d..],
+        });
         self.weigh_values(s, first..rows.len(), &seen, block, next);
-        for q in from..n_q {
-            let (max, total) = s.tile[q];
-            s.span.add(self.f, q, max, total, &s.part[q * d..(q + 1) * d]);
-        }
     }
 
-    /// Multiplies the weights of `rows` with a tile's values, of which row `i` sees the first `seen(i)`. No row touches values that it
+    /// Adds the weights of `rows` times a tile's values, of which row `i` sees the first `seen(i)`. No row touches values that it
     /// does not see, as zero times infinity is no zero: what all see goes first, the rest row by row.
     fn weigh_values(
         &self,
@@ -352,8 +348,8 @@ impl<'a> Task<'a> {
         let mut ahead = self.bytes(next.0, Part::Key, next.1);
         for (rows, k) in std::iter::once((rows.clone(), 0..all)).chain(later) {
             let (m, q) = (rows.len() * self.group, rows.start * self.group);
-            let (a, c) = (&s.scores[q * KV_BLOCK..], &mut s.part[q * d..]);
-            let by_values = Gemm { m, n: d, k, a, lda: KV_BLOCK, ldb: d, c, ldc: d, ahead };
+            let (a, c) = (&s.scores[q * KV_BLOCK..], &mut s.span.sum[q * d..]);
+            let by_values = Gemm { m, n: d, k, a, lda: KV_BLOCK, ldb: d, c, ldc: d, add: true, ahead };
             values.multiply(self.f, by_values);
             ahead = &[];
         }
