@@ -8,16 +8,17 @@ use std::time::{Duration, Instant};
 
 use crate::constraint::Constraint;
 use crate::engine::Engine;
-use crate::generate::{Finish, GenerateError, Generated, Request};
+use crate::generate::{Finish, GenerateError, Generated, LOGITS_CHUNK, Request};
 use crate::onlook::{Experts, Onlooker};
 use crate::prefix_cache::n_equal;
 use crate::sampler::{Ranked, Sampler, ranked};
+use crate::scoring::Scoring;
 use crate::session::{Logits, Part, Sequence, Session};
 use crate::shadow::{N_TOKENS_MAX, Served, Ticket};
 use crate::speculate::{N_DRAFT_MAX, Speculate};
 use crate::text_stream::TextStream;
 use crate::tokenizer::Tokenizer;
-use crate::trace::served::{TRACED_CHUNK, Unfinished};
+use crate::trace::served::Unfinished;
 
 /// What a token gave, or at the end what had been held back.
 #[derive(Clone, Debug, PartialEq)]
@@ -35,8 +36,17 @@ pub struct Piece {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Standing {
     pub chosen: Ranked,
+    /// Its place among all, the best first and lower ids first among equals; the best has place 1.
+    pub rank: usize,
     /// The best of the model's own distribution, best first.
     pub best: Vec<Ranked>,
+}
+
+/// What a step computed of a prompt.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PromptStep {
+    /// Of its next tokens, the first of which is the prompt's second: nothing comes before the first.
+    pub standings: Vec<Standing>,
 }
 
 /// An answer, and the sequence it lives in.
@@ -48,6 +58,8 @@ pub(crate) struct Answer {
     sampler: Sampler,
     speculator: Box<dyn Speculate + Send>,
     onlooker: Option<Onlooker>,
+    /// Until all of the prompt's tokens are scored, where that is asked for.
+    scoring: Option<Scoring>,
     /// What tokens were sampled from, where that is to be kept.
     kept: Option<(Ticket, Vec<Vec<f32>>)>,
     stream: TextStream,
@@ -57,8 +69,10 @@ pub(crate) struct Answer {
     draft: Vec<u32>,
     /// What the next step computes.
     feed: Vec<u32>,
-    /// Whether logits of its last step are to come.
+    /// Whether its last step has the logits after the newest token.
     has_logits: bool,
+    /// Rows of logits of its last step.
+    n_rows: usize,
     out: Generated,
     is_done: bool,
     began: Option<Instant>,
@@ -84,12 +98,14 @@ impl Answer {
             sampler,
             speculator,
             onlooker: Onlooker::of(engine, &request, max_tokens)?,
+            scoring: Scoring::of(&request),
             kept: None,
             stream: TextStream::new(if request.ends.min_tokens == 0 { request.stop.clone() } else { Vec::new() }),
             tokens: request.prompt.clone(),
             draft: Vec::new(),
             feed: Vec::new(),
             has_logits: false,
+            n_rows: 0,
             out,
             is_done: false,
             began: None,
@@ -104,9 +120,14 @@ impl Answer {
     }
 
     /// Tokens whose keys and values may be had from an earlier prompt. The logits after the last one are wanted, so that it is computed
-    /// in any case; of what is traced or embedded all is.
+    /// in any case; of what is traced or embedded all is, and of what is scored each position that is not yet.
     pub(crate) fn needed(&self) -> &[u32] {
-        if self.is_traced() || self.is_embedding() { &[] } else { &self.tokens[..self.tokens.len() - 1] }
+        let n = match &self.scoring {
+            _ if self.is_traced() || self.is_embedding() => 0,
+            Some(scoring) => scoring.n_scored(),
+            None => self.tokens.len() - 1,
+        };
+        &self.tokens[..n]
     }
 
     fn is_traced(&self) -> bool {
@@ -118,9 +139,14 @@ impl Answer {
         self.tokens.len() - self.sequence.n_tokens()
     }
 
+    /// Whether the logits of all positions that the next step computes are wanted.
+    pub(crate) fn wants_all_logits(&self) -> bool {
+        self.is_traced() || self.scoring.is_some()
+    }
+
     /// How many of them one step may compute.
     pub(crate) fn n_at_once(&self) -> usize {
-        if self.is_traced() { self.n_to_feed().min(TRACED_CHUNK) } else { self.n_to_feed() }
+        if self.wants_all_logits() { self.n_to_feed().min(LOGITS_CHUNK) } else { self.n_to_feed() }
     }
 
     /// How many of `tokens` the sequence begins with; none while it is about to have more of them.
@@ -194,13 +220,14 @@ impl Answer {
             self.feed.extend_from_slice(&self.draft);
             self.out.speculation.count(self.draft.len());
         }
-        let logits = match (self.has_logits, self.draft.is_empty()) {
-            _ if self.is_traced() => Logits::All,
-            (false, _) if self.is_embedding() => Logits::OnlyNorm,
-            (false, _) => Logits::None,
-            (true, true) => Logits::Last,
-            (true, false) => Logits::All,
+        let (logits, n_rows) = match (self.has_logits, self.draft.is_empty()) {
+            _ if self.wants_all_logits() => (Logits::All, self.feed.len()),
+            (false, _) if self.is_embedding() => (Logits::OnlyNorm, 0),
+            (false, _) => (Logits::None, 0),
+            (true, true) => (Logits::Last, 1),
+            (true, false) => (Logits::All, self.feed.len()),
         };
+        self.n_rows = n_rows;
         (Part { sequence: &mut self.sequence, tokens: &self.feed, logits }, self.onlooker.as_mut())
     }
 
@@ -222,11 +249,26 @@ impl Answer {
 
     /// Rows of logits that the last part wanted.
     pub(crate) fn n_rows(&self) -> usize {
-        match self.has_logits {
-            _ if self.is_traced() => self.feed.len(),
-            true => 1 + self.draft.len(),
-            false => 0,
+        self.n_rows
+    }
+
+    /// What is to be told of the prompt's tokens that a step computed, whose logits begin at row `first`; `None` where nobody wants to
+    /// know. It comes before what [`stepped`](Self::stepped) tells.
+    ///
+    /// # Errors
+    /// Logits that are not numbers.
+    pub(crate) fn prompt_step(
+        &mut self,
+        session: &dyn Session,
+        first: usize,
+    ) -> Result<Option<PromptStep>, GenerateError> {
+        let Some(scoring) = &mut self.scoring else { return Ok(None) };
+        let at = self.sequence.n_tokens() - self.feed.len();
+        let standings = scoring.take(session, &self.request.prompt, at, first..first + self.n_rows)?;
+        if scoring.n_scored() + 1 == self.request.prompt.len() {
+            self.scoring = None;
         }
+        Ok(Some(PromptStep { standings }))
     }
 
     /// Goes on with what a step gave; its logits begin at row `first`. `time` is that of the step where it computed nothing
@@ -438,12 +480,14 @@ impl Answer {
     }
 }
 
-/// Where `token` stands in the model's own distribution, with its `n` best.
-fn standing(logits: &[f32], token: u32, n: usize) -> Standing {
+/// Where `token` stands in the model's own distribution, with its `n` best. One logit at least is finite.
+pub(crate) fn standing(logits: &[f32], token: u32, n: usize) -> Standing {
     let (best, _) = ranked(logits, n.max(1));
     let logit = logits[token as usize];
     // `ranked` gives probabilities beside logits: any of them fixes the sum.
     let p = best[0].p * (f64::from(logit) - f64::from(best[0].logit)).exp();
     let chosen = Ranked { token, logit, p };
-    Standing { chosen, best: best.into_iter().take(n).collect() }
+    let (before, after) = logits.split_at(token as usize);
+    let n_better = before.iter().filter(|l| **l >= logit).count() + after.iter().filter(|l| **l > logit).count();
+    Standing { chosen, rank: n_better + 1, best: best.into_iter().take(n).collect() }
 }

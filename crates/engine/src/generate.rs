@@ -18,6 +18,8 @@ use crate::trace::served::{ServedTrace, TraceAsk, TraceAskError};
 
 /// Tokens of a prompt that go through the model together. More of them share each expert's weights, fewer keep buffers small.
 pub const PREFILL_CHUNK: usize = 512;
+/// The same of prompts whose every position reaches the output: a row of logits is as long as the vocabulary.
+pub(crate) const LOGITS_CHUNK: usize = 64;
 
 /// What to generate.
 #[derive(Clone, Debug)]
@@ -39,6 +41,9 @@ pub struct Request {
     pub constraint: Option<Constraint>,
     /// Tells of every token where it stands among the model's, and so many of the best.
     pub n_best: Option<usize>,
+    /// The same of every token of the prompt but the first, whose positions are then all computed, whatever is kept of earlier prompts.
+    /// A [`Listener`](crate::scheduler::Listener) is told; [`generate`] has nobody to tell.
+    pub n_best_of_prompt: Option<usize>,
     /// Tells of every token which experts the position that gave it went to.
     pub show_experts: bool,
     /// Has all positions of the pass traced. Such a request neither guesses tokens nor uses what is kept of earlier prompts.
@@ -60,6 +65,7 @@ impl Request {
             show_control: false,
             speculate: false,
             n_best: None,
+            n_best_of_prompt: None,
             show_experts: false,
             constraint: None,
             trace: None,
@@ -207,7 +213,8 @@ fn generate_with(
     on_text: &mut dyn FnMut(&str),
 ) -> Result<Generated, GenerateError> {
     let max_tokens = check_fits(engine, request.prompt.len(), request.max_tokens)?;
-    let mut answer = Answer::new(engine, request.clone(), max_tokens, speculator)?;
+    let request = Request { n_best_of_prompt: None, ..request.clone() };
+    let mut answer = Answer::new(engine, request, max_tokens, speculator)?;
     let result = run(engine, &mut answer, cancel, on_text);
     engine.session.release(&mut answer.sequence);
     let trace = answer.take_trace().map(|trace| Box::new(trace.finish()));

@@ -24,6 +24,7 @@ pub mod plan;
 pub mod prefix_cache;
 pub mod sampler;
 pub mod scheduler;
+mod scoring;
 pub mod session;
 pub mod shadow;
 pub mod speculate;

@@ -124,6 +124,14 @@ pub fn ranked(logits: &[f32], k: usize) -> (Vec<Ranked>, f64) {
     (candidates.iter().map(rank).collect(), (total.ln() - moment / total) / std::f64::consts::LN_2)
 }
 
+/// Refuses logits that are not-a-number or positive infinity.
+pub(crate) fn check_numbers(logits: &[f32]) -> Result<(), SamplerError> {
+    match logits.iter().position(|logit| logit.is_nan() || *logit == f32::INFINITY) {
+        Some(token) => Err(SamplerError::NotFinite { token, got: logits[token] }),
+        None => Ok(()),
+    }
+}
+
 impl SamplerConfig {
     /// Names the first field that is out of its range.
     pub fn validate(&self) -> Result<(), SamplerError> {
@@ -210,10 +218,7 @@ impl Sampler {
 
     /// Fills the candidates with the biased and penalized logits that are above negative infinity, by id.
     fn collect(&mut self, logits: &[f32]) -> Result<(), SamplerError> {
-        let bad = |logit: &f32| logit.is_nan() || *logit == f32::INFINITY;
-        if let Some(token) = logits.iter().position(bad) {
-            return Err(SamplerError::NotFinite { token, got: logits[token] });
-        }
+        check_numbers(logits)?;
         let all = logits.iter().enumerate().map(|(token, logit)| Candidate { token: token as u32, logit: *logit });
         self.candidates.clear();
         self.candidates.extend(all);

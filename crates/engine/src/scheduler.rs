@@ -14,9 +14,9 @@ use std::time::{Duration, Instant};
 
 use apr_core::backend::{BackendError, KV_BLOCK};
 
-use crate::answer::{Answer, Piece};
+use crate::answer::{Answer, Piece, PromptStep};
 use crate::engine::Engine;
-use crate::generate::{Finish, GenerateError, Generated, PREFILL_CHUNK, Request, check_fits, speculator};
+use crate::generate::{Finish, GenerateError, Generated, LOGITS_CHUNK, PREFILL_CHUNK, Request, check_fits, speculator};
 use crate::onlook;
 use crate::prefix_cache::{PrefixCache, n_equal};
 use crate::sampler::SamplerError;
@@ -26,6 +26,9 @@ use crate::trace::served::Unfinished;
 
 /// What is told of a request, on the thread that steps. It must not wait for anything.
 pub trait Listener: Send {
+    /// What a step computed of the prompt, where the request asks to be told of it. All of it comes before the first token.
+    fn prompt(&mut self, step: PromptStep);
+
     /// A token. Nothing more is computed after a break.
     fn piece(&mut self, piece: Piece) -> ControlFlow<()>;
 
@@ -355,11 +358,17 @@ impl Batcher {
         let n_first = self.n_prefill_in(1, LEAST_PREFILL).div_ceil(4);
         let mut left = self.n_prefill(!decoding.is_empty(), &prefilling);
         let mut reserved = first.map_or(0, |i| n_first.min(self.running[i].answer.n_to_feed()));
+        let mut left_with_logits = LOGITS_CHUNK;
         for i in prefilling {
             if Some(i) == first {
                 reserved = 0;
             }
-            let n_tokens = self.running[i].answer.n_at_once().min(left.saturating_sub(reserved));
+            let answer = &self.running[i].answer;
+            let mut n_tokens = answer.n_at_once().min(left.saturating_sub(reserved));
+            if answer.wants_all_logits() {
+                n_tokens = n_tokens.min(left_with_logits);
+                left_with_logits -= n_tokens;
+            }
             if n_tokens > 0 {
                 shares.push(Share { i, n_tokens });
                 left -= n_tokens;
@@ -413,28 +422,33 @@ impl Batcher {
         let start = Instant::now();
         onlook::step(&mut *engine.session, &mut parts, &mut onlookers)?;
         let time = start.elapsed();
-        if n_tokens >= 2 * shares.len().max(16) {
-            let rate = n_tokens as f64 / time.as_secs_f64();
-            self.prefill_tok_per_s = Some(self.prefill_tok_per_s.map_or(rate, |before| 0.7 * before + 0.3 * rate));
-        }
-        let mut row = 0;
+        let (mut row, mut scoring_time) = (0, Duration::ZERO);
         for (r, &n) in self.running.iter_mut().zip(&n_of).filter(|(_, n)| **n > 0) {
             let Running { answer, listener, failed } = r;
             let n_rows = answer.n_rows();
             self.counts.n_prompt_token += answer.n_of_prompt(n) as u64;
             let (counts, is_first) = (&mut self.counts, !answer.is_prefilled());
+            let start = Instant::now();
+            let told = answer.prompt_step(&*engine.session, row);
+            scoring_time += start.elapsed();
+            let told = told.map(|step| step.into_iter().for_each(|step| listener.prompt(step)));
             let mut on_piece = |piece: Piece| {
                 counts.n_generated_token += u64::from(piece.token.is_some());
                 listener.piece(piece)
             };
-            let stepped =
-                answer.stepped(&*engine.session, &engine.tokenizer, row, is_alone.then_some(time), &mut on_piece);
+            let stepped = told.and_then(|()| {
+                answer.stepped(&*engine.session, &engine.tokenizer, row, is_alone.then_some(time), &mut on_piece)
+            });
             row += n_rows;
             *failed = stepped.err();
             if is_first && answer.is_prefilled() && self.limits.keep_prefixes {
                 self.counts.n_prefix_queried += answer.n_prompt() as u64;
                 self.counts.n_prefix_hit += answer.n_cached() as u64;
             }
+        }
+        if n_tokens >= 2 * shares.len().max(16) {
+            let rate = n_tokens as f64 / (time + scoring_time).as_secs_f64();
+            self.prefill_tok_per_s = Some(self.prefill_tok_per_s.map_or(rate, |before| 0.7 * before + 0.3 * rate));
         }
         Ok(())
     }

@@ -35,6 +35,7 @@ fn request(n: usize) -> Request {
         speculate: true,
         constraint: None,
         n_best: None,
+        n_best_of_prompt: None,
         show_experts: false,
         trace: None,
         embed: false,

@@ -7,7 +7,7 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use apr_engine::About;
-use apr_engine::answer::Piece;
+use apr_engine::answer::{Piece, PromptStep};
 use apr_engine::generate::{GenerateError, Generated, Request};
 use apr_engine::scheduler::Listener;
 use futures_util::{StreamExt, TryStreamExt, stream};
@@ -106,6 +106,10 @@ struct Waiting {
 }
 
 impl Listener for Waiting {
+    fn prompt(&mut self, _: PromptStep) {
+        // Nobody asks of texts that are embedded.
+    }
+
     fn piece(&mut self, _: Piece) -> ControlFlow<()> {
         ControlFlow::Continue(())
     }

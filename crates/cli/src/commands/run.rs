@@ -132,6 +132,7 @@ pub fn run(args: Args) -> Result<Done> {
         speculate: !args.no_speculate,
         constraint: None,
         n_best: None,
+        n_best_of_prompt: None,
         show_experts: false,
         trace: None,
         embed: false,

@@ -46,6 +46,7 @@ fn request(constraint: Constraint, temperature: f32, seed: u64) -> Request {
         embed: false,
         constraint: Some(constraint),
         n_best: None,
+        n_best_of_prompt: None,
         show_experts: false,
         trace: None,
     }

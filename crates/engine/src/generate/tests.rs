@@ -64,6 +64,7 @@ fn greedy(n: usize) -> Request {
         speculate: false,
         constraint: None,
         n_best: None,
+        n_best_of_prompt: None,
         show_experts: false,
         trace: None,
         embed: false,

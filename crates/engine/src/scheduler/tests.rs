@@ -18,6 +18,7 @@ use crate::session::{Runner, SessionSettings};
 use crate::speculate::Speculate;
 
 mod onlooking;
+mod scoring;
 mod shadowing;
 
 const TINY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../fixtures/tiny-qwen3moe.gguf");
@@ -45,6 +46,7 @@ fn request(prompt: Vec<u32>, n: usize, seed: u64) -> Request {
         speculate: true,
         constraint: None,
         n_best,
+        n_best_of_prompt: None,
         show_experts: false,
         trace: None,
         embed: false,
@@ -58,6 +60,7 @@ fn limits(n_parallel: usize, n_kv_block: usize) -> Limits {
 /// What a listener was told.
 #[derive(Default)]
 struct Told {
+    prompt: Mutex<Vec<PromptStep>>,
     pieces: Mutex<Vec<Piece>>,
     result: Mutex<Option<Result<Generated, GenerateError>>>,
     is_gone: AtomicBool,
@@ -86,6 +89,11 @@ impl Told {
 struct Ear(Arc<Told>);
 
 impl Listener for Ear {
+    fn prompt(&mut self, step: PromptStep) {
+        assert!(!self.0.has_ended() && self.0.n_pieces() == 0, "the prompt comes first");
+        self.0.prompt.lock().unwrap().push(step);
+    }
+
     fn piece(&mut self, piece: Piece) -> ControlFlow<()> {
         assert!(!self.0.has_ended(), "nothing comes after the end");
         let mut pieces = self.0.pieces.lock().unwrap();

@@ -18,9 +18,6 @@ use super::stats::{Stats, StatsPlan, StatsWatch};
 use crate::engine::Engine;
 use crate::onlook::Rows;
 
-/// Tokens of a traced prompt in a step: every row of it reaches the output, and logits are long.
-pub(crate) const TRACED_CHUNK: usize = 64;
-
 /// What a request asks to have traced: statistics, and values of stages where they are to be saved.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct TraceAsk {

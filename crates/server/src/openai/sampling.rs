@@ -114,6 +114,7 @@ impl Sampling {
             speculate: true,
             constraint: self.constraint.clone(),
             n_best,
+            n_best_of_prompt: None,
             show_experts: self.show_experts,
             trace: None,
             embed: false,
