@@ -7,7 +7,7 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use apr_engine::answer::{Piece, Standing};
+use apr_engine::answer::{Piece, PromptStep, Standing};
 use apr_engine::generate::{GenerateError, Generated, Request};
 use apr_engine::onlook::Experts;
 use apr_engine::scheduler::Listener;
@@ -23,6 +23,7 @@ use crate::state::{Active, Settings};
 /// What became of an answer.
 #[derive(Debug)]
 pub(crate) enum Event {
+    Prompt(PromptStep),
     Piece(Piece),
     End(Result<Generated, GenerateError>),
 }
@@ -44,6 +45,17 @@ pub(crate) struct Whole {
     /// Of each token, where the request asked for it.
     pub(crate) standings: Vec<Standing>,
     pub(crate) experts: Vec<Experts>,
+    /// Of each token of the prompt but the first, where the request asked for it.
+    pub(crate) of_prompt: Vec<Standing>,
+}
+
+/// What has been told of an answer.
+#[derive(Default)]
+struct Told {
+    generated: Option<Generated>,
+    standings: Vec<Standing>,
+    experts: Vec<Experts>,
+    of_prompt: Vec<Standing>,
 }
 
 /// Refuses more answers than there are places. Who reads a list of prompts asks before anything is made of each of them.
@@ -112,6 +124,7 @@ impl Answers {
             Some((index, event)) => {
                 note.into_iter().for_each(|note| note.event(&event));
                 match event {
+                    Event::Prompt(_) => {}
                     Event::Piece(_) => _ = self.n_pending.fetch_sub(1, Ordering::Relaxed),
                     Event::End(_) => self.n_open -= 1,
                 }
@@ -126,23 +139,25 @@ impl Answers {
     /// # Errors
     /// Of the first answer that fails; the others are cancelled.
     pub(crate) async fn whole(mut self) -> Result<Vec<Whole>, ApiError> {
-        let mut told: Vec<(Vec<Standing>, Vec<Experts>)> = vec![Default::default(); self.n_open];
-        let mut ended: Vec<Option<Generated>> = vec![None; self.n_open];
+        let mut told: Vec<Told> = (0..self.n_open).map(|_| Told::default()).collect();
         while let Some((index, event)) = self.next().await? {
+            let told = &mut told[index];
             match event {
+                Event::Prompt(step) => told.of_prompt.extend(step.standings),
                 Event::Piece(piece) => {
-                    told[index].0.extend(piece.standing);
-                    told[index].1.extend(piece.experts);
+                    told.standings.extend(piece.standing);
+                    told.experts.extend(piece.experts);
                 }
-                Event::End(result) => ended[index] = Some(result?),
+                Event::End(result) => told.generated = Some(result?),
             }
         }
-        let whole = |(generated, (standings, experts)): (Option<Generated>, _)| Whole {
+        let whole = |Told { generated, standings, experts, of_prompt }| Whole {
             generated: generated.expect("every answer has ended"),
             standings,
             experts,
+            of_prompt,
         };
-        Ok(ended.into_iter().zip(told).map(whole).collect())
+        Ok(told.into_iter().map(whole).collect())
     }
 }
 
@@ -168,6 +183,11 @@ struct Reporter {
 }
 
 impl Listener for Reporter {
+    /// One for each step of the prompt: they are few, and whoever is gone is noticed before the next.
+    fn prompt(&mut self, step: PromptStep) {
+        _ = self.events.send((self.index, Event::Prompt(step)));
+    }
+
     fn piece(&mut self, piece: Piece) -> ControlFlow<()> {
         if piece.token.is_some() {
             self.watch.token();
@@ -225,5 +245,10 @@ pub(crate) mod tests {
     pub(crate) fn generated(text: &str) -> Generated {
         let nothing = Generated::nothing(&Request::embedding(vec![1; 3]), 0);
         Generated { text: text.to_string(), tokens: vec![1], finish: Finish::Stop, ..nothing }
+    }
+
+    /// The same as a whole, of which nothing else was asked.
+    pub(crate) fn whole(text: &str) -> Whole {
+        Whole { generated: generated(text), standings: Vec::new(), experts: Vec::new(), of_prompt: Vec::new() }
     }
 }

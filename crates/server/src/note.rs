@@ -80,6 +80,7 @@ impl Note {
     pub(crate) fn event(&self, event: &Event) {
         let mut a = self.answered();
         match event {
+            Event::Prompt(_) => {}
             Event::Piece(_) => _ = a.first_token.get_or_insert(self.came.elapsed()),
             Event::End(Ok(generated)) => a.add(generated),
             Event::End(Err(_)) => _ = a.finish.get_or_insert("error"),

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::time::Duration;
 
-use apr_engine::answer::Piece;
+use apr_engine::answer::{Piece, PromptStep};
 use apr_engine::generate::Generated;
 use axum::body::Body;
 use axum::http::{HeaderName, HeaderValue, header};
@@ -23,6 +23,10 @@ const EARLY: Duration = Duration::from_millis(50);
 pub(crate) trait Chunks<E = SseEvent>: Send + 'static {
     /// Before anything is known of any answer.
     fn begin(&mut self) -> Vec<E>;
+    /// Something has been computed of the prompt of an answer that wants to know of it.
+    fn prompt(&mut self, _index: usize, _step: PromptStep) -> Vec<E> {
+        Vec::new()
+    }
     /// A token of an answer, or text that had been held back.
     fn piece(&mut self, index: usize, piece: Piece) -> Vec<E>;
     /// An answer has ended.
@@ -75,7 +79,16 @@ pub(crate) async fn respond_lines(
 /// Waits a moment for what fails at once.
 async fn begin<E, C: Chunks<E>>(mut answers: Answers, mut chunks: C) -> Result<Streaming<C, E>, ApiError> {
     let mut ready: VecDeque<E> = chunks.begin().into();
-    if let Ok(first) = tokio::time::timeout(EARLY, answers.next()).await {
+    let first = async {
+        loop {
+            match answers.next().await {
+                // It does not say yet whether there will be an answer.
+                Ok(Some((index, Event::Prompt(step)))) => ready.extend(chunks.prompt(index, step)),
+                other => return other,
+            }
+        }
+    };
+    if let Ok(first) = tokio::time::timeout(EARLY, first).await {
         match first? {
             Some((_, Event::End(Err(e)))) => return Err(e.into()),
             Some(event) => ready.extend(written(&mut chunks, event).0),
@@ -120,6 +133,7 @@ impl<E: Send + 'static, C: Chunks<E>> Streaming<C, E> {
 /// What an event is written as, and whether nothing follows it.
 fn written<E>(chunks: &mut impl Chunks<E>, (index, event): (usize, Event)) -> (Vec<E>, bool) {
     match event {
+        Event::Prompt(step) => (chunks.prompt(index, step), false),
         Event::Piece(piece) => (chunks.piece(index, piece), false),
         Event::End(Ok(generated)) => (chunks.end(index, generated), false),
         Event::End(Err(e)) => (chunks.error(&e.into()), true),

@@ -199,7 +199,7 @@ mod tests {
 
     use super::*;
     use crate::job::Event;
-    use crate::job::tests::{generated, pending};
+    use crate::job::tests::{generated, pending, whole};
     use crate::openai::tools::Tools;
 
     fn lines() -> Lines {
@@ -227,7 +227,7 @@ mod tests {
     #[test]
     fn calls_have_objects_and_come_whole() {
         let expected = (vec![json!({"a": 1}), json!({"b": [2]})], "which?".to_string(), "Looking.".to_string());
-        let whole = lines().whole(Whole { generated: generated(CALLS), standings: Vec::new(), experts: Vec::new() });
+        let whole = lines().whole(whole(CALLS));
         assert_eq!(told(&[whole["message"].clone()]), expected);
         let mut lines = lines();
         let piece = |c: char| Piece { token: None, text: c.to_string(), standing: None, experts: None };
@@ -261,7 +261,7 @@ mod tests {
     #[test]
     fn a_call_that_breaks_off_is_none() {
         let text = "<tool_call>\n{\"name\": \"find\", \"arguments\": {\"a\": \"b";
-        let whole = lines().whole(Whole { generated: generated(text), standings: Vec::new(), experts: Vec::new() });
+        let whole = lines().whole(whole(text));
         assert_eq!(told(&[whole["message"].clone()]).0, [] as [Value; 0]);
     }
 }

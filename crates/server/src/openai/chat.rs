@@ -374,7 +374,7 @@ mod tests {
 
     use super::*;
     use crate::job::Event as Told;
-    use crate::job::tests::{answers, generated};
+    use crate::job::tests::{answers, generated, whole};
 
     fn about() -> Arc<About> {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/tiny-qwen3moe.gguf");
@@ -396,7 +396,7 @@ mod tests {
 
     #[test]
     fn a_call_is_a_field_of_the_message() {
-        let whole = Whole { generated: generated(ANSWER), standings: Vec::new(), experts: Vec::new() };
+        let whole = whole(ANSWER);
         let shown = Shown { logprobs: false, experts: false, tokens: false };
         let completion = completion(head(), &about(), vec![whole], vec![outlet()], shown);
         let choice = &serde_json::to_value(completion).unwrap()["choices"][0];

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use apr_engine::About;
-use apr_engine::answer::Piece;
+use apr_engine::answer::{Piece, PromptStep, Standing};
 use apr_engine::constraint::Thought;
 use apr_engine::generate::{Generated, Request};
 use axum::Json;
@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::inside::{Shown, TokenExperts};
-use super::logprobs::Columns;
+use super::logprobs::{Columns, check_scored};
 use super::prompts::{Prompts, Written};
 use super::sampling::{N_BEST_MAX, Sampling, n_best};
 use super::usage::{Timings, Usage};
@@ -75,6 +75,16 @@ struct Prompt {
     echo: String,
 }
 
+/// How answers are told.
+struct Form {
+    prompts: Vec<Prompt>,
+    /// Answers to each prompt.
+    n: usize,
+    shown: Shown,
+    /// Alternatives that are told of each token of a prompt that is repeated.
+    n_best_of_echo: Option<usize>,
+}
+
 /// Goes on with texts.
 pub(crate) async fn create(
     Shared(state): Shared<Arc<State>>,
@@ -92,48 +102,45 @@ pub(crate) async fn create(
     }
     let n_best = own.logprobs.map(|n| n_best("logprobs", n, N_BEST_MAX)).transpose()?;
     let echo = own.echo.unwrap_or(false);
-    refuse(&own, &sampling, echo && n_best.is_some())?;
+    refuse(&own, &sampling)?;
     let prompts = own.prompt.ok_or_else(|| ApiError::field("prompt", "is missing"))?.list();
     job::check_places(&model, prompts.len() * sampling.n)?;
     let (about, max_tokens) = (model.about.clone(), sampling.max_tokens);
     let prompts = prompt::elsewhere(move || read_prompts(&about, prompts, echo, max_tokens)).await?;
     sampling.constraint = structured::constraint(&model, Thought::None, format.into_iter().collect(), "").await?;
     drop(room);
-    let mut requests: Vec<Request> = prompts.iter().flat_map(|p| sampling.requests(&p.tokens, n_best)).collect();
+    let shown = Shown { logprobs: n_best.is_some(), experts: sampling.show_experts, tokens: sampling.show_tokens };
+    let form = Form { prompts, n: sampling.n, shown, n_best_of_echo: n_best.filter(|_| echo) };
+    let mut requests = form.requests(&sampling, n_best, is_stream)?;
     trace.put_in(&mut requests)?;
     let answers = job::submit(&state.settings, (&model, active), requests)?;
     let head = Head::new(&state, &model, "cmpl", "text_completion");
-    let n_prompt = prompts.iter().map(|p| p.tokens.len()).sum();
     if is_stream {
-        let n_answer = prompts.len() * sampling.n;
+        let n_prompt = form.prompts.iter().map(|p| p.tokens.len()).sum();
+        let n_answer = form.prompts.len() * form.n;
         let chunks = TextChunks {
             frame: Frame::new(head, &model, own.stream_options, n_prompt),
             n_char: vec![0; n_answer],
-            prompts,
-            n: sampling.n,
+            form,
             max_tokens: sampling.max_tokens,
             n_token: vec![0; n_answer],
             held: (0..n_answer).map(|_| None).collect(),
-            show_tokens: sampling.show_tokens,
+            of_prompt: vec![None; n_answer],
             begun: vec![false; n_answer],
         };
         return sse::respond(answers, chunks, state.settings.keep_alive).await;
     }
     let whole = answers.whole().await?;
-    let shown = Shown { logprobs: n_best.is_some(), experts: sampling.show_experts, tokens: sampling.show_tokens };
-    Ok(Json(completion(head, &model.about, whole, &prompts, sampling.n, shown)).into_response())
+    Ok(Json(form.completion(head, &model.about, whole)).into_response())
 }
 
 /// Refuses what completions cannot do.
-fn refuse(own: &Fields, sampling: &Sampling, echoes_logprobs: bool) -> Result<(), ApiError> {
+fn refuse(own: &Fields, sampling: &Sampling) -> Result<(), ApiError> {
     if own.suffix.as_ref().is_some_and(|s| !s.is_empty()) {
         return Err(ApiError::unsupported("suffix", "text between two texts is not supported yet"));
     }
     if own.best_of.is_some_and(|best| best != sampling.n as i64) {
         return Err(ApiError::unsupported("best_of", "is not supported, unless it is n"));
-    }
-    if echoes_logprobs {
-        return Err(ApiError::unsupported("echo", "logprobs of a prompt are not supported yet"));
     }
     Ok(())
 }
@@ -154,76 +161,124 @@ fn read_prompts(
     prompts.into_iter().map(read).collect()
 }
 
-fn completion(
-    head: Head,
-    about: &About,
-    whole: Vec<Whole>,
-    prompts: &[Prompt],
-    n: usize,
-    shown: Shown,
-) -> Completion<Choice> {
-    let mut usage = Usage::default();
-    whole.iter().enumerate().for_each(|(i, w)| usage.add(&w.generated, i.is_multiple_of(n)));
-    let timings = Timings::of(&whole[0].generated);
-    let apr_trace = trace::of(&whole[0].generated);
-    let choice = |(index, w): (usize, Whole)| {
-        let logprobs = shown.logprobs.then(|| {
-            let (mut columns, mut offset) = (Columns::default(), 0);
-            w.standings.iter().for_each(|s| offset = columns.push(about, s, offset));
-            columns
-        });
-        let prompt = &prompts[index / n];
-        Choice {
-            index,
-            text: format!("{}{}", prompt.echo, w.generated.text),
-            logprobs,
-            apr_experts: shown.experts(w.experts).map(ApiExperts::All),
-            finish_reason: Some(finish_reason(w.generated.finish)),
-            stop_reason: stop_reason(&w.generated),
-            token_ids: shown.tokens.then_some(w.generated.tokens),
-            prompt_token_ids: shown.tokens.then(|| prompt.tokens.clone()),
+impl Form {
+    /// What is asked of the engine. Prompts are scored once where their answers are told together.
+    fn requests(&self, sampling: &Sampling, n_best: Option<usize>, is_stream: bool) -> Result<Vec<Request>, ApiError> {
+        let requests = self.prompts.iter().flat_map(|p| sampling.requests(&p.tokens, n_best));
+        let mut requests: Vec<Request> = requests.collect();
+        if let Some(n_best) = self.n_best_of_echo {
+            let scored = requests.iter_mut().step_by(if is_stream { 1 } else { self.n });
+            scored.for_each(|request| request.n_best_of_prompt = Some(n_best));
+            let asked = requests.iter().filter(|request| request.n_best_of_prompt.is_some());
+            check_scored("logprobs", asked.map(|request| request.prompt.len()).sum(), n_best)?;
         }
-    };
-    let choices = whole.into_iter().enumerate().map(choice).collect();
-    Completion { head, choices, usage, timings, prompt_token_ids: None, apr_trace }
+        Ok(requests)
+    }
+
+    /// The prompt of an answer.
+    fn prompt(&self, index: usize) -> &Prompt {
+        &self.prompts[index / self.n]
+    }
+
+    fn completion(self, head: Head, about: &About, mut whole: Vec<Whole>) -> Completion<Choice> {
+        let mut usage = Usage::default();
+        whole.iter().enumerate().for_each(|(i, w)| usage.add(&w.generated, i.is_multiple_of(self.n)));
+        let timings = Timings::of(&whole[0].generated);
+        let apr_trace = trace::of(&whole[0].generated);
+        let of_prompts: Vec<Vec<Standing>> =
+            whole.iter_mut().step_by(self.n).map(|w| std::mem::take(&mut w.of_prompt)).collect();
+        let choice = |(index, w): (usize, Whole)| {
+            let prompt = self.prompt(index);
+            let logprobs = self.shown.logprobs.then(|| {
+                let of_prompt = &of_prompts[index / self.n];
+                let echo = self.n_best_of_echo.map(|n| prompt.columns(about, of_prompt, n));
+                let (mut columns, mut offset) = echo.unwrap_or_default();
+                w.standings.iter().for_each(|s| offset = columns.push(about, s, offset));
+                columns
+            });
+            Choice {
+                index,
+                text: format!("{}{}", prompt.echo, w.generated.text),
+                logprobs,
+                apr_experts: self.shown.experts(w.experts).map(ApiExperts::All),
+                finish_reason: Some(finish_reason(w.generated.finish)),
+                stop_reason: stop_reason(&w.generated),
+                token_ids: self.shown.tokens.then_some(w.generated.tokens),
+                prompt_token_ids: self.shown.tokens.then(|| prompt.tokens.clone()),
+            }
+        };
+        let choices = whole.into_iter().enumerate().map(choice).collect();
+        Completion { head, choices, usage, timings, prompt_token_ids: None, apr_trace }
+    }
+}
+
+impl Prompt {
+    /// Its tokens, and the characters of its text.
+    fn columns(&self, about: &About, standings: &[Standing], n_best: usize) -> (Columns, usize) {
+        // A mark of a text's beginning that the tokenizer adds is not in the text that was sent.
+        let bos = about.tokenizer.bos().filter(|bos| self.tokens.first() == Some(bos));
+        let has_mark = bos.is_some_and(|bos| !self.echo.starts_with(&about.tokenizer.piece(bos)));
+        Columns::of_prompt(about, &self.tokens, standings, (n_best, has_mark))
+    }
 }
 
 /// Completions as they come.
 struct TextChunks {
     frame: Frame,
-    prompts: Vec<Prompt>,
-    /// Answers to each prompt.
-    n: usize,
-    /// Characters of each answer's tokens so far.
+    form: Form,
+    /// Characters of each answer's tokens so far, and of its prompt where that is repeated with its logprobs.
     n_char: Vec<usize>,
     max_tokens: Option<usize>,
     /// Tokens of each answer so far.
     n_token: Vec<usize>,
     /// The last token that an answer may have, which is told together with its end, as vLLM does.
     held: Vec<Option<Choice>>,
-    show_tokens: bool,
+    /// What is known of the tokens of each answer's prompt while they wait to be repeated together.
+    of_prompt: Vec<Option<Vec<Standing>>>,
     /// Whether each answer's prompt has been told, where tokens are.
     begun: Vec<bool>,
 }
 
 impl TextChunks {
+    /// The prompt, as it is repeated; with logprobs it waits until all of them are known.
     fn echo(&mut self, index: usize) -> Option<Event> {
-        let text = self.prompts[index / self.n].echo.clone();
+        let (text, n_token) = (self.form.prompt(index).echo.clone(), self.form.prompt(index).tokens.len());
+        if self.form.n_best_of_echo.is_some() {
+            self.of_prompt[index] = Some(Vec::with_capacity(n_token));
+            return (n_token == 1).then(|| self.scored(index)).flatten();
+        }
         let choice = (!text.is_empty()).then(|| Choice { text, ..self.choice(index) });
         choice.map(|choice| self.frame.chunk(choice))
     }
 
+    /// The prompt with what is known of its tokens, unless it has been told.
+    fn scored(&mut self, index: usize) -> Option<Event> {
+        let (n_best, standings) = (self.form.n_best_of_echo?, self.of_prompt[index].take()?);
+        let prompt = self.form.prompt(index);
+        let (text, (columns, n_char)) = (prompt.echo.clone(), prompt.columns(&self.frame.about, &standings, n_best));
+        self.n_char[index] = n_char;
+        let choice = Choice { text, logprobs: Some(columns), ..self.choice(index) };
+        Some(self.frame.chunk(choice))
+    }
+
     /// A choice that says nothing yet, but for the prompt's tokens where it is the first.
     fn choice(&mut self, index: usize) -> Choice {
-        let is_first = self.show_tokens && !std::mem::replace(&mut self.begun[index], true);
-        let prompt_token_ids = is_first.then(|| self.prompts[index / self.n].tokens.clone());
-        Choice { index, prompt_token_ids, token_ids: self.show_tokens.then(Vec::new), ..Choice::default() }
+        let is_first = self.form.shown.tokens && !std::mem::replace(&mut self.begun[index], true);
+        let prompt_token_ids = is_first.then(|| self.form.prompt(index).tokens.clone());
+        Choice { index, prompt_token_ids, token_ids: self.form.shown.tokens.then(Vec::new), ..Choice::default() }
     }
 }
 
 impl Chunks for TextChunks {
     fn begin(&mut self) -> Vec<Event> {
         (0..self.n_char.len()).filter_map(|index| self.echo(index)).collect()
+    }
+
+    fn prompt(&mut self, index: usize, step: PromptStep) -> Vec<Event> {
+        let Some(standings) = &mut self.of_prompt[index] else { return Vec::new() };
+        standings.extend(step.standings);
+        let is_all = standings.len() + 1 == self.form.prompt(index).tokens.len();
+        is_all.then(|| self.scored(index)).flatten().into_iter().collect()
     }
 
     fn piece(&mut self, index: usize, piece: Piece) -> Vec<Event> {
@@ -233,7 +288,7 @@ impl Chunks for TextChunks {
             held.text.push_str(&piece.text);
             return Vec::new();
         }
-        if piece.text.is_empty() && piece.standing.is_none() && piece.experts.is_none() && !self.show_tokens {
+        if piece.text.is_empty() && piece.standing.is_none() && piece.experts.is_none() && !self.form.shown.tokens {
             return Vec::new();
         }
         let logprobs = piece.standing.map(|s| {
@@ -252,10 +307,13 @@ impl Chunks for TextChunks {
     }
 
     fn end(&mut self, index: usize, generated: Generated) -> Vec<Event> {
-        self.frame.end(&generated, index.is_multiple_of(self.n));
+        self.frame.end(&generated, index.is_multiple_of(self.form.n));
+        // One that was broken off in its prompt repeats what there is.
+        let mut events: Vec<Event> = self.scored(index).into_iter().collect();
         let finish_reason = Some(finish_reason(generated.finish));
         let last = self.held[index].take().unwrap_or_else(|| self.choice(index));
-        vec![self.frame.last(Choice { finish_reason, stop_reason: stop_reason(&generated), ..last })]
+        events.push(self.frame.last(Choice { finish_reason, stop_reason: stop_reason(&generated), ..last }));
+        events
     }
 
     fn finish(&mut self) -> Vec<Event> {

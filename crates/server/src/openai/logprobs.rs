@@ -6,6 +6,8 @@ use apr_engine::sampler::Ranked;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
+use crate::errors::ApiError;
+
 /// What stands for the logarithm of nothing, as in OpenAI's own answers.
 const NEVER: f64 = -9999.0;
 
@@ -40,25 +42,77 @@ impl ChatToken {
 #[derive(Default, Serialize)]
 pub(super) struct Columns {
     tokens: Vec<String>,
-    token_logprobs: Vec<f64>,
-    top_logprobs: Vec<Map<String, Value>>,
-    /// Characters before each token in the text that the tokens make.
+    /// Null for the first token of a prompt, as nothing comes before it.
+    token_logprobs: Vec<Option<f64>>,
+    top_logprobs: Vec<Option<Map<String, Value>>>,
+    /// Characters before each token in the text that the tokens make. One that goes on in the middle of a character begins after it.
     text_offset: Vec<usize>,
 }
 
 impl Columns {
-    /// Adds a token that begins after `offset` characters, and gives the offset after it.
-    pub(super) fn push(&mut self, about: &About, standing: &Standing, offset: usize) -> usize {
-        let text = name_of(about, standing.chosen.token);
-        let n_char = about.tokenizer.piece(standing.chosen.token).chars().count();
-        self.tokens.push(text);
-        self.token_logprobs.push(logprob(&standing.chosen));
-        // The token itself is always told of, so that there may be one more than was asked for.
-        let best = standing.best.iter().chain([&standing.chosen]).map(|r| (name_of(about, r.token), logprob(r).into()));
-        self.top_logprobs.push(best.collect());
-        self.text_offset.push(offset);
-        offset + n_char
+    /// Tokens of a prompt, of which `standings` are told from the second on, with `n` alternatives each; and the characters of its text.
+    /// A `has_mark` is a token in front that is not in the text.
+    pub(super) fn of_prompt(
+        about: &About,
+        tokens: &[u32],
+        standings: &[Standing],
+        (n, has_mark): (usize, bool),
+    ) -> (Columns, usize) {
+        let (mut columns, mut offset) = (Columns::default(), 0);
+        let standings = [None].into_iter().chain(standings.iter().map(Some));
+        for (i, (&token, standing)) in tokens.iter().zip(standings).enumerate() {
+            columns.add(about, token, standing.map(|s| (s, n)), offset);
+            if i > 0 || !has_mark {
+                offset += n_char(about, token, true);
+            }
+        }
+        (columns, offset)
     }
+
+    /// Adds a token of an answer that begins after `offset` characters, and gives the offset after it.
+    pub(super) fn push(&mut self, about: &About, standing: &Standing, offset: usize) -> usize {
+        let token = standing.chosen.token;
+        self.add(about, token, Some((standing, standing.best.len())), offset);
+        offset + n_char(about, token, false)
+    }
+
+    fn add(&mut self, about: &About, token: u32, standing: Option<(&Standing, usize)>, offset: usize) {
+        self.tokens.push(name_of(about, token));
+        self.token_logprobs.push(standing.map(|(s, _)| logprob(&s.chosen)));
+        // The token itself is always told of, so that there may be one more than was asked for.
+        let best = standing.map(|(s, n)| s.best.iter().take(n).chain([&s.chosen]));
+        self.top_logprobs.push(best.map(|all| all.map(|r| (name_of(about, r.token), logprob(r).into())).collect()));
+        self.text_offset.push(offset);
+    }
+}
+
+/// Most logarithms that are told of the prompts of one request: each of their tokens has its own, and so many alternatives.
+const N_SCORED_MAX: usize = 1 << 18;
+
+/// Refuses prompts of whose tokens more would be told than is held for one request. `param` asked for it.
+///
+/// # Errors
+/// More tokens, with `n_best` alternatives each.
+pub(super) fn check_scored(param: &str, n_token: usize, n_best: usize) -> Result<(), ApiError> {
+    let n = n_token.saturating_mul(n_best + 1);
+    match n > N_SCORED_MAX {
+        true => {
+            let message = format_args!(
+                "expected at most {N_SCORED_MAX} logprobs of prompts in a request, got {n}: {n_token} tokens with {} each",
+                n_best + 1
+            );
+            Err(ApiError::field(param, message))
+        }
+        false => Ok(()),
+    }
+}
+
+/// Characters that begin in a token, which is in the text also where it is a control token if `show_control`.
+fn n_char(about: &About, token: u32, show_control: bool) -> usize {
+    let mut bytes = Vec::new();
+    about.tokenizer.decode_bytes(token, &mut bytes, show_control);
+    // In UTF-8 every other byte of a character begins with the bits 10.
+    bytes.iter().filter(|byte| **byte & 0xC0 != 0x80).count()
 }
 
 /// A token's text, or its bytes in the way of OpenAI's completions: as text all halves of characters would be the same.

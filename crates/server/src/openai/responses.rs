@@ -45,6 +45,7 @@ pub(crate) async fn create(Shared(state): Shared<Arc<State>>, body: JsonBody) ->
     }
     loop {
         match answers.next().await?.expect("an answer ends before there is nothing more of it") {
+            (_, Event::Prompt(_)) => {}
             (_, Event::Piece(piece)) => _ = items.push(piece),
             (_, Event::End(generated)) => return Ok(Json(answer::response(&frame, items, &generated?)).into_response()),
         }

@@ -231,3 +231,86 @@ fn a_silent_stream_is_kept_alive() {
     assert!(reply.text().contains(": keep-alive\n\n"), "{}", reply.text());
     assert!(!reply.events().is_empty());
 }
+
+/// The columns of a choice's logprobs.
+fn columns(choice: &Value) -> [&Vec<Value>; 4] {
+    ["tokens", "token_logprobs", "top_logprobs", "text_offset"].map(|name| choice["logprobs"][name].as_array().unwrap())
+}
+
+#[test]
+fn a_prompt_is_repeated_with_its_logprobs() {
+    let server = start();
+    let prompt = "Once upon a t\u{ee}me, \u{1f984}s";
+    let body =
+        json!({"prompt": prompt, "max_tokens": 20, "ignore_eos": true, "logprobs": 3, "temperature": 1.0, "seed": 3});
+    let plain = ok(&server, TEXT, &body)["choices"][0].clone();
+    let mut echoed = body.clone();
+    echoed["echo"] = true.into();
+    let answer = ok(&server, TEXT, &echoed);
+    let choice = &answer["choices"][0];
+    let text = choice["text"].as_str().unwrap();
+    assert_eq!(text, format!("{prompt}{}", plain["text"].as_str().unwrap()));
+    let [tokens, logprobs, best, offsets] = columns(choice);
+    let n = tokens.len();
+    let n_prompt = answer["usage"]["prompt_tokens"].as_u64().unwrap() as usize;
+    assert_eq!((n, logprobs.len(), best.len(), offsets.len()), (n_prompt + 20, n, n, n));
+    assert_eq!((&logprobs[0], &best[0], &offsets[0]), (&Value::Null, &Value::Null, &json!(0)));
+    for (all, generated) in columns(choice).into_iter().zip(columns(&plain)).take(3) {
+        assert_eq!(&all[n_prompt..], generated, "the answer is what it is without its prompt");
+    }
+    assert_eq!(offsets[n_prompt], prompt.chars().count(), "the answer begins where the prompt ends");
+    assert!(offsets.is_sorted_by(|a, b| a.as_u64() <= b.as_u64()), "{offsets:?}");
+    for (i, token) in tokens.iter().map(|t| t.as_str().unwrap()).enumerate() {
+        let whole = !token.starts_with("bytes:") && !token.contains('\u{fffd}');
+        let there: String = text.chars().skip(offsets[i].as_u64().unwrap() as usize).collect();
+        assert!(!whole || i > n_prompt || there.starts_with(token), "{token:?} at {}", offsets[i]);
+        let best = best[i].as_object().map_or(3, serde_json::Map::len);
+        assert!((3..=4).contains(&best), "{best} alternatives");
+    }
+    let mut streamed = echoed.clone();
+    streamed["stream"] = true.into();
+    let events = post(&server, TEXT, &streamed).events();
+    for (i, name) in ["tokens", "token_logprobs", "top_logprobs", "text_offset"].iter().enumerate() {
+        let of = |e: &Value| e["choices"][0]["logprobs"][name].as_array().cloned().unwrap_or_default();
+        assert_eq!(&events.iter().flat_map(of).collect::<Vec<_>>(), columns(choice)[i], "{name}");
+    }
+    let joined: String = events.iter().map(|e| e["choices"][0]["text"].as_str().unwrap()).collect();
+    assert_eq!(joined, text);
+}
+
+#[test]
+fn a_text_is_scored_as_it_was_generated() {
+    let server = start();
+    let body = json!({"prompt": "Once upon a time", "max_tokens": 90, "ignore_eos": true, "logprobs": 2,
+        "temperature": 1.0, "seed": 5, "return_token_ids": true});
+    let generated = ok(&server, TEXT, &body)["choices"][0].clone();
+    let ids = |name: &str| generated[name].as_array().unwrap().clone();
+    let all = [ids("prompt_token_ids"), ids("token_ids")].concat();
+    let score = |fields: Value| {
+        let mut body = json!({"prompt": [all, "Twice"], "max_tokens": 0, "logprobs": 2, "echo": true});
+        body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        ok(&server, TEXT, &body)
+    };
+    let scored = score(json!({}));
+    assert_eq!(
+        (&scored["usage"]["completion_tokens"], &scored["choices"][0]["finish_reason"]),
+        (&json!(0), &json!("length"))
+    );
+    let n_prompt = ids("prompt_token_ids").len();
+    let [tokens, logprobs, best, _] = columns(&scored["choices"][0]);
+    let [.., expected_logprobs, expected_best, _] = columns(&generated);
+    assert_eq!((tokens.len(), &logprobs[n_prompt..]), (all.len(), &expected_logprobs[..]), "to the last digit");
+    assert_eq!(&best[n_prompt..], &expected_best[..]);
+    let twice = &scored["choices"][1];
+    assert_eq!((&twice["text"], &twice["logprobs"]["token_logprobs"][0]), (&json!("Twice"), &Value::Null));
+    // Several answers have one prompt, and evaluations ask for a token more, which they drop.
+    let two = score(json!({"n": 2, "max_tokens": 1, "ignore_eos": true}));
+    for i in 0..2 {
+        let [_, again, ..] = columns(&two["choices"][i]);
+        assert_eq!((&again[..again.len() - 1], again.len()), (&logprobs[..], all.len() + 1));
+    }
+    let stream = json!({"prompt": "x", "max_tokens": 0, "logprobs": 0, "echo": true, "stream": true, "n": 2});
+    let events = post(&server, TEXT, &stream).events();
+    let texts: Vec<&str> = events.iter().map(|e| e["choices"][0]["text"].as_str().unwrap()).collect();
+    assert_eq!(texts, ["x", "x", "", ""], "a prompt of one token has nothing to wait for: {events:?}");
+}
