@@ -28,6 +28,7 @@ use crate::errors::{ApiError, ErrorForm};
 use crate::model::Model;
 use crate::state::State;
 use crate::trace;
+use logprobs::PromptLogprobs;
 use usage::{Timings, Usage};
 
 /// What streaming answers may be asked to add.
@@ -81,6 +82,9 @@ struct Completion<C> {
     /// Where `return_token_ids` asks for them, of a chat.
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_token_ids: Option<Vec<u32>>,
+    /// The same where `prompt_logprobs` does.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_logprobs: Option<PromptLogprobs>,
     #[serde(skip_serializing_if = "Option::is_none")]
     apr_trace: Option<Value>,
 }

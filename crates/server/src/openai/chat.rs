@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::inside::{Shown, TokenExperts};
-use super::logprobs::ChatToken;
+use super::logprobs::{ChatToken, check_scored, n_best_of_prompt, prompt_logprobs};
 use super::messages::Conversation;
 use super::sampling::{N_BEST_MAX, Sampling, n_best};
 use super::tools::{self, Call, Outlet, Tools};
@@ -46,6 +46,8 @@ struct Wire {
 struct Fields {
     logprobs: Option<bool>,
     top_logprobs: Option<i64>,
+    prompt_logprobs: Option<i64>,
+    stream: Option<bool>,
     chat_template_kwargs: Option<Map<String, Value>>,
     /// Begins the assistant's turn at the end of the prompt.
     add_generation_prompt: Option<bool>,
@@ -58,6 +60,8 @@ pub(crate) struct Chat {
     pub(crate) prompt: Prompt,
     /// Alternatives that are told of each token.
     pub(crate) n_best: Option<usize>,
+    /// The same of each token of the prompt.
+    n_best_of_prompt: Option<usize>,
     /// What is to be traced.
     trace: trace::Asked,
     sampling: Sampling,
@@ -84,6 +88,7 @@ impl Chat {
         let tools = Tools::read(&body)?;
         let mut sampling = Sampling::read(&body, model)?;
         let n_best = own.n_best()?;
+        let n_best_of_prompt = n_best_of_prompt(own.prompt_logprobs, own.stream.unwrap_or(false))?;
         let mut conversation = messages::read(body.get_mut("messages").map(Value::take))?;
         let opens = own.opens(&mut conversation)?;
         model.system_lines.leave_out(&mut conversation.messages);
@@ -101,15 +106,16 @@ impl Chat {
         sampling.constraint =
             structured::constraint(model, prompt.thought, tools.forms(template, format), &begun).await?;
         drop(room);
-        Ok(Chat { prompt, n_best, trace, sampling, tools, begun })
+        Ok(Chat { prompt, n_best, n_best_of_prompt, trace, sampling, tools, begun })
     }
 
     /// Refuses a conversation that does not fit.
     ///
     /// # Errors
-    /// More tokens than the context holds, with those that are asked for.
+    /// More tokens than the context holds, with those that are asked for; more than are told how likely they are.
     pub(crate) fn check_fits(&self, model: &Model) -> Result<(), ApiError> {
-        prompt::check_fits(&model.about, &self.prompt.tokens, self.sampling.max_tokens)
+        prompt::check_fits(&model.about, &self.prompt.tokens, self.sampling.max_tokens)?;
+        self.n_best_of_prompt.map_or(Ok(()), |n| check_scored("prompt_logprobs", self.prompt.tokens.len(), n))
     }
 
     /// Asks for at most so many tokens, or for as many as the context has room for.
@@ -135,7 +141,8 @@ impl Chat {
         sampling.constraint = structured::constraint(model, prompt.thought, format.into_iter().collect(), "").await?;
         drop(room);
         let tools = Tools::read(&Value::Null)?;
-        Ok(Chat { prompt, n_best, trace, sampling, tools, begun: String::new() })
+        let begun = String::new();
+        Ok(Chat { prompt, n_best, n_best_of_prompt: None, trace, sampling, tools, begun })
     }
 
     /// Begins to answer; each answer's text goes through its outlet.
@@ -149,6 +156,8 @@ impl Chat {
         active: Active,
     ) -> Result<(Answers, Vec<Outlet>), ApiError> {
         let mut requests: Vec<_> = self.sampling.requests(&self.prompt.tokens, self.n_best).collect();
+        // All answers have one prompt.
+        requests.iter_mut().take(1).for_each(|first| first.n_best_of_prompt = self.n_best_of_prompt);
         self.trace.put_in(&mut requests)?;
         let answers = job::submit(&state.settings, (model, active), requests)?;
         let outlet = |_| self.tools.outlet(self.prompt.thinking, &self.begun, state.unique());
@@ -251,7 +260,7 @@ pub(crate) async fn create(Shared(state): Shared<Arc<State>>, body: JsonBody) ->
     let chat = Chat::read(&model, body).await?;
     let show_tokens = chat.sampling.show_tokens;
     let shown = Shown { logprobs: chat.n_best.is_some(), experts: chat.sampling.show_experts, tokens: show_tokens };
-    let n_prompt = chat.prompt.tokens.len();
+    let (n_prompt, n_best_of_prompt) = (chat.prompt.tokens.len(), chat.n_best_of_prompt);
     let prompt_token_ids = show_tokens.then(|| chat.prompt.tokens.clone());
     let (answers, outlets) = chat.submit(&state, &model, active)?;
     if is_stream {
@@ -262,8 +271,9 @@ pub(crate) async fn create(Shared(state): Shared<Arc<State>>, body: JsonBody) ->
     }
     let whole = answers.whole().await?;
     let head = Head::new(&state, &model, "chatcmpl", "chat.completion");
+    let prompt_logprobs = n_best_of_prompt.map(|n| prompt_logprobs(&model.about, &whole[0].of_prompt, n));
     let completion = completion(head, &model.about, whole, outlets, shown);
-    Ok(Json(Completion { prompt_token_ids, ..completion }).into_response())
+    Ok(Json(Completion { prompt_token_ids, prompt_logprobs, ..completion }).into_response())
 }
 
 fn completion(head: Head, about: &About, whole: Vec<Whole>, outlets: Vec<Outlet>, shown: Shown) -> Completion<Choice> {
@@ -286,7 +296,7 @@ fn completion(head: Head, about: &About, whole: Vec<Whole>, outlets: Vec<Outlet>
         }
     };
     let choices = whole.into_iter().zip(outlets).enumerate().map(choice).collect();
-    Completion { head, choices, usage, timings, prompt_token_ids: None, apr_trace }
+    Completion { head, choices, usage, timings, prompt_token_ids: None, prompt_logprobs: None, apr_trace }
 }
 
 fn why_ended(generated: &Generated, outlet: &Outlet) -> &'static str {

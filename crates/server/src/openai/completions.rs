@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::inside::{Shown, TokenExperts};
-use super::logprobs::{Columns, check_scored};
+use super::logprobs::{Columns, PromptLogprobs, check_scored, n_best_of_prompt, prompt_logprobs};
 use super::prompts::{Prompts, Written};
 use super::sampling::{N_BEST_MAX, Sampling, n_best};
 use super::usage::{Timings, Usage};
@@ -40,6 +40,7 @@ struct Fields {
     stream: Option<bool>,
     stream_options: Option<StreamOptions>,
     logprobs: Option<i64>,
+    prompt_logprobs: Option<i64>,
     echo: Option<bool>,
     best_of: Option<i64>,
     suffix: Option<String>,
@@ -59,6 +60,8 @@ struct Choice {
     token_ids: Option<Vec<u32>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_token_ids: Option<Vec<u32>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_logprobs: Option<PromptLogprobs>,
 }
 
 /// Of one token in a stream, or of all.
@@ -83,6 +86,8 @@ struct Form {
     shown: Shown,
     /// Alternatives that are told of each token of a prompt that is repeated.
     n_best_of_echo: Option<usize>,
+    /// The same, where vLLM's `prompt_logprobs` asks.
+    n_best_of_prompt: Option<usize>,
 }
 
 /// Goes on with texts.
@@ -101,6 +106,7 @@ pub(crate) async fn create(
         sampling.max_tokens = Some(MAX_TOKENS_DEFAULT);
     }
     let n_best = own.logprobs.map(|n| n_best("logprobs", n, N_BEST_MAX)).transpose()?;
+    let n_best_of_prompt = n_best_of_prompt(own.prompt_logprobs, is_stream)?;
     let echo = own.echo.unwrap_or(false);
     refuse(&own, &sampling)?;
     let prompts = own.prompt.ok_or_else(|| ApiError::field("prompt", "is missing"))?.list();
@@ -110,7 +116,7 @@ pub(crate) async fn create(
     sampling.constraint = structured::constraint(&model, Thought::None, format.into_iter().collect(), "").await?;
     drop(room);
     let shown = Shown { logprobs: n_best.is_some(), experts: sampling.show_experts, tokens: sampling.show_tokens };
-    let form = Form { prompts, n: sampling.n, shown, n_best_of_echo: n_best.filter(|_| echo) };
+    let form = Form { prompts, n: sampling.n, shown, n_best_of_echo: n_best.filter(|_| echo), n_best_of_prompt };
     let mut requests = form.requests(&sampling, n_best, is_stream)?;
     trace.put_in(&mut requests)?;
     let answers = job::submit(&state.settings, (&model, active), requests)?;
@@ -166,11 +172,12 @@ impl Form {
     fn requests(&self, sampling: &Sampling, n_best: Option<usize>, is_stream: bool) -> Result<Vec<Request>, ApiError> {
         let requests = self.prompts.iter().flat_map(|p| sampling.requests(&p.tokens, n_best));
         let mut requests: Vec<Request> = requests.collect();
-        if let Some(n_best) = self.n_best_of_echo {
+        if let Some(n_best) = self.n_best_of_prompt.max(self.n_best_of_echo) {
             let scored = requests.iter_mut().step_by(if is_stream { 1 } else { self.n });
             scored.for_each(|request| request.n_best_of_prompt = Some(n_best));
             let asked = requests.iter().filter(|request| request.n_best_of_prompt.is_some());
-            check_scored("logprobs", asked.map(|request| request.prompt.len()).sum(), n_best)?;
+            let param = if self.n_best_of_prompt.is_some() { "prompt_logprobs" } else { "logprobs" };
+            check_scored(param, asked.map(|request| request.prompt.len()).sum(), n_best)?;
         }
         Ok(requests)
     }
@@ -188,9 +195,8 @@ impl Form {
         let of_prompts: Vec<Vec<Standing>> =
             whole.iter_mut().step_by(self.n).map(|w| std::mem::take(&mut w.of_prompt)).collect();
         let choice = |(index, w): (usize, Whole)| {
-            let prompt = self.prompt(index);
+            let (prompt, of_prompt) = (self.prompt(index), &of_prompts[index / self.n]);
             let logprobs = self.shown.logprobs.then(|| {
-                let of_prompt = &of_prompts[index / self.n];
                 let echo = self.n_best_of_echo.map(|n| prompt.columns(about, of_prompt, n));
                 let (mut columns, mut offset) = echo.unwrap_or_default();
                 w.standings.iter().for_each(|s| offset = columns.push(about, s, offset));
@@ -205,10 +211,11 @@ impl Form {
                 stop_reason: stop_reason(&w.generated),
                 token_ids: self.shown.tokens.then_some(w.generated.tokens),
                 prompt_token_ids: self.shown.tokens.then(|| prompt.tokens.clone()),
+                prompt_logprobs: self.n_best_of_prompt.map(|n| prompt_logprobs(about, of_prompt, n)),
             }
         };
         let choices = whole.into_iter().enumerate().map(choice).collect();
-        Completion { head, choices, usage, timings, prompt_token_ids: None, apr_trace }
+        Completion { head, choices, usage, timings, prompt_token_ids: None, prompt_logprobs: None, apr_trace }
     }
 }
 

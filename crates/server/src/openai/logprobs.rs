@@ -4,8 +4,9 @@ use apr_engine::About;
 use apr_engine::answer::Standing;
 use apr_engine::sampler::Ranked;
 use serde::Serialize;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
+use super::sampling::{N_BEST_MAX, n_best};
 use crate::errors::ApiError;
 
 /// What stands for the logarithm of nothing, as in OpenAI's own answers.
@@ -84,6 +85,37 @@ impl Columns {
         self.top_logprobs.push(best.map(|all| all.map(|r| (name_of(about, r.token), logprob(r).into())).collect()));
         self.text_offset.push(offset);
     }
+}
+
+/// Tokens of a prompt as vLLM tells of them: null for the first, then of each a map from ids of tokens to what they would have been.
+pub(super) type PromptLogprobs = Vec<Option<Map<String, Value>>>;
+
+/// `prompt_logprobs`: how many alternatives vLLM's field asks for of each token of the prompt.
+///
+/// # Errors
+/// More than are told; a stream, which has no place for them.
+pub(super) fn n_best_of_prompt(asked: Option<i64>, is_stream: bool) -> Result<Option<usize>, ApiError> {
+    let n = asked.map(|n| n_best("prompt_logprobs", n, N_BEST_MAX)).transpose()?;
+    match n.is_some() && is_stream {
+        true => Err(ApiError::field(
+            "prompt_logprobs",
+            "expected stream to be false, got true: they are told with whole answers",
+        )),
+        false => Ok(n),
+    }
+}
+
+/// All tokens of a prompt of which `standings` are told from the second on, with `n` alternatives each.
+pub(super) fn prompt_logprobs(about: &About, standings: &[Standing], n: usize) -> PromptLogprobs {
+    let entry = |r: &Ranked, rank: usize| {
+        let text = about.tokenizer.piece(r.token);
+        (r.token.to_string(), json!({"logprob": logprob(r), "rank": rank, "decoded_token": text}))
+    };
+    let of_token = |s: &Standing| {
+        let best = s.best.iter().take(n).zip(1..).map(|(r, rank)| entry(r, rank));
+        Some(best.chain([entry(&s.chosen, s.rank)]).collect())
+    };
+    [None].into_iter().chain(standings.iter().map(of_token)).collect()
 }
 
 /// Most logarithms that are told of the prompts of one request: each of their tokens has its own, and so many alternatives.

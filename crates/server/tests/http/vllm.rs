@@ -15,7 +15,9 @@ fn text(fields: Value) -> Value {
 fn chat(fields: Value) -> Value {
     let mut body = text(fields);
     body["prompt"].take();
-    body["messages"] = json!([{"role": "user", "content": "Hello there"}]);
+    if body.get("messages").is_none() {
+        body["messages"] = json!([{"role": "user", "content": "Hello there"}]);
+    }
     body
 }
 
@@ -106,4 +108,65 @@ fn halves_of_characters_are_kept_apart() {
         assert!((20..=21).contains(&best.as_object().unwrap().len()), "{best}");
     }
     assert!(logprobs.to_string().contains(r#""bytes:\\x"#), "{logprobs}");
+}
+
+#[test]
+fn tokens_of_prompts_are_told_with_their_logprobs() {
+    let server = start();
+    let words = "word and ".repeat(80);
+    let check = |told: &Value, ids: &Value, columns: &Value, n_best: usize| {
+        let (told, ids) = (told.as_array().unwrap(), self::ids(ids));
+        assert_eq!((told.len(), &told[0]), (ids.len(), &Value::Null));
+        for (i, entry) in told.iter().enumerate().skip(1) {
+            let entry = entry.as_object().unwrap();
+            let own = &entry[&ids[i].to_string()];
+            let rank = own["rank"].as_u64().unwrap() as usize;
+            assert_eq!(entry.len(), n_best + usize::from(rank > n_best), "{entry:?}");
+            let mut ranks: Vec<u64> = entry.values().map(|e| e["rank"].as_u64().unwrap()).collect();
+            ranks.sort_unstable();
+            assert!(ranks.iter().zip(1..).take(n_best).all(|(rank, i)| *rank == i), "{ranks:?}");
+            assert_eq!(own["logprob"], columns["token_logprobs"][i], "as echo tells it");
+            let token = server.model().unwrap().about().tokenizer.piece(ids[i] as u32);
+            assert_eq!(own["decoded_token"], token);
+            let better = entry.values().filter(|e| e["logprob"].as_f64() > own["logprob"].as_f64()).count();
+            assert!(better < rank && (rank > n_best || better + 1 == rank), "{entry:?}");
+        }
+    };
+    for n_best in [0, 3] {
+        let echo = text(json!({"prompt": words, "echo": true, "logprobs": 1, "max_tokens": 0}));
+        let echo = ok(&server, TEXT, &echo)["choices"][0].clone();
+        let fields = json!({"prompt": [words, "Hello"], "n": 2, "prompt_logprobs": n_best});
+        let answer = ok(&server, TEXT, &text(fields));
+        for choice in &answer["choices"].as_array().unwrap()[..2] {
+            check(&choice["prompt_logprobs"], &choice["prompt_token_ids"], &echo["logprobs"], n_best);
+        }
+        let plain = ok(&server, TEXT, &text(json!({"prompt": words})));
+        assert_eq!(plain["choices"][0]["text"], answer["choices"][0]["text"], "the answer is the same");
+        assert!(!plain.to_string().contains("prompt_logprobs"));
+        assert_eq!(answer["usage"]["prompt_tokens_details"]["cached_tokens"], 0, "all positions are computed");
+    }
+    let body = json!({"messages": [{"role": "user", "content": words}], "prompt_logprobs": 2, "n": 2});
+    let answer = ok(&server, CHAT, &chat(body));
+    let echo = json!({"prompt": answer["prompt_token_ids"], "echo": true, "logprobs": 1, "max_tokens": 0});
+    let echo = ok(&server, TEXT, &echo)["choices"][0].clone();
+    check(&answer["prompt_logprobs"], &answer["prompt_token_ids"], &echo["logprobs"], 2);
+}
+
+#[test]
+fn logprobs_of_prompts_have_limits() {
+    let server = start();
+    for (path, fields, message) in [
+        (TEXT, json!({"prompt_logprobs": 21}), "expected a number from 0 to 20, got 21"),
+        (CHAT, json!({"prompt_logprobs": -1}), "expected a number from 0 to 20, got -1"),
+        (TEXT, json!({"prompt_logprobs": "all"}), "invalid type"),
+        (TEXT, json!({"prompt_logprobs": 1, "stream": true}), "expected stream to be false, got true"),
+        (CHAT, json!({"prompt_logprobs": 0, "stream": true}), "expected stream to be false, got true"),
+        (TEXT, json!({"prompt_logprobs": 20, "prompt": vec![vec![5; 1000]; 13]}), "expected at most 262144 logprobs"),
+    ] {
+        let body = if path == TEXT { text(fields) } else { chat(fields) };
+        let refused = post(&server, path, &body);
+        let error = refused.json()["error"].clone();
+        assert_eq!((refused.status, error["param"].as_str()), (400, Some("prompt_logprobs")), "{error}");
+        assert!(error["message"].as_str().unwrap().contains(message), "{error}");
+    }
 }
