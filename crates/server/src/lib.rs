@@ -12,6 +12,7 @@ mod errors;
 mod extract;
 mod guard;
 mod health;
+mod infill;
 mod job;
 mod json_text;
 mod keys;

@@ -2,6 +2,7 @@
 //! prompts of conversations, settings.
 
 pub(crate) mod completion;
+pub(crate) mod infill;
 pub(crate) mod props;
 pub(crate) mod slots;
 
@@ -43,6 +44,15 @@ enum Content {
     Mixed(Vec<Part>),
 }
 
+impl Content {
+    fn parts(self) -> Vec<Part> {
+        match self {
+            Content::Text(text) => vec![Part::Text(text)],
+            Content::Mixed(parts) => parts,
+        }
+    }
+}
+
 /// `POST /tokenize`
 pub(crate) async fn tokenize(
     Shared(state): Shared<Arc<State>>,
@@ -67,11 +77,7 @@ pub(crate) async fn tokenize(
             return Ok(Json(counted(&about, tokens, f.return_token_strs.unwrap_or(false))));
         }
         let how = (f.add_special.unwrap_or(false), f.parse_special.unwrap_or(true));
-        let parts = match f.content {
-            None => Vec::new(),
-            Some(Content::Text(text)) => vec![Part::Text(text)],
-            Some(Content::Mixed(parts)) => parts,
-        };
+        let parts = f.content.map_or_else(Vec::new, Content::parts);
         let tokens = tokens_of(&about, "content", &parts, how)?;
         let tokens: Vec<Value> = match f.with_pieces.unwrap_or(false) {
             true => tokens.into_iter().map(|id| json!({"id": id, "piece": piece(&about, id)})).collect(),

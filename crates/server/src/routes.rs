@@ -41,6 +41,7 @@ pub(crate) fn router(state: Arc<State>) -> Router {
         .route("/embeddings", post(openai::embeddings::create))
         .route("/completion", post(llama::completion::create))
         .route("/completions", post(llama::completion::create))
+        .route("/infill", post(llama::infill::create))
         .route("/slots", get(llama::slots::slots))
         .route("/tokenize", post(llama::tokenize))
         .route("/detokenize", post(llama::detokenize))

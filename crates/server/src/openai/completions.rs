@@ -23,6 +23,7 @@ use super::{
 };
 use crate::errors::ApiError;
 use crate::extract::{JsonBody, fields};
+use crate::infill::FimTokens;
 use crate::job::{self, Whole};
 use crate::prompt;
 use crate::sse::{self, Chunks};
@@ -108,11 +109,14 @@ pub(crate) async fn create(
     let n_best = own.logprobs.map(|n| n_best("logprobs", n, N_BEST_MAX)).transpose()?;
     let n_best_of_prompt = n_best_of_prompt(own.prompt_logprobs, is_stream)?;
     let echo = own.echo.unwrap_or(false);
-    refuse(&own, &sampling)?;
+    refuse(&own, &sampling, echo && n_best.is_some())?;
+    let suffix = own.suffix.filter(|suffix| !suffix.is_empty());
+    let infill = suffix.map(|suffix| FimTokens::of(&model.about, "suffix").map(|fim| (fim, suffix))).transpose()?;
+    infill.iter().for_each(|(fim, _)| sampling.ends.tokens.extend(&fim.ends));
     let prompts = own.prompt.ok_or_else(|| ApiError::field("prompt", "is missing"))?.list();
     job::check_places(&model, prompts.len() * sampling.n)?;
     let (about, max_tokens) = (model.about.clone(), sampling.max_tokens);
-    let prompts = prompt::elsewhere(move || read_prompts(&about, prompts, echo, max_tokens)).await?;
+    let prompts = prompt::elsewhere(move || read_prompts(&about, prompts, infill, (echo, max_tokens))).await?;
     sampling.constraint = structured::constraint(&model, Thought::None, format.into_iter().collect(), "").await?;
     drop(room);
     let shown = Shown { logprobs: n_best.is_some(), experts: sampling.show_experts, tokens: sampling.show_tokens };
@@ -141,9 +145,11 @@ pub(crate) async fn create(
 }
 
 /// Refuses what completions cannot do.
-fn refuse(own: &Fields, sampling: &Sampling) -> Result<(), ApiError> {
-    if own.suffix.as_ref().is_some_and(|s| !s.is_empty()) {
-        return Err(ApiError::unsupported("suffix", "text between two texts is not supported yet"));
+fn refuse(own: &Fields, sampling: &Sampling, echoes_logprobs: bool) -> Result<(), ApiError> {
+    if echoes_logprobs && own.suffix.as_ref().is_some_and(|s| !s.is_empty()) {
+        let message =
+            "is not supported together with suffix and logprobs, as tokens of such a prompt are not those of its text";
+        return Err(ApiError::unsupported("echo", message));
     }
     if own.best_of.is_some_and(|best| best != sampling.n as i64) {
         return Err(ApiError::unsupported("best_of", "is not supported, unless it is n"));
@@ -151,15 +157,20 @@ fn refuse(own: &Fields, sampling: &Sampling) -> Result<(), ApiError> {
     Ok(())
 }
 
-/// Tokens of all prompts; nobody is answered where one cannot be.
+/// Tokens of all prompts; nobody is answered where one cannot be. With a suffix a prompt is what comes before the answer's text, and that
+/// is what comes after it.
 fn read_prompts(
     about: &About,
     prompts: Vec<Written>,
-    echo: bool,
-    max_tokens: Option<usize>,
+    infill: Option<(FimTokens, String)>,
+    (echo, max_tokens): (bool, Option<usize>),
 ) -> Result<Vec<Prompt>, ApiError> {
+    let infill = infill.map(|(fim, suffix)| (fim, about.tokenizer.encode_text(&suffix, false)));
     let read = |written: Written| {
-        let tokens = written.tokens(about, "prompt", false)?;
+        let tokens = match &infill {
+            Some((fim, after)) => fim.prompt(about, &[], [&written.inner_tokens(about, "prompt")?, after, &[]]),
+            None => written.tokens(about, "prompt", false)?,
+        };
         prompt::check_fits(about, &tokens, max_tokens)?;
         let echo = if echo { written.text(about) } else { String::new() };
         Ok(Prompt { tokens, echo })

@@ -109,6 +109,17 @@ impl Written {
         }
     }
 
+    /// Its tokens where it does not begin a prompt; control tokens are not found in strings.
+    ///
+    /// # Errors
+    /// An id that no token has.
+    pub(crate) fn inner_tokens(&self, about: &About, param: &str) -> Result<Vec<u32>, ApiError> {
+        match self {
+            Written::Text(text) => Ok(about.tokenizer.encode_text(text, false)),
+            Written::Mixed(parts) => tokens_of(about, param, parts, (false, false)),
+        }
+    }
+
     pub(crate) fn text(self, about: &About) -> String {
         let mut bytes = Vec::new();
         match self {

@@ -71,7 +71,7 @@ fn fields_that_are_wrong_are_named() {
     refused(&server, TEXT, json!({}), "prompt");
     refused(&server, TEXT, json!({"prompt": 5}), "prompt");
     refused(&server, TEXT, json!({"prompt": [1, 99_999_999]}), "prompt");
-    refused(&server, TEXT, json!({"prompt": "x", "suffix": "y"}), "suffix");
+    refused(&server, TEXT, json!({"prompt": "x", "suffix": 1}), "suffix");
     refused(&server, TEXT, json!({"prompt": "x", "best_of": 5}), "best_of");
     // A number that is none in JSON's own terms.
     let endless = br#"{"prompt":"x","temperature":1e999}"#;

@@ -4,6 +4,7 @@ mod access;
 mod anthropic;
 mod embeddings;
 mod faults;
+mod infill;
 mod inside;
 mod limits;
 mod llama;
