@@ -24,7 +24,7 @@ use std::str::FromStr;
 
 use apr_core::qtype::GgmlType;
 
-pub(crate) use activations::{LANES, Lanes, MAX_CODE, sub_scale, super_scale};
+pub(crate) use activations::{LANES, Lanes, MAX_CODE, Regrouped, sub_scale, super_scale};
 pub use activations::{Q8Block, Q8Rows, SUPER, SharedQ8Rows};
 pub use out::{Out, SharedOut};
 
@@ -339,14 +339,15 @@ impl<'a> F32Tokens<'a> {
     }
 }
 
-/// What a thread's kernel calls reuse from one to the next: unpacked weights. One per thread; it grows to the widest
-/// matrix and then allocates nothing.
+/// What a thread's kernel calls reuse from one to the next: unpacked weights, and tokens in other orders. One per thread; it
+/// grows to the widest matrix and then allocates nothing.
 #[derive(Debug, Default)]
 pub struct PanelScratch {
     unpacked: Vec<scalar::Unpacked>,
     panels: Vec<Panel>,
     lanes: Vec<Lanes<LANES>>,
     sums: Vec<LaneSums>,
+    regrouped: Vec<Regrouped>,
 }
 
 impl PanelScratch {
@@ -370,6 +371,15 @@ impl PanelScratch {
             self.panels.resize(n, Panel::ZERO);
         }
         &mut self.panels[..n]
+    }
+
+    /// `n` super-blocks of one token.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only SIMD kernels regroup columns"))]
+    pub(crate) fn regrouped(&mut self, n: usize) -> &mut [Regrouped] {
+        if self.regrouped.len() < n {
+            self.regrouped.resize(n, Regrouped::ZERO);
+        }
+        &mut self.regrouped[..n]
     }
 
     /// What tiles are made of: `n_panels` super-blocks of eight rows, `n_lanes` of eight tokens, and `n_sums` times the sums

@@ -31,6 +31,7 @@ pub(super) trait Plain: Copy {}
 impl Plain for u8 {}
 impl Plain for i8 {}
 impl Plain for i16 {}
+impl Plain for i32 {}
 impl Plain for f32 {}
 impl<T: Plain, const N: usize> Plain for [T; N] {}
 

@@ -8,6 +8,7 @@
 
 mod emulated;
 mod k_quants;
+mod q6_k;
 mod tile;
 mod unpack;
 mod vectors;
@@ -84,6 +85,8 @@ impl<const FIVE: bool, const BYTES: usize> Tiles for K45<FIVE, BYTES> {
 }
 
 impl Tiles for Q6K {
+    const FEW: Option<Few> = Some(Few { most: q6_k::MOST, matmul: q6_k::matmul });
+
     #[inline(always)]
     unsafe fn tile<V: Vectors, const N: usize>(p: &V::Panels, _: usize, x: &[&Q8Block; N], acc: &mut [V::Floats; N]) {
         // SAFETY: the caller's promise.

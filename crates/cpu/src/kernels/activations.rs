@@ -122,6 +122,27 @@ impl Q8Block {
     }
 }
 
+/// A super-block of one token for weights that are offset by 32, in an order in which sums of eight columns need no shuffle.
+/// Entry `[p][e]` of `codes` holds columns `64 p .. 64 p + 64` of both halves of the super-block: eight columns of the first,
+/// the same ones of the second, and so on; of every sixteen columns the first eight where `e` is 0, the others where it is 1.
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(64))]
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only SIMD kernels regroup columns"))]
+pub(crate) struct Regrouped {
+    pub(crate) codes: [[[i8; 64]; 2]; 2],
+    /// -32 times the sum of the codes of eight columns: four of `codes[p][0]` and the four at the same place of `codes[p][1]`.
+    pub(crate) offsets: [[i32; 16]; 2],
+    /// As in [`Q8Block`].
+    pub(crate) scale_pairs: [[i16; 2]; 8],
+    /// As in [`Q8Block`].
+    pub(crate) d: f32,
+}
+
+impl Regrouped {
+    pub(crate) const ZERO: Regrouped =
+        Regrouped { codes: [[[0; 64]; 2]; 2], offsets: [[0; 16]; 2], scale_pairs: [[0; 2]; 8], d: 0.0 };
+}
+
 /// The scale of a super-block whose largest magnitude is `amax`, or `None` where all codes are zero: the largest
 /// value gets code 127 and sub-scale 32. Values so small that `d` would be subnormal count as zero.
 #[inline(always)]
