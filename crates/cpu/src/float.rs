@@ -19,9 +19,12 @@ pub struct FloatKernels {
     axpby: unsafe fn(&mut [f32], f32, &[f32], f32),
     row_stats: unsafe fn(&[f32]) -> RowStats,
     widen: unsafe fn(&[u16], &mut [f32]),
-    scale_each: unsafe fn(&[i8], &[f32], &mut [f32]),
-    scale_all: unsafe fn(&[i8], f32, &mut [f32]),
+    scale_keys: unsafe fn(&[i8], &[f32], &mut [f32]),
+    scale_values: unsafe fn(&[i8], &[f32], &mut [f32]),
 }
+
+/// Codes of 8 bits that share a scale.
+pub const SHARED: usize = 32;
 
 /// `c = a b` for small row-major matrices: `a` `[m, k.end]`, `b` `[k.end, n]`, `c` `[m, n]`. Only the columns `k` of `a` and
 /// the rows `k` of `b` are read.
@@ -122,18 +125,20 @@ impl FloatKernels {
         unsafe { (self.widen)(halves, out) }
     }
 
-    /// `out[i] = codes[i] * scales[i]`
-    pub fn scale_each(&self, codes: &[i8], scales: &[f32], out: &mut [f32]) {
-        assert!(codes.len() == scales.len() && codes.len() == out.len());
+    /// Codes `[n, KV_BLOCK]` times their scales `[n / SHARED, KV_BLOCK]`: [`SHARED`] codes of a column have one.
+    pub fn scale_keys(&self, codes: &[i8], scales: &[f32], out: &mut [f32]) {
+        assert!(
+            codes.len() == out.len() && codes.len() == SHARED * scales.len() && scales.len().is_multiple_of(KV_BLOCK)
+        );
         // SAFETY: the table is handed out only where the CPU has its ISA.
-        unsafe { (self.scale_each)(codes, scales, out) }
+        unsafe { (self.scale_keys)(codes, scales, out) }
     }
 
-    /// `out[i] = codes[i] * scale`
-    pub fn scale_all(&self, codes: &[i8], scale: f32, out: &mut [f32]) {
-        assert_eq!(codes.len(), out.len());
+    /// `out[i] = codes[i] * scales[i / SHARED]`
+    pub fn scale_values(&self, codes: &[i8], scales: &[f32], out: &mut [f32]) {
+        assert!(codes.len() == out.len() && codes.len() == SHARED * scales.len());
         // SAFETY: the table is handed out only where the CPU has its ISA.
-        unsafe { (self.scale_all)(codes, scale, out) }
+        unsafe { (self.scale_values)(codes, scales, out) }
     }
 
     /// What [`RowStats::of`] gives, but for the order of its sums, which is the same on every ISA.
@@ -152,8 +157,8 @@ pub(crate) static SCALAR: FloatKernels = FloatKernels {
     axpby: body::axpby,
     row_stats: body::row_stats,
     widen: body::widen,
-    scale_each: body::scale_each,
-    scale_all: body::scale_all,
+    scale_keys: body::scale_keys,
+    scale_values: body::scale_values,
 };
 
 /// `TABLE`, of functions compiled for `$features` with loops over `$vector`. The module that it is written in has the products.
@@ -167,11 +172,11 @@ macro_rules! table {
                 normalise(x: &[f32], w: &[f32], eps: f32, out: &mut [f32]) -> ();
                 axpby(y: &mut [f32], a: f32, x: &[f32], b: f32) -> ();
                 widen(halves: &[u16], out: &mut [f32]) -> ();
+                scale_keys(codes: &[i8], scales: &[f32], out: &mut [f32]) -> ();
+                scale_values(codes: &[i8], scales: &[f32], out: &mut [f32]) -> ();
             }
             portable {
                 row_stats(values: &[f32]) -> RowStats;
-                scale_each(codes: &[i8], scales: &[f32], out: &mut [f32]) -> ();
-                scale_all(codes: &[i8], scale: f32, out: &mut [f32]) -> ();
             }
         }
     };
@@ -213,7 +218,7 @@ mod body {
 
     use apr_core::backend::KV_BLOCK;
 
-    use super::{Gemm, RowStats, Softmax};
+    use super::{Gemm, RowStats, SHARED, Softmax};
 
     const LANES: usize = 8;
     pub type Lanes = [f32; LANES];
@@ -368,14 +373,17 @@ mod body {
         out.iter_mut().zip(halves).for_each(|(o, h)| *o = f16::from_bits(*h).to_f32());
     }
 
-    #[inline(always)]
-    pub fn scale_each(codes: &[i8], scales: &[f32], out: &mut [f32]) {
-        out.iter_mut().zip(codes).zip(scales).for_each(|((o, c), d)| *o = f32::from(*c) * d);
+    pub fn scale_keys(codes: &[i8], scales: &[f32], out: &mut [f32]) {
+        for (row, (codes, out)) in codes.chunks_exact(KV_BLOCK).zip(out.chunks_exact_mut(KV_BLOCK)).enumerate() {
+            let scales = &scales[row / SHARED * KV_BLOCK..][..KV_BLOCK];
+            out.iter_mut().zip(codes).zip(scales).for_each(|((o, c), d)| *o = f32::from(*c) * d);
+        }
     }
 
-    #[inline(always)]
-    pub fn scale_all(codes: &[i8], scale: f32, out: &mut [f32]) {
-        out.iter_mut().zip(codes).for_each(|(o, c)| *o = f32::from(*c) * scale);
+    pub fn scale_values(codes: &[i8], scales: &[f32], out: &mut [f32]) {
+        for ((codes, out), d) in codes.chunks_exact(SHARED).zip(out.chunks_exact_mut(SHARED)).zip(scales) {
+            out.iter_mut().zip(codes).for_each(|(o, c)| *o = f32::from(*c) * d);
+        }
     }
 
     /// Statistics in eight lanes, merged in order; what is left over comes last. Squares of floats are exact in f64, so that it makes
@@ -583,6 +591,21 @@ mod tests {
             let (max, total) = (&mut max[2..], &mut total[2..]);
             t.softmax(Softmax { scores: &mut all, scale: 1.0, max, total, sum: &mut sum[2..] });
             assert!(max[0] == -200.0 && total[0].is_nan(), "NaN of an earlier tile stays");
+        }
+    }
+
+    #[test]
+    fn codes_are_multiplied_with_their_scales() {
+        for t in tables() {
+            let codes: Vec<i8> = (0..2 * SHARED * KV_BLOCK).map(|i| (i * 37) as i8).collect();
+            let (scales, mut out) = (values(2 * KV_BLOCK, 7), vec![f32::NAN; codes.len()]);
+            t.scale_keys(&codes, &scales, &mut out);
+            for (i, &got) in out.iter().enumerate() {
+                let scale = scales[i / KV_BLOCK / SHARED * KV_BLOCK + i % KV_BLOCK];
+                assert_eq!(got, f32::from(codes[i]) * scale, "key code {i}");
+            }
+            t.scale_values(&codes, &scales, &mut out);
+            assert!((0..out.len()).all(|i| out[i] == f32::from(codes[i]) * scales[i / SHARED]), "value codes");
         }
     }
 

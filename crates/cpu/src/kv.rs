@@ -119,10 +119,15 @@ impl KvCache {
         }
     }
 
+    /// The bytes of a head's keys or values in a block.
+    pub fn tile_of(&self, block: u32, il: usize, part: Part, head: usize) -> &[u8] {
+        &self.block(block)[self.tile_range(il, part, head)]
+    }
+
     /// The keys `[head_dim, KV_BLOCK]` or values `[KV_BLOCK, head_dim]` of a head in a block, as half floats' bits; `None` where they
     /// are stored otherwise.
     pub fn halves(&self, block: u32, il: usize, part: Part, head: usize) -> Option<&[u16]> {
-        let tile = &self.block(block)[self.tile_range(il, part, head)];
+        let tile = self.tile_of(block, il, part, head);
         (self.shape.kv_type == KvType::F16).then(|| bytemuck::cast_slice(tile))
     }
 
@@ -136,7 +141,7 @@ impl KvCache {
         head: usize,
         scratch: &'a mut Tile,
     ) -> &'a [f32] {
-        let tile = &self.block(block)[self.tile_range(il, part, head)];
+        let tile = self.tile_of(block, il, part, head);
         let n = self.shape.head_dim;
         scratch.values.resize(n * KV_BLOCK, 0.0);
         match self.shape.kv_type {
@@ -148,17 +153,8 @@ impl KvCache {
                 f.widen(bytemuck::cast_slice(scales), &mut scratch.scales);
                 let codes: &[i8] = bytemuck::cast_slice(codes);
                 match part {
-                    // 32 rows of columns share a row of scales.
-                    Part::Key => {
-                        let rows = codes.chunks_exact(KV_BLOCK).zip(scratch.values.chunks_exact_mut(KV_BLOCK));
-                        for (row, (codes, out)) in rows.enumerate() {
-                            f.scale_each(codes, &scratch.scales[row / 32 * KV_BLOCK..][..KV_BLOCK], out);
-                        }
-                    }
-                    Part::Value => {
-                        let (codes, out) = (codes.chunks_exact(32), scratch.values.chunks_exact_mut(32));
-                        codes.zip(&scratch.scales).zip(out).for_each(|((codes, d), out)| f.scale_all(codes, *d, out));
-                    }
+                    Part::Key => f.scale_keys(codes, &scratch.scales, &mut scratch.values),
+                    Part::Value => f.scale_values(codes, &scratch.scales, &mut scratch.values),
                 }
             }
         }

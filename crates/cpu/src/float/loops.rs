@@ -10,7 +10,7 @@ use std::ops::Range;
 use apr_core::backend::KV_BLOCK;
 
 use super::vector::{Element, Vector};
-use super::{Gemm, Softmax, body};
+use super::{Gemm, SHARED, Softmax, body};
 
 /// The most lanes that a vector has.
 const MAX_LANES: usize = 16;
@@ -249,4 +249,31 @@ pub(super) unsafe fn widen<V: Vector>(halves: &[u16], out: &mut [f32]) {
         unsafe { V::load_halves(h.as_ptr()).store(o.as_mut_ptr()) };
     }
     body::widen(rest, to.into_remainder());
+}
+
+#[inline(always)]
+pub(super) unsafe fn scale_keys<V: Vector>(codes: &[i8], scales: &[f32], out: &mut [f32]) {
+    let groups = codes.chunks_exact(SHARED * KV_BLOCK).zip(out.chunks_exact_mut(SHARED * KV_BLOCK));
+    for ((codes, out), scales) in groups.zip(scales.chunks_exact(KV_BLOCK)) {
+        for j in (0..KV_BLOCK).step_by(V::LANES) {
+            // SAFETY: the caller's promise; every row has as many elements from `j` on as a vector.
+            unsafe {
+                let scale = V::load(scales[j..].as_ptr());
+                for (codes, out) in codes.chunks_exact(KV_BLOCK).zip(out.chunks_exact_mut(KV_BLOCK)) {
+                    V::load_bytes(codes[j..].as_ptr()).mul(scale).store(out[j..].as_mut_ptr());
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+pub(super) unsafe fn scale_values<V: Vector>(codes: &[i8], scales: &[f32], out: &mut [f32]) {
+    let groups = codes.chunks_exact(SHARED).zip(out.chunks_exact_mut(SHARED));
+    for ((codes, out), &scale) in groups.zip(scales) {
+        for (codes, out) in codes.chunks_exact(V::LANES).zip(out.chunks_exact_mut(V::LANES)) {
+            // SAFETY: the caller's promise; a chunk has as many elements as a vector.
+            unsafe { V::load_bytes(codes.as_ptr()).mul(V::splat(scale)).store(out.as_mut_ptr()) };
+        }
+    }
 }

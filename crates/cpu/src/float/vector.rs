@@ -15,6 +15,8 @@ pub(super) trait Vector: Copy {
     unsafe fn load(from: *const f32) -> Self;
     /// Half floats, given as their bits.
     unsafe fn load_halves(from: *const u16) -> Self;
+    /// Integers as floats.
+    unsafe fn load_bytes(from: *const i8) -> Self;
     unsafe fn store(self, to: *mut f32);
     /// `v` in every lane.
     unsafe fn splat(v: f32) -> Self;
@@ -92,6 +94,13 @@ impl Vector for __m256 {
 
     #[target_feature(enable = "avx2,fma,f16c")]
     #[inline]
+    unsafe fn load_bytes(from: *const i8) -> __m256 {
+        // SAFETY: the caller's promise.
+        _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(unsafe { _mm_loadl_epi64(from.cast()) }))
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline]
     unsafe fn store(self, to: *mut f32) {
         // SAFETY: the caller's promise.
         unsafe { _mm256_storeu_ps(to, self) }
@@ -160,6 +169,13 @@ impl Vector for __m512 {
     unsafe fn load_halves(from: *const u16) -> __m512 {
         // SAFETY: the caller's promise.
         _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(from.cast()) })
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl")]
+    #[inline]
+    unsafe fn load_bytes(from: *const i8) -> __m512 {
+        // SAFETY: the caller's promise.
+        _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(unsafe { _mm_loadu_si128(from.cast()) }))
     }
 
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl")]

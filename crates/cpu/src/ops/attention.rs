@@ -355,9 +355,9 @@ impl<'a> Task<'a> {
         }
     }
 
-    /// What a product with these keys or values reads, where that is worth fetching.
+    /// What a product with these keys or values reads.
     fn bytes(&self, block: u32, part: Part, head: usize) -> &'a [u8] {
-        bytemuck::cast_slice(self.layer.kv.halves(block, self.layer.il, part, head).unwrap_or_default())
+        self.layer.kv.tile_of(block, self.layer.il, part, head)
     }
 
     /// A tile of the head's keys or values. Half floats are widened by the products.
