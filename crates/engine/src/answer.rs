@@ -45,6 +45,12 @@ pub struct Standing {
 /// What a step computed of a prompt.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PromptStep {
+    /// Tokens of the prompt whose keys and values are there now, those that were found among them.
+    pub n_done: usize,
+    /// Those that were found.
+    pub n_cached: usize,
+    /// Since its first step began.
+    pub time: Duration,
     /// Of its next tokens, the first of which is the prompt's second: nothing comes before the first.
     pub standings: Vec<Standing>,
 }
@@ -262,13 +268,21 @@ impl Answer {
         session: &dyn Session,
         first: usize,
     ) -> Result<Option<PromptStep>, GenerateError> {
-        let Some(scoring) = &mut self.scoring else { return Ok(None) };
-        let at = self.sequence.n_tokens() - self.feed.len();
-        let standings = scoring.take(session, &self.request.prompt, at, first..first + self.n_rows)?;
-        if scoring.n_scored() + 1 == self.request.prompt.len() {
-            self.scoring = None;
+        let is_shown = self.request.show_progress && self.prefilled.is_none();
+        if self.scoring.is_none() && !is_shown {
+            return Ok(None);
         }
-        Ok(Some(PromptStep { standings }))
+        let n_tokens = self.sequence.n_tokens();
+        let at = n_tokens - self.feed.len();
+        let mut standings = Vec::new();
+        if let Some(scoring) = &mut self.scoring {
+            standings = scoring.take(session, &self.request.prompt, at, first..first + self.n_rows)?;
+            if scoring.n_scored() + 1 == self.request.prompt.len() {
+                self.scoring = None;
+            }
+        }
+        let time = self.began.map_or(Duration::ZERO, |began| began.elapsed());
+        Ok(Some(PromptStep { n_done: n_tokens.min(self.n_prompt()), n_cached: self.out.n_cached, time, standings }))
     }
 
     /// Goes on with what a step gave; its logits begin at row `first`. `time` is that of the step where it computed nothing

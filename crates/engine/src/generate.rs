@@ -44,6 +44,8 @@ pub struct Request {
     /// The same of every token of the prompt but the first, whose positions are then all computed, whatever is kept of earlier prompts.
     /// A [`Listener`](crate::scheduler::Listener) is told; [`generate`] has nobody to tell.
     pub n_best_of_prompt: Option<usize>,
+    /// Has a listener told of every step of the prompt.
+    pub show_progress: bool,
     /// Tells of every token which experts the position that gave it went to.
     pub show_experts: bool,
     /// Has all positions of the pass traced. Such a request neither guesses tokens nor uses what is kept of earlier prompts.
@@ -66,6 +68,7 @@ impl Request {
             speculate: false,
             n_best: None,
             n_best_of_prompt: None,
+            show_progress: false,
             show_experts: false,
             constraint: None,
             trace: None,

@@ -29,7 +29,7 @@ use crate::model::Model;
 use crate::state::State;
 use crate::trace;
 use logprobs::PromptLogprobs;
-use usage::{Timings, Usage};
+use usage::{PromptProgress, Timings, Usage};
 
 /// What streaming answers may be asked to add.
 #[derive(Default, Deserialize)]
@@ -117,7 +117,17 @@ struct Chunk<'a, C> {
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_token_ids: Option<Vec<u32>>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_progress: Option<PromptProgress>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     apr_trace: Option<&'a Value>,
+}
+
+/// What a chunk tells beside its choice.
+#[derive(Default)]
+struct Beside {
+    timings: Option<Timings>,
+    prompt_token_ids: Option<Vec<u32>>,
+    prompt_progress: Option<PromptProgress>,
 }
 
 impl Frame {
@@ -152,48 +162,47 @@ impl Frame {
     }
 
     fn chunk(&self, choice: impl Serialize) -> Event {
-        self.chunk_with(choice, None, None)
+        self.chunk_with(choice, Beside::default())
     }
 
     /// The first chunk.
     fn first(&mut self, choice: impl Serialize) -> Event {
         let prompt_token_ids = self.prompt_token_ids.take();
-        self.chunk_with(choice, None, prompt_token_ids)
+        self.chunk_with(choice, Beside { prompt_token_ids, ..Beside::default() })
+    }
+
+    /// How far a prompt is, beside a choice that says nothing.
+    fn progress(&self, choice: impl Serialize, progress: PromptProgress) -> Event {
+        self.chunk_with(choice, Beside { prompt_progress: Some(progress), ..Beside::default() })
     }
 
     /// The last chunk of an answer.
     fn last(&self, choice: impl Serialize) -> Event {
-        self.chunk_with(choice, self.timings, None)
+        self.chunk_with(choice, Beside { timings: self.timings, ..Beside::default() })
     }
 
-    fn chunk_with(
-        &self,
-        choice: impl Serialize,
-        timings: Option<Timings>,
-        prompt_token_ids: Option<Vec<u32>>,
-    ) -> Event {
+    fn chunk_with(&self, choice: impl Serialize, beside: Beside) -> Event {
+        let Beside { timings, prompt_token_ids, prompt_progress } = beside;
         event(&Chunk {
             head: &self.head,
             choices: vec![choice],
             usage: self.with_usage.then_some(self.running),
             timings,
             prompt_token_ids,
+            prompt_progress,
             apr_trace: None,
         })
     }
 
     /// What ends a stream.
     fn finish(&self) -> Vec<Event> {
-        let (none, head) = (Vec::new, &self.head);
-        let with_trace = |apr_trace| {
-            let usage = self.with_usage.then_some(None);
-            let (timings, prompt_token_ids) = (None, None);
-            event(&Chunk::<()> { head, choices: none(), usage, timings, prompt_token_ids, apr_trace: Some(apr_trace) })
+        let chunk = |usage, timings, apr_trace| {
+            let (head, prompt_token_ids, prompt_progress) = (&self.head, None, None);
+            let choices: Vec<()> = Vec::new();
+            event(&Chunk { head, choices, usage, timings, prompt_token_ids, prompt_progress, apr_trace })
         };
-        let (usage, timings) = (Some(Some(self.usage)), self.timings);
-        let usage = Chunk::<()> { head, choices: none(), usage, timings, prompt_token_ids: None, apr_trace: None };
-        let usage = self.with_usage.then(|| event(&usage));
-        let trace = self.trace.as_ref().map(with_trace);
+        let usage = self.with_usage.then(|| chunk(Some(Some(self.usage)), self.timings, None));
+        let trace = self.trace.as_ref().map(|trace| chunk(self.with_usage.then_some(None), None, Some(trace)));
         trace.into_iter().chain(usage).chain([Event::default().data("[DONE]")]).collect()
     }
 }

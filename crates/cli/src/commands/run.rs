@@ -133,6 +133,7 @@ pub fn run(args: Args) -> Result<Done> {
         constraint: None,
         n_best: None,
         n_best_of_prompt: None,
+        show_progress: false,
         show_experts: false,
         trace: None,
         embed: false,

@@ -47,6 +47,7 @@ fn request(constraint: Constraint, temperature: f32, seed: u64) -> Request {
         constraint: Some(constraint),
         n_best: None,
         n_best_of_prompt: None,
+        show_progress: false,
         show_experts: false,
         trace: None,
     }

@@ -65,6 +65,7 @@ fn greedy(n: usize) -> Request {
         constraint: None,
         n_best: None,
         n_best_of_prompt: None,
+        show_progress: false,
         show_experts: false,
         trace: None,
         embed: false,

@@ -47,6 +47,7 @@ fn request(prompt: Vec<u32>, n: usize, seed: u64) -> Request {
         constraint: None,
         n_best,
         n_best_of_prompt: None,
+        show_progress: false,
         show_experts: false,
         trace: None,
         embed: false,

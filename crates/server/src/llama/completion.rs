@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use apr_engine::About;
-use apr_engine::answer::{Piece, Standing};
+use apr_engine::answer::{Piece, PromptStep, Standing};
 use apr_engine::constraint::Thought;
 use apr_engine::generate::{Finish, Generated, Request};
 use apr_engine::sampler::Ranked;
@@ -25,7 +25,7 @@ use crate::model::Model;
 use crate::openai::logprobs::ChatToken;
 use crate::openai::prompts::{Prompts, Written, text_of};
 use crate::openai::sampling::{N_PROBS_MAX, Sampling, n_best};
-use crate::openai::usage::Timings;
+use crate::openai::usage::{PromptProgress, Timings};
 use crate::openai::{check_model, error_event, event, structured};
 use crate::prompt;
 use crate::sse::{self, Chunks};
@@ -117,7 +117,8 @@ pub(crate) async fn create(
     };
     if own.stream.unwrap_or(false) {
         let n_told = vec![0; form.prompts.len() * form.n];
-        return sse::respond(answers, NativeChunks { form, n_told }, state.settings.keep_alive).await;
+        let n_prompt = prompts.iter().map(Vec::len).collect();
+        return sse::respond(answers, NativeChunks { form, n_prompt, n_told }, state.settings.keep_alive).await;
     }
     let whole = answers.whole().await?;
     let mut all: Vec<Value> = whole.iter().enumerate().map(|(index, whole)| form.whole(index, whole)).collect();
@@ -252,6 +253,8 @@ impl Form {
 /// Answers as they come.
 struct NativeChunks {
     form: Form,
+    /// Tokens of each prompt.
+    n_prompt: Vec<usize>,
     /// Tokens of each answer that were told.
     n_told: Vec<usize>,
 }
@@ -259,6 +262,19 @@ struct NativeChunks {
 impl Chunks for NativeChunks {
     fn begin(&mut self) -> Vec<Event> {
         Vec::new()
+    }
+
+    fn prompt(&mut self, index: usize, step: PromptStep) -> Vec<Event> {
+        vec![event(&json!({
+            "index": index,
+            "content": "",
+            "tokens": [],
+            "id_slot": -1,
+            "stop": false,
+            "tokens_predicted": 0,
+            "tokens_evaluated": self.n_prompt[index / self.form.n],
+            "prompt_progress": PromptProgress::of(&step, self.n_prompt[index / self.form.n]),
+        }))]
     }
 
     /// Every token is told, without text where none is certain yet.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use apr_engine::About;
-use apr_engine::answer::Piece;
+use apr_engine::answer::{Piece, PromptStep};
 use apr_engine::chat_template::ChatInput;
 use apr_engine::constraint::Thought;
 use apr_engine::generate::{Finish, Generated};
@@ -20,7 +20,7 @@ use super::logprobs::{ChatToken, check_scored, n_best_of_prompt, prompt_logprobs
 use super::messages::Conversation;
 use super::sampling::{N_BEST_MAX, Sampling, n_best};
 use super::tools::{self, Call, Outlet, Tools};
-use super::usage::{Timings, Usage};
+use super::usage::{PromptProgress, Timings, Usage};
 use super::{
     Completion, Frame, Head, StreamOptions, check_model, error_event, finish_reason, messages, stop_reason, structured,
 };
@@ -266,7 +266,7 @@ pub(crate) async fn create(Shared(state): Shared<Arc<State>>, body: JsonBody) ->
     if is_stream {
         let head = Head::new(&state, &model, "chatcmpl", "chat.completion.chunk");
         let frame = Frame { prompt_token_ids, ..Frame::new(head, &model, wire.stream_options, n_prompt) };
-        let chunks = ChatChunks { frame, outlets, show_tokens };
+        let chunks = ChatChunks { frame, outlets, show_tokens, n_prompt };
         return sse::respond(answers, chunks, state.settings.keep_alive).await;
     }
     let whole = answers.whole().await?;
@@ -312,6 +312,7 @@ struct ChatChunks {
     /// One per answer.
     outlets: Vec<Outlet>,
     show_tokens: bool,
+    n_prompt: usize,
 }
 
 impl ChatChunks {
@@ -339,6 +340,12 @@ impl Chunks for ChatChunks {
             })
         };
         (0..self.outlets.len()).map(begin).collect()
+    }
+
+    fn prompt(&mut self, index: usize, step: PromptStep) -> Vec<Event> {
+        let (delta, told) = (tools::Fields::default(), Told::default());
+        let choice = ChunkChoice { index, delta, told, finish_reason: None, stop_reason: None };
+        vec![self.frame.progress(choice, PromptProgress::of(&step, self.n_prompt))]
     }
 
     fn piece(&mut self, index: usize, piece: Piece) -> Vec<Event> {
@@ -433,7 +440,7 @@ mod tests {
             prompt_token_ids: None,
             trace: None,
         };
-        let chunks = ChatChunks { frame, outlets: vec![outlet()], show_tokens: false };
+        let chunks = ChatChunks { frame, outlets: vec![outlet()], show_tokens: false, n_prompt: 3 };
         let response = sse::respond(answers(1, events), chunks, Duration::from_secs(60)).await.unwrap();
         let body = String::from_utf8(to_bytes(response.into_body(), 1 << 20).await.unwrap().to_vec()).unwrap();
         let data = body.lines().filter_map(|line| line.strip_prefix("data: {"));

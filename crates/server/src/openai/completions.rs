@@ -17,7 +17,7 @@ use super::inside::{Shown, TokenExperts};
 use super::logprobs::{Columns, PromptLogprobs, check_scored, n_best_of_prompt, prompt_logprobs};
 use super::prompts::{Prompts, Written};
 use super::sampling::{N_BEST_MAX, Sampling, n_best};
-use super::usage::{Timings, Usage};
+use super::usage::{PromptProgress, Timings, Usage};
 use super::{
     Completion, Frame, Head, StreamOptions, check_model, error_event, finish_reason, given, stop_reason, structured,
 };
@@ -135,6 +135,7 @@ pub(crate) async fn create(
             max_tokens: sampling.max_tokens,
             n_token: vec![0; n_answer],
             held: (0..n_answer).map(|_| None).collect(),
+            show_progress: sampling.show_progress,
             of_prompt: vec![None; n_answer],
             begun: vec![false; n_answer],
         };
@@ -251,6 +252,7 @@ struct TextChunks {
     n_token: Vec<usize>,
     /// The last token that an answer may have, which is told together with its end, as vLLM does.
     held: Vec<Option<Choice>>,
+    show_progress: bool,
     /// What is known of the tokens of each answer's prompt while they wait to be repeated together.
     of_prompt: Vec<Option<Vec<Standing>>>,
     /// Whether each answer's prompt has been told, where tokens are.
@@ -293,10 +295,18 @@ impl Chunks for TextChunks {
     }
 
     fn prompt(&mut self, index: usize, step: PromptStep) -> Vec<Event> {
-        let Some(standings) = &mut self.of_prompt[index] else { return Vec::new() };
-        standings.extend(step.standings);
-        let is_all = standings.len() + 1 == self.form.prompt(index).tokens.len();
-        is_all.then(|| self.scored(index)).flatten().into_iter().collect()
+        let n_prompt = self.form.prompt(index).tokens.len();
+        let mut events = Vec::new();
+        if self.show_progress {
+            let choice = self.choice(index);
+            events.push(self.frame.progress(choice, PromptProgress::of(&step, n_prompt)));
+        }
+        if let Some(standings) = &mut self.of_prompt[index] {
+            standings.extend(step.standings);
+            let is_all = standings.len() + 1 == n_prompt;
+            events.extend(is_all.then(|| self.scored(index)).flatten());
+        }
+        events
     }
 
     fn piece(&mut self, index: usize, piece: Piece) -> Vec<Event> {

@@ -44,6 +44,7 @@ struct Fields {
     presence_penalty: Option<f64>,
     logit_bias: Option<Value>,
     return_token_ids: Option<bool>,
+    return_progress: Option<bool>,
     apr_experts: Option<bool>,
 }
 
@@ -64,6 +65,8 @@ pub(crate) struct Sampling {
     pub(super) show_experts: bool,
     /// Tells the ids of all tokens, the prompt's too.
     pub(super) show_tokens: bool,
+    /// Tells how far the prompt is, where an answer is streamed.
+    pub(crate) show_progress: bool,
     pub(crate) stop: Vec<String>,
     pub(crate) ignore_eos: bool,
     pub(crate) ends: Ends,
@@ -93,6 +96,7 @@ impl Sampling {
             stop: stop(f.stop.take())?,
             show_experts: f.apr_experts.unwrap_or(false),
             show_tokens: f.return_token_ids.unwrap_or(false),
+            show_progress: f.return_progress.unwrap_or(false),
             ignore_eos: f.ignore_eos.unwrap_or(false),
             ends: ends(&mut f, model)?,
             sampler: sampler(f, model)?,
@@ -115,6 +119,7 @@ impl Sampling {
             constraint: self.constraint.clone(),
             n_best,
             n_best_of_prompt: None,
+            show_progress: self.show_progress,
             show_experts: self.show_experts,
             trace: None,
             embed: false,

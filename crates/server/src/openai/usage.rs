@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use apr_engine::answer::PromptStep;
 use apr_engine::generate::Generated;
 use serde::Serialize;
 
@@ -39,6 +40,23 @@ impl Usage {
         }
         self.completion_tokens += g.tokens.len();
         self.total_tokens = self.prompt_tokens + self.completion_tokens;
+    }
+}
+
+/// How far a prompt is, by llama.cpp's names.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub(crate) struct PromptProgress {
+    total: usize,
+    /// Tokens that were there already, and those that are there now.
+    cache: usize,
+    processed: usize,
+    time_ms: f64,
+}
+
+impl PromptProgress {
+    /// After a step of a prompt of `total` tokens.
+    pub(crate) fn of(step: &PromptStep, total: usize) -> PromptProgress {
+        PromptProgress { total, cache: step.n_cached, processed: step.n_done, time_ms: ms(step.time) }
     }
 }
 

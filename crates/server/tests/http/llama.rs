@@ -303,3 +303,41 @@ fn a_last_token_is_told_with_the_end() {
     assert_eq!(events[4]["choices"][0]["finish_reason"], "length");
     assert!(events.iter().all(|e| !e["choices"][0]["logprobs"].is_null()));
 }
+
+#[test]
+fn how_far_a_prompt_is_can_be_told() {
+    let server = start();
+    let n = tokens(&ok(&server, "/tokenize", &json!({"content": "word and word and "}))).len() / 2;
+    let prompt = "word and ".repeat(800 / n);
+    let body = |fields: Value| {
+        let mut body = json!({"stream": true, "return_progress": true, "max_tokens": 3, "ignore_eos": true});
+        body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        body
+    };
+    let chat = body(json!({"messages": [{"role": "user", "content": prompt}]}));
+    for path in [NATIVE, "/v1/completions", "/v1/chat/completions"] {
+        let body =
+            if path.contains("chat") { chat.clone() } else { body(json!({"prompt": format!("{path} {prompt}")})) };
+        for is_again in [false, true] {
+            let reply = post(&server, path, &body);
+            let events = if path == NATIVE { native_events(&reply) } else { reply.events() };
+            let told: Vec<Value> = events.iter().filter_map(|e| e.get("prompt_progress").cloned()).collect();
+            let of = |p: &Value, name: &str| p[name].as_u64().unwrap();
+            let last = told.last().unwrap_or_else(|| panic!("{path}: {}", reply.text()));
+            assert_eq!(of(last, "total"), of(last, "processed"));
+            assert!(told.is_sorted_by(|a, b| of(a, "processed") < of(b, "processed")), "{told:?}");
+            assert!(told.iter().all(|p| of(p, "cache") < of(p, "processed") && p["time_ms"].as_f64() > Some(0.0)));
+            assert_eq!((told.len() > 1, of(last, "cache") > 500), (!is_again, is_again), "{told:?}");
+            let is_told = |e: &Value| e.get("prompt_progress").is_some();
+            let first_text = events.iter().position(|e| !is_told(e) && e["choices"][0]["delta"]["role"].is_null());
+            assert!(events.iter().rposition(is_told) < first_text, "the prompt comes before the answer");
+            let mut plain = body.clone();
+            plain["return_progress"] = false.into();
+            assert!(!post(&server, path, &plain).text().contains("prompt_progress"));
+        }
+    }
+    let whole = ok(&server, NATIVE, &json!({"prompt": "a", "n_predict": 1, "return_progress": true}));
+    assert!(whole.get("prompt_progress").is_none(), "it is for streams");
+    let refused = post(&server, NATIVE, &json!({"prompt": "a", "return_progress": "yes"}));
+    assert_eq!((refused.status, refused.json()["error"]["param"].as_str()), (400, Some("return_progress")));
+}

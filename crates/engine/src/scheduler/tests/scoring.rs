@@ -1,4 +1,4 @@
-//! How likely the tokens of a prompt were: what a pass over the same tokens alone gives, whoever else is answered.
+//! What is told of prompts while they are computed. How likely their tokens were is what a pass over the same tokens alone gives, whoever else is answered.
 
 use safetensors::SafeTensors;
 
@@ -151,4 +151,26 @@ fn a_prompt_whose_logits_are_no_numbers_fails_and_nobody_else_does() {
     engine.session.step_output(&residual).unwrap();
     let failed = answer.prompt_step(&*engine.session, 0);
     assert!(matches!(failed, Err(GenerateError::Sampler(SamplerError::NotFinite { token: 0, .. }))), "{failed:?}");
+}
+
+#[test]
+fn every_step_of_a_prompt_is_told_of_where_it_is_asked_for() {
+    let mut engine = load(1000);
+    let mut batcher = Batcher::new(limits(2, 1000));
+    let asked = Request { show_progress: true, ..request((0..900).map(|t| 100 + t * 7 % 900).collect(), 4, 3) };
+    let want = alone(&mut engine, &asked);
+    for is_kept in [false, true] {
+        let others = submit(&mut batcher, &engine, &request((700..760).collect(), 20, 1));
+        let told = submit(&mut batcher, &engine, &asked);
+        run(&mut batcher, &mut engine);
+        check_same(&told, &want);
+        let n_cached = told.generated().n_cached;
+        assert_eq!(n_cached >= 850, is_kept, "{n_cached}");
+        let steps = told.prompt.lock().unwrap();
+        assert_eq!(steps.last().unwrap().n_done, 900);
+        assert!(steps.is_sorted_by(|a, b| a.n_done < b.n_done && a.time <= b.time), "{steps:?}");
+        assert!(steps.iter().all(|s| s.n_cached == n_cached && s.n_done > n_cached && s.standings.is_empty()));
+        assert!(steps.len() > usize::from(!is_kept), "{steps:?}");
+        assert!(others.prompt.lock().unwrap().is_empty(), "nobody asked");
+    }
 }
