@@ -101,7 +101,8 @@ impl Chat {
             declared.tell(about.template.as_ref().map_or("", |t| t.source()), &mut input);
             prompt::chat(&about, &input, conversation.begun.as_deref())
         });
-        let prompt = prompt.await?;
+        let mut prompt = prompt.await?;
+        prompt.tokens = sampling.keep.of(&model.about, prompt.tokens, sampling.max_tokens)?;
         let template = model.about.template.as_ref().map_or("", |t| t.source());
         sampling.constraint =
             structured::constraint(model, prompt.thought, tools.forms(template, format), &begun).await?;

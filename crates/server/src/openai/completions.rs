@@ -15,8 +15,8 @@ use serde_json::Value;
 
 use super::inside::{Shown, TokenExperts};
 use super::logprobs::{Columns, PromptLogprobs, check_scored, n_best_of_prompt, prompt_logprobs};
-use super::prompts::{Prompts, Written};
-use super::sampling::{N_BEST_MAX, Sampling, n_best};
+use super::prompts::{Prompts, Written, text_of};
+use super::sampling::{Keep, N_BEST_MAX, Sampling, n_best};
 use super::usage::{PromptProgress, Timings, Usage};
 use super::{
     Completion, Frame, Head, StreamOptions, check_model, error_event, finish_reason, given, stop_reason, structured,
@@ -115,8 +115,8 @@ pub(crate) async fn create(
     infill.iter().for_each(|(fim, _)| sampling.ends.tokens.extend(&fim.ends));
     let prompts = own.prompt.ok_or_else(|| ApiError::field("prompt", "is missing"))?.list();
     job::check_places(&model, prompts.len() * sampling.n)?;
-    let (about, max_tokens) = (model.about.clone(), sampling.max_tokens);
-    let prompts = prompt::elsewhere(move || read_prompts(&about, prompts, infill, (echo, max_tokens))).await?;
+    let (about, keep, max_tokens) = (model.about.clone(), sampling.keep, sampling.max_tokens);
+    let prompts = prompt::elsewhere(move || read_prompts(&about, prompts, infill, (echo, keep, max_tokens))).await?;
     sampling.constraint = structured::constraint(&model, Thought::None, format.into_iter().collect(), "").await?;
     drop(room);
     let shown = Shown { logprobs: n_best.is_some(), experts: sampling.show_experts, tokens: sampling.show_tokens };
@@ -164,7 +164,7 @@ fn read_prompts(
     about: &About,
     prompts: Vec<Written>,
     infill: Option<(FimTokens, String)>,
-    (echo, max_tokens): (bool, Option<usize>),
+    (echo, keep, max_tokens): (bool, Keep, Option<usize>),
 ) -> Result<Vec<Prompt>, ApiError> {
     let infill = infill.map(|(fim, suffix)| (fim, about.tokenizer.encode_text(&suffix, false)));
     let read = |written: Written| {
@@ -172,8 +172,14 @@ fn read_prompts(
             Some((fim, after)) => fim.prompt(about, &[], [&written.inner_tokens(about, "prompt")?, after, &[]]),
             None => written.tokens(about, "prompt", false)?,
         };
+        let n_written = tokens.len();
+        let tokens = keep.of(about, tokens, max_tokens)?;
         prompt::check_fits(about, &tokens, max_tokens)?;
-        let echo = if echo { written.text(about) } else { String::new() };
+        let echo = match echo {
+            true if tokens.len() < n_written => text_of(about, &tokens),
+            true => written.text(about),
+            false => String::new(),
+        };
         Ok(Prompt { tokens, echo })
     };
     prompts.into_iter().map(read).collect()

@@ -11,6 +11,7 @@ use super::prompts::check_ids;
 use crate::errors::ApiError;
 use crate::extract::{fields, kind_of};
 use crate::model::Model;
+use crate::prompt::check_fits;
 
 /// Answers to one prompt.
 const N_MAX: i64 = 16;
@@ -45,6 +46,7 @@ struct Fields {
     logit_bias: Option<Value>,
     return_token_ids: Option<bool>,
     return_progress: Option<bool>,
+    truncate_prompt_tokens: Option<i64>,
     apr_experts: Option<bool>,
 }
 
@@ -61,6 +63,8 @@ pub(crate) struct Sampling {
     /// Answers to each prompt.
     pub(crate) n: usize,
     pub(crate) max_tokens: Option<usize>,
+    /// What is left of a prompt that is too long.
+    pub(super) keep: Keep,
     /// Tells of every token which experts it came of.
     pub(super) show_experts: bool,
     /// Tells the ids of all tokens, the prompt's too.
@@ -93,6 +97,7 @@ impl Sampling {
                 Some(n) => Some(within(limit_name, n, 0, i64::MAX)? as usize),
                 None => None,
             },
+            keep: Keep::read(f.truncate_prompt_tokens)?,
             stop: stop(f.stop.take())?,
             show_experts: f.apr_experts.unwrap_or(false),
             show_tokens: f.return_token_ids.unwrap_or(false),
@@ -124,6 +129,53 @@ impl Sampling {
             trace: None,
             embed: false,
         })
+    }
+}
+
+/// Which of a prompt's tokens are used.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Keep {
+    All,
+    /// So many, from its end.
+    Last(usize),
+    /// As many as there is room for beside the answer, from its end.
+    WhatFits,
+}
+
+impl Keep {
+    /// vLLM's `truncate_prompt_tokens`. A prompt is never cut unless it asks for it.
+    fn read(asked: Option<i64>) -> Result<Keep, ApiError> {
+        match asked {
+            None => Ok(Keep::All),
+            Some(-1) => Ok(Keep::WhatFits),
+            Some(n @ 1..) => Ok(Keep::Last(n as usize)),
+            Some(n) => {
+                let message = format_args!("expected -1, for as many as fit, or a number from 1 on, got {n}");
+                Err(ApiError::field("truncate_prompt_tokens", message))
+            }
+        }
+    }
+
+    /// The tokens that are used of a prompt, whose answer has at most `max_tokens`.
+    ///
+    /// # Errors
+    /// A prompt so long that not all of it has been read into tokens.
+    pub(super) fn of(
+        self,
+        about: &About,
+        mut tokens: Vec<u32>,
+        max_tokens: Option<usize>,
+    ) -> Result<Vec<u32>, ApiError> {
+        let n = match self {
+            Keep::All => return Ok(tokens),
+            Keep::Last(n) => n,
+            Keep::WhatFits => about.n_ctx.saturating_sub(max_tokens.unwrap_or(1)),
+        };
+        if tokens.len() >= about.n_counted() {
+            check_fits(about, &tokens, max_tokens)?;
+        }
+        tokens.drain(..tokens.len().saturating_sub(n));
+        Ok(tokens)
     }
 }
 

@@ -170,3 +170,33 @@ fn logprobs_of_prompts_have_limits() {
         assert!(error["message"].as_str().unwrap().contains(message), "{error}");
     }
 }
+
+#[test]
+fn a_prompt_is_cut_where_that_is_asked_for() {
+    let server = start();
+    let prompt = "one and two and three and four ".repeat(60);
+    let all = ok(&server, "/tokenize", &json!({"prompt": prompt}))["tokens"].as_array().unwrap().clone();
+    let with = |n: i64| ok(&server, TEXT, &text(json!({"prompt": prompt, "truncate_prompt_tokens": n, "echo": true})));
+    let cut = &with(7)["choices"][0];
+    assert_eq!(cut["prompt_token_ids"].as_array().unwrap(), &all[all.len() - 7..]);
+    let same = ok(&server, TEXT, &text(json!({"prompt": all[all.len() - 7..], "echo": true})));
+    assert_eq!(cut["text"], same["choices"][0]["text"]);
+    assert_eq!(with(100_000)["choices"][0]["prompt_token_ids"], Value::from(all.clone()));
+    let long = json!({"prompt": prompt.repeat(3), "truncate_prompt_tokens": -1, "max_tokens": 24});
+    assert_eq!(ok(&server, TEXT, &text(long))["usage"]["prompt_tokens"], 1000, "beside 24 tokens of answer");
+    let cut = ok(&server, CHAT, &chat(json!({"truncate_prompt_tokens": 5})));
+    let whole = ok(&server, CHAT, &chat(json!({})));
+    let of = |answer: &Value| ids(&answer["prompt_token_ids"]);
+    assert_eq!(of(&cut), of(&whole)[of(&whole).len() - 5..]);
+    let endless = json!({"prompt": prompt.repeat(30), "truncate_prompt_tokens": 5});
+    for (path, body, param, message) in [
+        (TEXT, text(json!({"truncate_prompt_tokens": 0})), "truncate_prompt_tokens", "expected -1, for as many as fit"),
+        (CHAT, chat(json!({"truncate_prompt_tokens": -2})), "truncate_prompt_tokens", "got -2"),
+        (TEXT, text(endless), "", "the context holds 1024"),
+    ] {
+        let refused = post(&server, path, &body);
+        let error = refused.json()["error"].clone();
+        assert_eq!((refused.status, error["param"].as_str().unwrap_or_default()), (400, param), "{error}");
+        assert!(error["message"].as_str().unwrap().contains(message), "{error}");
+    }
+}
