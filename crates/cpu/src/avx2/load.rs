@@ -117,7 +117,8 @@ pub(super) fn store8(v: __m256) -> [f32; 8] {
     to
 }
 
-/// Asks for the cache line `ahead` bytes after the start of `b`, which may lie beyond any allocation.
+/// Asks for the cache line `ahead` bytes after the start of `b`, which may lie beyond any allocation, in the second-level
+/// cache: the first level can wait for fewer lines at a time than it takes to keep memory busy.
 #[inline(always)]
 pub(super) fn prefetch(b: &[u8], ahead: usize) {
     // SAFETY: a prefetch accesses nothing, whatever the address.

@@ -1,10 +1,12 @@
 //! Kernels with dot-product instructions (`vpdpbusd`): AVX-VNNI in vectors of eight rows, AVX-512 VNNI in vectors of
 //! sixteen.
 //!
-//! Single tokens are multiplied by the AVX2 code around this module. What is written here is the tiles, and how AVX-512 unpacks
-//! rows for them. Tiles are generic over [`Vectors`], the
-//! dozen operations they need, which exist three times: as instructions of either set, and computed lane by lane
-//! ([`Emulated`]), so that the tiles can be held to the portable kernels on a CPU that lacks the instructions.
+//! What is written here is the tiles, and how AVX-512 unpacks rows for them. Tiles are generic over [`Vectors`], the dozen
+//! operations they need, which exist three times: as instructions of either set, and computed lane by lane ([`Emulated`]), so
+//! that the tiles can be held to the portable kernels on a CPU that lacks the instructions.
+//!
+//! Few tokens are multiplied by the AVX2 code around this module, but for the formats that have an AVX-512 kernel for them
+//! ([`Few`]).
 
 mod emulated;
 mod k_quants;

@@ -64,6 +64,7 @@ pub(super) fn matmul<const FIVE: bool, const BYTES: usize>(
 
 /// Multiplies sixteen rows or more with `N` tokens.
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+#[inline(never)]
 fn multiply<const FIVE: bool, const BYTES: usize, const N: usize>(
     w: WeightRows<'_>,
     x: Q8Tokens<'_>,
@@ -117,21 +118,26 @@ fn sums<const FIVE: bool, const BYTES: usize, const N: usize>(
     of: &Scales,
     x: &[&Q8Block; N],
 ) -> [__m512i; N] {
-    let zero = _mm512_setzero_si512();
-    let (at, byte) = (s * BYTES, _mm512_set1_epi32(0xff));
+    let (zero, byte) = (_mm512_setzero_si512(), _mm512_set1_epi32(0xff));
+    let at = s * BYTES;
     let high = if FIVE { [dwords(rows, at + 16), dwords(rows, at + 32)] } else { [[zero; 4]; 2] };
     let mut sum = [zero; N];
     for k in 0..4 {
         rows.fetch(ROWS * at + k * (ROWS * BYTES / 4), ROWS * BYTES / 4);
+        let from = at + K45::<FIVE, BYTES>::QS + 32 * k;
+        // What the tokens' codes are read through: one address each, so that registers suffice for those of eight tokens.
+        let mut parts = [&x[0].codes.as_chunks::<64>().0[k]; N];
+        for t in 1..N {
+            parts[t] = &x[t].codes.as_chunks::<64>().0[k];
+        }
         let mut y = [[zero; N]; 2];
         for h in 0..2 {
-            let q = dwords(rows, at + K45::<FIVE, BYTES>::QS + 32 * k + 16 * h);
+            let q = dwords(rows, from + 16 * h);
             for i in 0..4 {
                 let w = codes::<FIVE>(q[i], high[h][i], k);
                 for t in 0..N {
                     for odd in 0..2 {
-                        let codes = spread(&x[t].codes, 16 * k + 8 * odd + 4 * h + i);
-                        y[odd][t] = _mm512_dpbusd_epi32(y[odd][t], w[odd], codes);
+                        y[odd][t] = _mm512_dpbusd_epi32(y[odd][t], w[odd], spread(parts[t], 8 * odd + 4 * h + i));
                     }
                 }
             }
@@ -219,6 +225,17 @@ fn byte_pairs(v: __m512i, i: usize) -> __m512i {
     _mm512_or_si512(_mm512_and_si512(v, low), _mm512_and_si512(_mm512_slli_epi32::<8>(v), high))
 }
 
+/// Sixteen bytes.
+///
+/// # Safety
+/// They may be read.
+#[target_feature(enable = "avx2")]
+#[inline]
+unsafe fn load(from: *const u8) -> __m128i {
+    // SAFETY: the caller's promise.
+    unsafe { _mm_loadu_si128(from.cast()) }
+}
+
 /// Dword `i` of `from` in every lane.
 #[target_feature(enable = "avx2,avx512f")]
 #[inline]
@@ -250,10 +267,13 @@ impl<'a> Rows<'a> {
     fn quarter(&self, i: usize, at: usize) -> __m512i {
         assert!(i < 4 && at + 16 <= self.row_bytes);
         // SAFETY: there are sixteen rows, and the bytes lie within each by the assertion.
-        let of_row = |r: usize| unsafe { _mm_loadu_si128(self.data.as_ptr().add(r * self.row_bytes + at).cast()) };
-        let low = _mm256_set_m128i(of_row(i + 4), of_row(i));
-        let high = _mm256_set_m128i(of_row(i + 12), of_row(i + 8));
-        _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high)
+        unsafe {
+            // Four rows' distance is a factor of addresses, where sixteen rows' offsets would need as many registers.
+            let (first, step) = (self.data.as_ptr().add(i * self.row_bytes + at), 4 * self.row_bytes);
+            let low = _mm256_set_m128i(load(first.add(step)), load(first));
+            let high = _mm256_set_m128i(load(first.add(3 * step)), load(first.add(2 * step)));
+            _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high)
+        }
     }
 
     /// Fetches what lies `ahead` of bytes `at .. at + len` of the rows, taken one after another. See [`avx2::Strip::fetch`].
