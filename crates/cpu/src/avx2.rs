@@ -65,6 +65,25 @@ impl Strip<'_> {
     }
 }
 
+/// What is fetched while a super-block meets the tokens: bytes `at .. at + len` of the next strips.
+///
+/// A little behind every tile: a burst fills the CPU's list of misses, and the next tile's loads from the second cache wait for
+/// memory.
+struct Next<'a> {
+    strip: &'a Strip<'a>,
+    at: usize,
+    len: usize,
+}
+
+impl Next<'_> {
+    /// Fetches the part that belongs to `done` of `n` parts of the work.
+    #[inline(always)]
+    fn fetch(&self, done: std::ops::Range<usize>, n: usize) {
+        let line = |i: usize| self.len * i / n / 64 * 64;
+        self.strip.fetch(self.at + line(done.start), line(done.end) - line(done.start));
+    }
+}
+
 /// What differs between quant types. The functions are `unsafe` because they may run only on a CPU with AVX2, FMA
 /// and F16C.
 trait Format {
@@ -182,7 +201,8 @@ fn several_to<F: Format>(strip: &Strip<'_>, x: Q8Tokens<'_>, t: usize, out: &mut
 }
 
 /// Multiplies in tiles. Super-block by super-block, some strips are unpacked into the first cache and meet all tokens:
-/// those that fill two or more groups as groups, the others one by one.
+/// those that fill two or more groups as groups, the others one by one. The same super-block of the next strips is fetched
+/// meanwhile.
 #[target_feature(enable = "avx2,fma,f16c")]
 fn tiled<F: Format>(w: &WeightRows<'_>, x: Q8Tokens<'_>, out: &mut Out<'_>, scratch: &mut PanelScratch) {
     let (n_rows, n_blocks, n_supers) = (w.n_rows(), w.n_cols().div_ceil(32), w.n_cols().div_ceil(SUPER));
@@ -191,26 +211,27 @@ fn tiled<F: Format>(w: &WeightRows<'_>, x: Q8Tokens<'_>, out: &mut Out<'_>, scra
     let n_sums = STRIPS * (STRIP * n_groups + single.len());
     let (panels, lanes, sums) = scratch.tiles(STRIPS, n_supers * n_groups, n_sums);
     interleave(grouped, n_groups, lanes);
-    let row_bytes_of_super = SUPER / w.qtype().block_len() * w.qtype().block_bytes();
+    let bytes_of_super = STRIPS * STRIP * SUPER / w.qtype().block_len() * w.qtype().block_bytes();
     for first in (0..n_rows).step_by(STRIPS * STRIP) {
         let n = (STRIPS * STRIP).min(n_rows - first);
         let panels = &mut panels[..n.div_ceil(STRIP)];
         let strips: [Strip<'_>; STRIPS] = std::array::from_fn(|h| Strip {
             rows: std::array::from_fn(|i| w.row((first + STRIP * h + i).min(n_rows - 1))),
             n_blocks,
-            ahead: (STRIPS - h) * STRIP * w.row_bytes(),
+            ahead: STRIPS * STRIP * w.row_bytes(),
         });
         sums.fill(LaneSums([0.0; LANES]));
         let (of_groups, of_single) = sums.split_at_mut(STRIPS * STRIP * n_groups);
         for s in 0..n_supers {
-            for (h, (strip, panel)) in strips.iter().zip(panels.iter_mut()).enumerate() {
-                strip.fetch((STRIPS * s + h) * STRIP * row_bytes_of_super, STRIP * row_bytes_of_super);
+            for (strip, panel) in strips.iter().zip(panels.iter_mut()) {
                 // SAFETY: this function itself runs only with the features that `Format` asks for.
                 unsafe { F::unpack(strip, s, panel) };
             }
             let n_blocks = 8.min(n_blocks - 8 * s);
-            meet_groups::<F>(panels, n_blocks, &lanes[s * n_groups..][..n_groups], of_groups);
-            meet_single::<F>(panels, n_blocks, single, s, of_single);
+            let next = Next { strip: &strips[0], at: s * bytes_of_super, len: bytes_of_super };
+            meet_groups::<F>(panels, n_blocks, &lanes[s * n_groups..][..n_groups], &next, of_groups);
+            let next = Next { len: if n_groups == 0 { bytes_of_super } else { 0 }, ..next };
+            meet_single::<F>(panels, n_blocks, single, s, &next, of_single);
         }
         put_groups(of_groups, n_groups, grouped, out, first, n);
         for (h, sums) in of_single.chunks_exact(single.len().max(1)).take(panels.len()).enumerate() {
@@ -235,16 +256,22 @@ fn interleave(x: Q8Tokens<'_>, n_groups: usize, lanes: &mut [Lanes<LANES>]) {
 /// Adds the products of unpacked strips with all groups of a super-block to `sums`, `[rows, n_groups]`.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn meet_groups<F: Format>(panels: &[Panel], n_blocks: usize, lanes: &[Lanes<LANES>], sums: &mut [LaneSums]) {
+fn meet_groups<F: Format>(
+    panels: &[Panel],
+    n_blocks: usize,
+    lanes: &[Lanes<LANES>],
+    next: &Next<'_>,
+    sums: &mut [LaneSums],
+) {
     // Four at a time are fastest, and one alone is never left.
     let mut g = 0;
     while g < lanes.len() {
         let left = lanes.len() - g;
         g += match left % 4 {
-            0 => groups_to::<F, 4>(panels, n_blocks, lanes, g, sums),
-            1 => groups_to::<F, 5>(panels, n_blocks, lanes, g, sums),
-            2 if left == 2 => groups_to::<F, 2>(panels, n_blocks, lanes, g, sums),
-            _ => groups_to::<F, 3>(panels, n_blocks, lanes, g, sums),
+            0 => groups_to::<F, 4>(panels, n_blocks, lanes, g, next, sums),
+            1 => groups_to::<F, 5>(panels, n_blocks, lanes, g, next, sums),
+            2 if left == 2 => groups_to::<F, 2>(panels, n_blocks, lanes, g, next, sums),
+            _ => groups_to::<F, 3>(panels, n_blocks, lanes, g, next, sums),
         };
     }
 }
@@ -257,6 +284,7 @@ fn groups_to<F: Format, const N: usize>(
     n_blocks: usize,
     lanes: &[Lanes<LANES>],
     g: usize,
+    next: &Next<'_>,
     sums: &mut [LaneSums],
 ) -> usize {
     let x: [&Lanes<LANES>; N] = std::array::from_fn(|t| &lanes[g + t]);
@@ -264,6 +292,8 @@ fn groups_to<F: Format, const N: usize>(
         for r in 0..STRIP {
             let at = (STRIP * h + r) * lanes.len() + g;
             tile_to::<F, LANES, N>(Rows { panel, r }, n_blocks, &x, &mut sums[at..at + N]);
+            let done = g * panels.len() * STRIP + N * (STRIP * h + r);
+            next.fetch(done..done + N, lanes.len() * panels.len() * STRIP);
         }
     }
     N
@@ -272,14 +302,21 @@ fn groups_to<F: Format, const N: usize>(
 /// Adds the products of unpacked strips with super-block `s` of single tokens to `sums`, `[strips, tokens]`.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn meet_single<F: Format>(panels: &[Panel], n_blocks: usize, x: Q8Tokens<'_>, s: usize, sums: &mut [LaneSums]) {
+fn meet_single<F: Format>(
+    panels: &[Panel],
+    n_blocks: usize,
+    x: Q8Tokens<'_>,
+    s: usize,
+    next: &Next<'_>,
+    sums: &mut [LaneSums],
+) {
     let mut t = 0;
     while t < x.len() {
         t += match x.len() - t {
-            1 => singles_to::<F, 1>(panels, n_blocks, x, t, s, sums),
-            2 => singles_to::<F, 2>(panels, n_blocks, x, t, s, sums),
-            3 | 5 | 6 => singles_to::<F, 3>(panels, n_blocks, x, t, s, sums),
-            _ => singles_to::<F, 4>(panels, n_blocks, x, t, s, sums),
+            1 => singles_to::<F, 1>(panels, n_blocks, x, t, s, next, sums),
+            2 => singles_to::<F, 2>(panels, n_blocks, x, t, s, next, sums),
+            3 | 5 | 6 => singles_to::<F, 3>(panels, n_blocks, x, t, s, next, sums),
+            _ => singles_to::<F, 4>(panels, n_blocks, x, t, s, next, sums),
         };
     }
 }
@@ -293,11 +330,14 @@ fn singles_to<F: Format, const N: usize>(
     x: Q8Tokens<'_>,
     t: usize,
     s: usize,
+    next: &Next<'_>,
     sums: &mut [LaneSums],
 ) -> usize {
     let blocks: [&Lanes<1>; N] = std::array::from_fn(|i| x.row(t + i)[s].alone());
     for (h, panel) in panels.iter().enumerate() {
         tile_to::<F, 1, N>(Rows { panel, r: 0 }, n_blocks, &blocks, &mut sums[h * x.len() + t..][..N]);
+        let done = t * panels.len() + N * h;
+        next.fetch(done..done + N, x.len() * panels.len());
     }
     N
 }

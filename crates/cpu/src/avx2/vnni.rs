@@ -20,7 +20,7 @@ use apr_core::qtype::GgmlType;
 use super::k_quants::K45;
 use super::q6_k::Q6K;
 use super::small::{Nibbles, Q8};
-use super::{SPAN, Strip, float, quantize};
+use super::{Next, SPAN, Strip, float, quantize};
 use crate::float::FloatKernels;
 use crate::float::avx2::TABLE as AVX2;
 use crate::float::avx512::TABLE as AVX512;
@@ -168,25 +168,6 @@ fn matmul<F: Unpack + Tiles, V: Vectors>(
     }
     for from in (0..x.len()).step_by(SPAN) {
         tiled::<F, V>(&w, x.part(from, SPAN), out, scratch);
-    }
-}
-
-/// What is fetched while a super-block meets the tokens: bytes `at .. at + len` of the next strips.
-///
-/// A little behind every tile: a burst fills the CPU's list of misses, and the next tile's loads from the second cache wait for
-/// memory.
-struct Next<'a> {
-    strip: &'a Strip<'a>,
-    at: usize,
-    len: usize,
-}
-
-impl Next<'_> {
-    /// Fetches the part that belongs to tokens `tokens` of `n`.
-    #[inline(always)]
-    fn fetch(&self, tokens: std::ops::Range<usize>, n: usize) {
-        let line = |t: usize| self.len * t / n / 64 * 64;
-        self.strip.fetch(self.at + line(tokens.start), line(tokens.end) - line(tokens.start));
     }
 }
 
