@@ -142,6 +142,18 @@ class OpenAi(unittest.TestCase):
         echo = self.client.completions.create(**options | {"prompt": "One", "echo": True})
         self.assertEqual(echo.choices[0].text, "One" + texts[0])
 
+    def test_a_text_is_scored(self):
+        """As evaluations do it: the prompt again with its logprobs, and an answer that is dropped or none."""
+        options = {"model": self.server.model, "prompt": ["One and two", "Two"], "echo": True, "logprobs": 1, **ON}
+        scored = self.client.completions.create(**options, max_tokens=0)
+        self.assertEqual([c.text for c in scored.choices], options["prompt"])
+        for choice, more in zip(scored.choices, self.client.completions.create(**options, max_tokens=1).choices):
+            columns = choice.logprobs
+            self.assertIsNone(columns.token_logprobs[0])
+            self.assertTrue(all(p <= max(best.values()) for p, best in zip(columns.token_logprobs[1:], columns.top_logprobs[1:])))
+            self.assertEqual(more.logprobs.token_logprobs[:-1], columns.token_logprobs)
+            self.assertEqual(more.logprobs.text_offset[-1], len(choice.text))
+
     # ---- forms
 
     def test_an_answer_is_parsed(self):
