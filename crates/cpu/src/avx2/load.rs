@@ -117,12 +117,14 @@ pub(super) fn store8(v: __m256) -> [f32; 8] {
     to
 }
 
-/// Asks for the cache line `ahead` bytes after the start of `b`, which may lie beyond any allocation, in the second-level
-/// cache: the first level can wait for fewer lines at a time than it takes to keep memory busy.
+/// Asks for the cache lines of `len` bytes, `ahead` bytes after the start of `b`, which may lie beyond any allocation, in the
+/// second-level cache: the first level can wait for fewer lines at a time than it takes to keep memory busy.
 #[inline(always)]
-pub(super) fn prefetch(b: &[u8], ahead: usize) {
-    // SAFETY: a prefetch accesses nothing, whatever the address.
-    unsafe { _mm_prefetch::<_MM_HINT_T1>(b.as_ptr().wrapping_add(ahead).cast()) }
+pub(super) fn prefetch(b: &[u8], ahead: usize, len: usize) {
+    for line in (0..len).step_by(64) {
+        // SAFETY: a prefetch accesses nothing, whatever the address.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(b.as_ptr().wrapping_add(ahead + line).cast()) }
+    }
 }
 
 /// Eight half floats, given as their bits, as floats.

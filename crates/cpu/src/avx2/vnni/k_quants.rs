@@ -9,6 +9,7 @@ use super::super::k_quants::K45;
 use super::super::load::{broadcast, prefetch};
 use super::super::{self as avx2, STRIP};
 use super::MAX_STRIPS;
+use super::unpack::transpose_quarters;
 use crate::kernels::{Out, PanelScratch, Q8Block, Q8Tokens, WeightRows};
 
 /// Rows of a vector.
@@ -211,9 +212,7 @@ fn dwords(rows: &Rows<'_>, at: usize) -> [__m512i; 4] {
     for i in 0..4 {
         v[i] = rows.quarter(i, at);
     }
-    let (a, b) = (_mm512_unpacklo_epi32(v[0], v[1]), _mm512_unpackhi_epi32(v[0], v[1]));
-    let (c, d) = (_mm512_unpacklo_epi32(v[2], v[3]), _mm512_unpackhi_epi32(v[2], v[3]));
-    [_mm512_unpacklo_epi64(a, c), _mm512_unpackhi_epi64(a, c), _mm512_unpacklo_epi64(b, d), _mm512_unpackhi_epi64(b, d)]
+    transpose_quarters(v)
 }
 
 /// Bytes `2 i` and `2 i + 1` of every dword as a pair of 16-bit numbers.
@@ -279,8 +278,6 @@ impl<'a> Rows<'a> {
     /// Fetches what lies `ahead` of bytes `at .. at + len` of the rows, taken one after another. See [`avx2::Strip::fetch`].
     #[inline(always)]
     fn fetch(&self, at: usize, len: usize) {
-        for line in (0..len).step_by(64) {
-            prefetch(self.data, self.ahead + at + line);
-        }
+        prefetch(self.data, self.ahead + at, len);
     }
 }

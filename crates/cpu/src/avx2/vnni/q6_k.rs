@@ -123,10 +123,7 @@ impl Strip<'_> {
     /// [`super::super::Strip::fetch`].
     #[inline(always)]
     fn fetch(&self, at: usize, len: usize) {
-        let rows = self.blocks[self.first[0]..].as_flattened();
-        for line in (0..len).step_by(64) {
-            prefetch(rows, self.ahead + at + line);
-        }
+        prefetch(self.blocks[self.first[0]..].as_flattened(), self.ahead + at, len);
     }
 }
 

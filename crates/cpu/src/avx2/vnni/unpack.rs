@@ -48,6 +48,13 @@ fn dwords<const BYTES: usize>(blocks: &Blocks<'_, BYTES>, at: usize) -> [__m512i
         let second = _mm512_inserti32x4::<2>(first, load16(blocks[1][i], at));
         v[i] = _mm512_inserti32x4::<3>(second, load16(blocks[1][i + 4], at));
     }
+    transpose_quarters(v)
+}
+
+/// Transposes four by four lanes in every 128 bits of the vectors.
+#[target_feature(enable = "avx512f")]
+#[inline]
+pub(super) fn transpose_quarters(v: [__m512i; 4]) -> [__m512i; 4] {
     let (a, b) = (_mm512_unpacklo_epi32(v[0], v[1]), _mm512_unpackhi_epi32(v[0], v[1]));
     let (c, d) = (_mm512_unpacklo_epi32(v[2], v[3]), _mm512_unpackhi_epi32(v[2], v[3]));
     [_mm512_unpacklo_epi64(a, c), _mm512_unpackhi_epi64(a, c), _mm512_unpacklo_epi64(b, d), _mm512_unpackhi_epi64(b, d)]
