@@ -79,8 +79,8 @@ async fn answer(Shared(state): Shared<Arc<State>>, body: JsonBody, shape: Shape)
         return Ok(Json(lines.loaded()).into_response());
     };
     let body = JsonBody { body: asked, room, trace };
-    let chat = match wire.is_raw(shape) {
-        true => Chat::read_raw(&model, body).await,
+    let chat = match wire.is_text(shape) {
+        true => Chat::read_text(&model, body).await,
         false => Chat::read(&model, body).await,
     };
     let chat = chat.map_err(|e| e.renamed(&NAMES))?;

@@ -5,9 +5,9 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use apr_engine::About;
 use apr_engine::gguf::{Array, Value as Meta};
 use apr_engine::output_parser::ToolForm;
+use apr_engine::{About, demo};
 use axum::Json;
 use axum::extract::State as Shared;
 use serde::Deserialize;
@@ -16,6 +16,7 @@ use serde_json::{Map, Value, json};
 use super::check_model;
 use crate::errors::ApiError;
 use crate::extract::{JsonBody, Untraced, fields};
+use crate::infill::FimTokens;
 use crate::model::Model;
 use crate::state::State;
 
@@ -66,6 +67,7 @@ pub(crate) async fn show(
     let capable = [
         ("completion", true),
         ("tools", ToolForm::of_template(template).is_some()),
+        ("insert", FimTokens::of(about, "suffix").is_ok()),
         ("thinking", thinks(template)),
         ("embedding", true),
     ];
@@ -182,9 +184,13 @@ fn list_of(list: &Array) -> Value {
     }
 }
 
-/// When the file was last written.
+/// When the file was last written; of a model that is part of the program, the program.
 fn modified(about: &About) -> String {
-    let time = std::fs::metadata(&about.file.path).and_then(|m| m.modified());
+    let path = match demo::is_meant(&about.file.path) {
+        true => std::env::current_exe(),
+        false => Ok(about.file.path.clone()),
+    };
+    let time = path.and_then(std::fs::metadata).and_then(|m| m.modified());
     rfc3339(time.unwrap_or(UNIX_EPOCH))
 }
 

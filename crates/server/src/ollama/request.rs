@@ -58,8 +58,8 @@ impl Wire {
                 "prompts are made by the template of the model's file; use raw for one of your own",
             );
         }
-        if has(&self.suffix) {
-            return not("suffix", "text between two texts is not supported");
+        if has(&self.suffix) && self.raw == Some(true) {
+            return not("suffix", "is not supported together with raw, whose prompt goes to the model as it is");
         }
         if self.images.as_ref().is_some_and(|i| !i.is_empty()) {
             return not("images", "this model reads text only");
@@ -90,9 +90,14 @@ impl Wire {
         }
     }
 
-    /// Whether the prompt goes to the model as it is.
-    pub(super) fn is_raw(&self, shape: Shape) -> bool {
-        shape == Shape::Text && self.raw.unwrap_or(false)
+    /// What comes after the text that is asked for, where that is between two texts.
+    fn after(&self) -> Option<&String> {
+        self.suffix.as_ref().filter(|s| !s.is_empty())
+    }
+
+    /// Whether the prompt is a text to be gone on with, and no conversation.
+    pub(super) fn is_text(&self, shape: Shape) -> bool {
+        shape == Shape::Text && (self.raw == Some(true) || self.after().is_some())
     }
 
     /// The fields that do not depend on what is asked.
@@ -180,12 +185,13 @@ pub(super) fn of_chat(wire: &Wire, body: &mut Value) -> Result<Option<Value>, Ap
     Ok(Some(Value::Object(out)))
 }
 
-/// A text to be answered or, raw, to be gone on with; nothing where there is none.
+/// A text to be answered, or to be gone on with where it is raw or another comes after it; nothing where there is none.
 pub(super) fn of_text(wire: &Wire) -> Result<Option<Value>, ApiError> {
     let Some(prompt) = wire.prompt.as_ref().filter(|p| !p.is_empty()) else { return Ok(None) };
     let mut out = wire.common()?;
-    if wire.is_raw(Shape::Text) {
+    if wire.is_text(Shape::Text) {
         out.insert("prompt".to_string(), prompt.clone().into());
+        out.extend(wire.after().map(|after| ("suffix".to_string(), after.clone().into())));
         return Ok(Some(Value::Object(out)));
     }
     let system = wire.system.as_ref().filter(|s| !s.is_empty()).map(|s| json!({"role": "system", "content": s}));

@@ -26,6 +26,7 @@ use super::{
 };
 use crate::errors::ApiError;
 use crate::extract::{JsonBody, fields};
+use crate::infill::FimTokens;
 use crate::job::{self, Answers, Whole};
 use crate::model::Model;
 use crate::prompt::{self, Prompt};
@@ -125,19 +126,27 @@ impl Chat {
         self.sampling.max_tokens = Some(max_tokens.min(n_left));
     }
 
-    /// Reads `prompt`, which goes to the model as it is, control tokens and all, and so does its answer to the client.
+    /// Reads `prompt`, which goes to the model as it is, control tokens and all, and so does its answer to the client. With a `suffix`
+    /// both are text, and the answer is what is between them.
     ///
     /// # Errors
-    /// As [`of_any_length`](Self::of_any_length).
-    pub(crate) async fn read_raw(model: &Model, body: JsonBody) -> Result<Chat, ApiError> {
+    /// As [`of_any_length`](Self::of_any_length); a suffix for a model that knows no text between two texts.
+    pub(crate) async fn read_text(model: &Model, body: JsonBody) -> Result<Chat, ApiError> {
         let JsonBody { body, room, trace } = body;
         let own: Fields = fields(&body)?;
         let format = structured::read(&body)?;
         let mut sampling = Sampling::read(&body, model)?;
         let n_best = own.n_best()?;
-        let text = body["prompt"].as_str().unwrap_or_default().to_string();
+        let text = |name: &str| body[name].as_str().unwrap_or_default().to_string();
+        let (before, after) = (text("prompt"), text("suffix"));
+        let infill = (!after.is_empty()).then(|| FimTokens::of(&model.about, "suffix")).transpose()?;
+        infill.iter().for_each(|fim| sampling.ends.tokens.extend(&fim.ends));
         let about = model.about.clone();
-        let tokens = prompt::elsewhere(move || Ok(about.text_tokens(text.as_bytes(), true)));
+        let tokens = prompt::elsewhere(move || {
+            let Some(fim) = infill else { return Ok(about.text_tokens(before.as_bytes(), true)) };
+            let [before, after] = [before, after].map(|text| about.tokenizer.encode_text(&text, false));
+            Ok(fim.prompt(&about, &[], [&before, &after, &[]]))
+        });
         let prompt = Prompt { tokens: tokens.await?, thinking: Thinking::AsText, thought: Thought::None };
         sampling.constraint = structured::constraint(model, prompt.thought, format.into_iter().collect(), "").await?;
         drop(room);

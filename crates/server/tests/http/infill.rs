@@ -1,4 +1,4 @@
-//! Text between two texts, in the forms of OpenAI's completions and of llama.cpp's `/infill`.
+//! Text between two texts, in the forms of OpenAI's completions, of llama.cpp's `/infill` and of Ollama's `/api/generate`.
 
 use std::path::Path;
 
@@ -89,6 +89,22 @@ fn files_are_filled_in_as_llama_cpp_does() {
 }
 
 #[test]
+fn ollamas_suffix_is_that_of_completions() {
+    let server = start();
+    let mut body = json!({"prompt": BEFORE, "suffix": AFTER, "max_tokens": 8, "temperature": 0});
+    let expected = ok(&server, TEXT, &body);
+    body["options"] = json!({"num_predict": 8, "temperature": 0});
+    for stream in [false, true] {
+        body["stream"] = stream.into();
+        let lines = post(&server, "/api/generate", &body).text();
+        let lines: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let text: String = lines.iter().map(|line| line["response"].as_str().unwrap()).collect();
+        assert_eq!(json!(text), expected["choices"][0]["text"]);
+        assert_eq!(lines.last().unwrap()["prompt_eval_count"], expected["usage"]["prompt_tokens"]);
+    }
+}
+
+#[test]
 fn what_cannot_be_filled_in_is_refused() {
     let server = start();
     let refused = |server: &Server, path: &str, body: Value, param: &str| {
@@ -117,4 +133,6 @@ fn what_cannot_be_filled_in_is_refused() {
     let message = refused(&other, TEXT, json!({"prompt": "a", "suffix": "b"}), "suffix");
     assert!(message.contains("expected <|fim_prefix|> or <fim_prefix> in it, got none"), "{message}");
     refused(&other, INFILL, json!({"input_prefix": "a", "input_suffix": "b"}), "input_prefix");
+    let reply = post(&other, "/api/generate", &json!({"prompt": "a", "suffix": "b"}));
+    assert!(reply.status == 400 && reply.text().contains("<|fim_prefix|>"), "{}", reply.text());
 }

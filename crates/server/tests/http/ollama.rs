@@ -81,7 +81,8 @@ fn the_model_is_listed_and_shown() {
     assert_eq!(shown["model_info"]["general.architecture"], "qwen3moe");
     assert_eq!(shown["model_info"]["tokenizer.ggml.tokens"], Value::Null);
     assert!(shown["template"].as_str().unwrap().contains("im_start"));
-    assert!(shown["capabilities"].as_array().unwrap().contains(&json!("completion")));
+    let capabilities = shown["capabilities"].as_array().unwrap();
+    assert!(["completion", "insert"].iter().all(|one| capabilities.contains(&json!(one))), "{capabilities:?}");
     let verbose = ok(&server, "/api/show", &json!({"name": "tiny", "verbose": true}));
     assert!(verbose["model_info"]["tokenizer.ggml.tokens"].is_array());
     assert!(get(&server, "/api/version").json()["version"].is_string());
@@ -113,7 +114,7 @@ fn what_cannot_be_done_is_said() {
         ("/api/chat", chat(json!({"messages": [1, {"role": "user", "images": ["aaaa"]}]})), 400, "messages[1].images"),
         ("/api/chat", chat(json!({"format": "xml"})), 400, "format"),
         ("/api/chat", chat(json!({"messages": [{"role": "user", "content": "word ".repeat(2000)}]})), 400, "context"),
-        ("/api/generate", json!({"prompt": "a", "suffix": "b"}), 400, "suffix"),
+        ("/api/generate", json!({"prompt": "a", "suffix": "b", "raw": true}), 400, "suffix"),
         ("/api/generate", json!({"prompt": "a", "template": "b"}), 400, "template"),
         ("/api/generate", json!({"prompt": "a", "context": [1]}), 400, "context"),
         ("/api/pull", json!({"model": "llama3"}), 403, "one model"),
