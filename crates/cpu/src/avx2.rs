@@ -63,12 +63,13 @@ impl Strip<'_> {
     }
 }
 
-/// What is fetched while a super-block meets the tokens: bytes `at .. at + len` of the next strips.
+/// What is fetched while a super-block meets the tokens: bytes `at .. at + len` counted from the strips' first.
 ///
 /// A little behind every tile: a burst fills the CPU's list of misses, and the next tile's loads from the second cache wait for
 /// memory.
 struct Next<'a> {
-    strip: &'a Strip<'a>,
+    /// The strips that are at hand; what is fetched lies behind them.
+    from: &'a [u8],
     at: usize,
     len: usize,
 }
@@ -78,7 +79,7 @@ impl Next<'_> {
     #[inline(always)]
     fn fetch(&self, done: std::ops::Range<usize>, n: usize) {
         let line = |i: usize| self.len * i / n / 64 * 64;
-        self.strip.fetch(self.at + line(done.start), line(done.end) - line(done.start));
+        prefetch(self.from, self.at + line(done.start), line(done.end) - line(done.start));
     }
 }
 
@@ -226,7 +227,8 @@ fn tiled<F: Format>(w: &WeightRows<'_>, x: Q8Tokens<'_>, out: &mut Out<'_>, scra
                 unsafe { F::unpack(strip, s, panel) };
             }
             let n_blocks = 8.min(n_blocks - 8 * s);
-            let next = Next { strip: &strips[0], at: s * bytes_of_super, len: bytes_of_super };
+            let at = strips[0].ahead + s * bytes_of_super;
+            let next = Next { from: strips[0].rows[0], at, len: bytes_of_super };
             meet_groups::<F>(panels, n_blocks, &lanes[s * n_groups..][..n_groups], &next, of_groups);
             let next = Next { len: if n_groups == 0 { bytes_of_super } else { 0 }, ..next };
             meet_single::<F>(panels, n_blocks, single, s, &next, of_single);

@@ -54,7 +54,7 @@ fn fifth(nibbles: __m256i, high: __m256i, j: usize) -> __m256i {
 
 impl<const FIVE: bool, const BYTES: usize> K45<FIVE, BYTES> {
     /// Where the nibbles begin.
-    pub(super) const QS: usize = if FIVE { 48 } else { 16 };
+    const QS: usize = if FIVE { 48 } else { 16 };
 
     /// The codes of block `j` from the bytes that hold their first four bits, and the fifth.
     #[target_feature(enable = "avx2")]
@@ -123,7 +123,7 @@ impl<const FIVE: bool, const BYTES: usize> K45<FIVE, BYTES> {
 
     /// Writes what a panel holds beside codes.
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) fn unpack_scales(blocks: &Blocks<'_, BYTES>, panel: &mut Panel) {
+    fn unpack_scales(blocks: &Blocks<'_, BYTES>, panel: &mut Panel) {
         let of = scales(blocks);
         for j in 0..8 {
             store(&mut panel.scales[j], direct::bytes(of.scales[j / 4], j % 4, j % 4));

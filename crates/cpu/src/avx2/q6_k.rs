@@ -13,7 +13,7 @@ use super::tile::{self, Acc, Rows};
 use super::{Format, SEVERAL, Strip};
 use crate::kernels::{Lanes, Panel, Q8Block, STRIP};
 
-pub(super) const BYTES: usize = 210;
+const BYTES: usize = 210;
 
 pub(super) struct Q6K;
 
@@ -173,7 +173,7 @@ fn gemv(strip: &Strip<'_>, x: &[Q8Block]) -> __m256 {
 
 /// Writes what a panel holds beside codes.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn unpack_scales(blocks: &Blocks<'_, BYTES>, panel: &mut Panel) {
+fn unpack_scales(blocks: &Blocks<'_, BYTES>, panel: &mut Panel) {
     let of = Scales::of(blocks);
     for (c, (even, odd)) in of.even.into_iter().zip(of.odd).enumerate() {
         for (i, v) in [even, odd].into_iter().enumerate() {

@@ -1,18 +1,18 @@
 //! Kernels with dot-product instructions (`vpdpbusd`): AVX-VNNI in vectors of eight rows, AVX-512 VNNI in vectors of
 //! sixteen.
 //!
-//! What is written here is the tiles, and how AVX-512 unpacks rows for them. Tiles are generic over [`Vectors`], the dozen
-//! operations they need, which exist three times: as instructions of either set, and computed lane by lane ([`Emulated`]), so
-//! that the tiles can be held to the portable kernels on a CPU that lacks the instructions.
+//! What is written here is the tiles. They are generic over [`Vectors`], the dozen operations they need, which exist three times: as
+//! instructions of either set, and computed lane by lane ([`Emulated`]), so that the tiles can be held to the portable kernels
+//! on a CPU that lacks the instructions. Few tokens are multiplied by the AVX2 code around this module.
 //!
-//! Few tokens are multiplied by the AVX2 code around this module, but for the formats that have an AVX-512 kernel for them
-//! ([`Few`]).
+//! Q4_K, Q5_K and Q6_K have AVX-512 kernels of their own ([`Tiles::WIDE`]).
 
 mod emulated;
 mod k_quants;
 mod q6_k;
+mod q6_k_few;
+mod sixteen;
 mod tile;
-mod unpack;
 mod vectors;
 
 use apr_core::qtype::GgmlType;
@@ -20,7 +20,7 @@ use apr_core::qtype::GgmlType;
 use super::k_quants::K45;
 use super::q6_k::Q6K;
 use super::small::{Nibbles, Q8};
-use super::{Next, SPAN, Strip, float, quantize};
+use super::{Format, Next, SPAN, Strip, float, quantize};
 use crate::float::FloatKernels;
 use crate::float::avx2::TABLE as AVX2;
 use crate::float::avx512::TABLE as AVX512;
@@ -28,7 +28,6 @@ use crate::kernels::{
     Isa, Kernels, LANES, LaneSums, MatmulQ8, Out, PanelScratch, Q8Block, Q8Tokens, STRIP, SUPER, WeightRows,
 };
 use emulated::Emulated;
-use unpack::Unpack;
 use vectors::{Vectors, Ymm, Zmm};
 
 pub(crate) static AVX_VNNI: Kernels = table(Isa::AvxVnni, &AVX2, matmul_q8::<Ymm>);
@@ -51,17 +50,10 @@ const MAX_STRIPS: usize = 2;
 /// A token's sums with strips side by side.
 type Sums = [LaneSums; MAX_STRIPS];
 
-/// A kernel for few tokens, in vectors of sixteen rows. It may run only on a CPU that has the instructions of [`Zmm`].
-struct Few {
-    /// Tokens at most.
-    most: usize,
-    matmul: MatmulQ8,
-}
-
 /// How the panels of a format, as its [`Format::unpack`] leaves them, are multiplied.
 trait Tiles {
-    /// What multiplies few tokens where the CPU has the instructions, instead of the AVX2 code.
-    const FEW: Option<Few> = None;
+    /// What multiplies instead of tiles of panels where the CPU has the instructions of [`Zmm`].
+    const WIDE: Option<MatmulQ8> = None;
 
     /// Adds to `acc` the products of an unpacked super-block of strips side by side, of `n_blocks` blocks of 32 columns, with `N`
     /// tokens.
@@ -77,7 +69,7 @@ trait Tiles {
 }
 
 impl<const FIVE: bool, const BYTES: usize> Tiles for K45<FIVE, BYTES> {
-    const FEW: Option<Few> = Some(Few { most: k_quants::MOST, matmul: k_quants::matmul::<FIVE, BYTES> });
+    const WIDE: Option<MatmulQ8> = Some(sixteen::few_or_many::<K45<FIVE, BYTES>>);
 
     #[inline(always)]
     unsafe fn tile<V: Vectors, const N: usize>(p: &V::Panels, _: usize, x: &[&Q8Block; N], acc: &mut [V::Floats; N]) {
@@ -87,7 +79,7 @@ impl<const FIVE: bool, const BYTES: usize> Tiles for K45<FIVE, BYTES> {
 }
 
 impl Tiles for Q6K {
-    const FEW: Option<Few> = Some(Few { most: q6_k::MOST, matmul: q6_k::matmul });
+    const WIDE: Option<MatmulQ8> = Some(q6_k::matmul);
 
     #[inline(always)]
     unsafe fn tile<V: Vectors, const N: usize>(p: &V::Panels, _: usize, x: &[&Q8Block; N], acc: &mut [V::Floats; N]) {
@@ -95,8 +87,6 @@ impl Tiles for Q6K {
         unsafe { tile::halves_16::<V, N>(p, x, acc) }
     }
 }
-
-impl Unpack for Q8 {}
 
 impl Tiles for Q8 {
     #[inline(always)]
@@ -110,8 +100,6 @@ impl Tiles for Q8 {
         unsafe { tile::blocks_32::<V, 128, true, false, N>(p, n_blocks, x, acc) }
     }
 }
-
-impl<const MIN: bool, const FIVE: bool> Unpack for Nibbles<MIN, FIVE> {}
 
 impl<const MIN: bool, const FIVE: bool> Tiles for Nibbles<MIN, FIVE> {
     #[inline(always)]
@@ -150,18 +138,17 @@ fn matmul_q8<V: Vectors>(w: WeightRows<'_>, x: Q8Tokens<'_>, out: &mut Out<'_>, 
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-fn matmul<F: Unpack + Tiles, V: Vectors>(
+fn matmul<F: Format + Tiles, V: Vectors>(
     w: WeightRows<'_>,
     x: Q8Tokens<'_>,
     out: &mut Out<'_>,
     scratch: &mut PanelScratch,
 ) {
-    if let Some(few) = F::FEW
-        && V::FEW
-        && (1..=few.most).contains(&x.len())
+    if let Some(matmul) = F::WIDE
+        && V::IS_WIDE
     {
         // SAFETY: the tables of `V` are had only where the CPU has its instructions, which are those of `Zmm`.
-        return unsafe { (few.matmul)(w, x, out, scratch) };
+        return unsafe { matmul(w, x, out, scratch) };
     }
     if x.len() < F::TILES_FROM.min(DIRECT_BELOW) {
         return super::matmul::<F>(w, x, out, scratch);
@@ -174,7 +161,7 @@ fn matmul<F: Unpack + Tiles, V: Vectors>(
 /// Multiplies in tiles: super-block by super-block, strips side by side are unpacked into the first cache and meet all tokens,
 /// while the same super-block of the next strips is fetched.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn tiled<F: Unpack + Tiles, V: Vectors>(
+fn tiled<F: Format + Tiles, V: Vectors>(
     w: &WeightRows<'_>,
     x: Q8Tokens<'_>,
     out: &mut Out<'_>,
@@ -182,7 +169,6 @@ fn tiled<F: Unpack + Tiles, V: Vectors>(
 ) {
     let (n_rows, n_blocks, n_supers) = (w.n_rows(), w.n_cols().div_ceil(32), w.n_cols().div_ceil(SUPER));
     let (panels, _, sums) = scratch.tiles(V::STRIPS, 0, MAX_STRIPS * x.len());
-    let panels = V::side_by_side(panels);
     let (sums, _) = sums.as_chunks_mut::<MAX_STRIPS>();
     let bytes_of_super = V::STRIPS * STRIP * SUPER / w.qtype().block_len() * w.qtype().block_bytes();
     for first in (0..n_rows).step_by(V::STRIPS * STRIP) {
@@ -193,10 +179,13 @@ fn tiled<F: Unpack + Tiles, V: Vectors>(
         });
         sums.fill([LaneSums([0.0; LANES]); MAX_STRIPS]);
         for s in 0..n_supers {
-            // SAFETY: the tables of `V` are had only where the CPU has its instructions.
-            unsafe { V::unpack::<F>(&strips, s, panels) };
-            let next = Next { strip: &strips[0], at: s * bytes_of_super, len: bytes_of_super };
-            meet::<F, V>(panels, 8.min(n_blocks - 8 * s), x, s, &next, sums);
+            for (strip, panel) in strips.iter().zip(panels.iter_mut()) {
+                // SAFETY: the tables of `V` are had only where the CPU has its instructions, AVX2 among them.
+                unsafe { F::unpack(strip, s, panel) };
+            }
+            let at = strips[0].ahead + s * bytes_of_super;
+            let next = Next { from: strips[0].rows[0], at, len: bytes_of_super };
+            meet::<F, V>(V::side_by_side(panels), 8.min(n_blocks - 8 * s), x, s, &next, sums);
         }
         for (t, sums) in sums.iter().enumerate() {
             for (h, sums) in sums.iter().enumerate().take(V::STRIPS) {

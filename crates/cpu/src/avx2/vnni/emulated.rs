@@ -3,11 +3,9 @@
 
 use bytemuck::Pod;
 
-use super::super::Strip;
 use super::super::load::Plain;
-use super::unpack::Unpack;
 use super::vectors::Vectors;
-use super::{MAX_STRIPS, Sums, Tiles};
+use super::{Sums, Tiles};
 use crate::kernels::{Panel, Q8Block, STRIP};
 
 /// Vectors of `STRIPS` times eight rows.
@@ -56,21 +54,14 @@ fn low_words(a: i32, b: i32) -> i32 {
 impl<const STRIPS: usize> Vectors for Emulated<STRIPS> {
     const STRIPS: usize = STRIPS;
     const TOKENS: usize = 4 * STRIPS;
-    const FEW: bool = false;
+    const IS_WIDE: bool = false;
 
     type Panels = [Panel; STRIPS];
     type Ints = Ints<STRIPS>;
     type Floats = Floats<STRIPS>;
 
-    fn side_by_side(panels: &mut [Panel]) -> &mut Self::Panels {
-        panels.first_chunk_mut().expect("as many panels as strips")
-    }
-
-    unsafe fn unpack<F: Unpack>(strips: &[Strip<'_>; MAX_STRIPS], s: usize, panels: &mut Self::Panels) {
-        for (strip, panel) in strips.iter().zip(panels) {
-            // SAFETY: emulations are had where the CPU has AVX2, FMA and F16C.
-            unsafe { F::unpack(strip, s, panel) };
-        }
+    fn side_by_side(panels: &[Panel]) -> &Self::Panels {
+        panels.first_chunk().expect("as many panels as strips")
     }
 
     unsafe fn tile<F: Tiles, const N: usize>(
@@ -237,8 +228,8 @@ mod tests {
     /// The CPU has the instructions of `V`.
     unsafe fn every_operation<V: Vectors>(seed: u64) -> Vec<(&'static str, Vec<i32>, Vec<u32>)> {
         let mut rng = Rng(seed);
-        let mut panels: Vec<Panel> = (0..V::STRIPS as u64).map(|i| Rng(seed + 1000 + i).panel()).collect();
-        let p = &*V::side_by_side(&mut panels);
+        let panels: Vec<Panel> = (0..V::STRIPS as u64).map(|i| Rng(seed + 1000 + i).panel()).collect();
+        let p = V::side_by_side(&panels);
         let mut dwords = [[[0u8; 4]; 8]; 3];
         dwords.as_flattened_mut().fill_with(|| rng.bits().to_le_bytes());
         let (float, any) = (rng.float(), rng.bits());

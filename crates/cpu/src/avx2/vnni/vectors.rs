@@ -7,10 +7,8 @@ use std::arch::x86_64::*;
 
 use bytemuck::Pod;
 
-use super::super::Strip;
 use super::super::load::{self, Plain};
-use super::unpack::Unpack;
-use super::{MAX_STRIPS, Sums, Tiles};
+use super::{Sums, Tiles};
 use crate::kernels::{Panel, Q8Block};
 
 /// Vectors with a 32-bit lane for each of some weight rows.
@@ -22,8 +20,8 @@ pub(super) trait Vectors {
     const STRIPS: usize;
     /// Tokens of a tile at most: as many as there are registers for.
     const TOKENS: usize;
-    /// Whether the kernels for few tokens ([`super::Few`]) are for these vectors.
-    const FEW: bool;
+    /// Whether [`Tiles::WIDE`] is for these vectors.
+    const IS_WIDE: bool;
 
     /// The panels of that many strips, of one super-block.
     type Panels;
@@ -33,10 +31,7 @@ pub(super) trait Vectors {
     type Floats: Copy;
 
     /// The first [`Vectors::STRIPS`] panels.
-    fn side_by_side(panels: &mut [Panel]) -> &mut Self::Panels;
-
-    /// Unpacks super-block `s` of the first [`Vectors::STRIPS`] strips.
-    unsafe fn unpack<F: Unpack>(strips: &[Strip<'_>; MAX_STRIPS], s: usize, panels: &mut Self::Panels);
+    fn side_by_side(panels: &[Panel]) -> &Self::Panels;
 
     /// [`Tiles::tile`] compiled for the instructions; the products of token `t` are added to `sums[t]`.
     unsafe fn tile<F: Tiles, const N: usize>(
@@ -100,19 +95,14 @@ macro_rules! intrinsics {
 impl Vectors for Ymm {
     const STRIPS: usize = 1;
     const TOKENS: usize = 4;
-    const FEW: bool = false;
+    const IS_WIDE: bool = false;
 
     type Panels = [Panel; 1];
     type Ints = __m256i;
     type Floats = __m256;
 
-    fn side_by_side(panels: &mut [Panel]) -> &mut Self::Panels {
-        panels.first_chunk_mut().expect("as many panels as strips")
-    }
-
-    unsafe fn unpack<F: Unpack>(strips: &[Strip<'_>; MAX_STRIPS], s: usize, panels: &mut Self::Panels) {
-        // SAFETY: the caller has the instructions, AVX2 among them.
-        unsafe { F::unpack(&strips[0], s, &mut panels[0]) }
+    fn side_by_side(panels: &[Panel]) -> &Self::Panels {
+        panels.first_chunk().expect("as many panels as strips")
     }
 
     #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
@@ -181,19 +171,14 @@ impl Vectors for Ymm {
 impl Vectors for Zmm {
     const STRIPS: usize = 2;
     const TOKENS: usize = 8;
-    const FEW: bool = true;
+    const IS_WIDE: bool = true;
 
     type Panels = [Panel; 2];
     type Ints = __m512i;
     type Floats = __m512;
 
-    fn side_by_side(panels: &mut [Panel]) -> &mut Self::Panels {
-        panels.first_chunk_mut().expect("as many panels as strips")
-    }
-
-    unsafe fn unpack<F: Unpack>(strips: &[Strip<'_>; MAX_STRIPS], s: usize, panels: &mut Self::Panels) {
-        // SAFETY: the caller has the instructions.
-        unsafe { F::unpack_16(strips, s, panels) }
+    fn side_by_side(panels: &[Panel]) -> &Self::Panels {
+        panels.first_chunk().expect("as many panels as strips")
     }
 
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]

@@ -1,0 +1,315 @@
+//! Sixteen rows at a time, a 32-bit lane of AVX-512 vectors for each: what formats of 256 columns a block share.
+//!
+//! Few tokens meet a super-block straight from the file's layout. For many it is made ready once. That may be no more than a
+//! transposition: the bytes of the file in an order in which a vector is four of every row. Codes and scales are then taken out
+//! of it again for every eight tokens, by units that otherwise wait for multiplications, which costs less than it takes to write
+//! twice as many vectors of unpacked codes and to read them.
+
+use std::arch::x86_64::*;
+use std::marker::PhantomData;
+
+use super::super::load::{Plain, broadcast, prefetch};
+use super::super::{self as avx2, Format, Next, SPAN, STRIP};
+use super::MAX_STRIPS;
+use crate::kernels::{Out, PanelScratch, Q8Block, Q8Tokens, WeightRows};
+
+/// Rows of a vector.
+const ROWS: usize = MAX_STRIPS * STRIP;
+
+/// Tokens that rows meet at a time: as many as there are registers for their sums.
+const TOKENS: usize = 8;
+
+/// A super-block of sixteen rows in dwords of all of them.
+///
+/// The functions are `unsafe` because they may run only on a CPU with AVX2, FMA, F16C and AVX-512 F, BW, VL and VNNI.
+pub(super) trait SuperBlock {
+    /// The `c`-th sixteen bytes of each row's, or the last sixteen where fewer are left: lane `r` of vector `i` is dword `i` of
+    /// row `r`.
+    unsafe fn dwords(&self, c: usize) -> [__m512i; 4];
+
+    /// Fetches the `k`-th quarter of what is needed when this has been computed.
+    unsafe fn fetch(&self, k: usize);
+}
+
+/// Formats that are multiplied so, of 256 columns a block.
+///
+/// # Safety of its functions
+/// As for [`SuperBlock`].
+pub(super) trait Wide: Format {
+    /// Bytes of a block.
+    const BYTES: usize;
+
+    /// A super-block made ready to meet many tokens.
+    type Ready;
+
+    /// One of zeros.
+    unsafe fn zero() -> Self::Ready;
+
+    /// Makes a super-block ready.
+    unsafe fn prepare<B: SuperBlock>(b: &B, to: &mut Self::Ready);
+
+    /// Adds the products of a super-block with `N` tokens to `acc`, by the steps of the sequence of [`crate::kernels`].
+    unsafe fn add<const N: usize>(b: &Self::Ready, x: &[&Q8Block; N], acc: &mut [__m512; N]);
+}
+
+/// Formats of which few tokens meet what is still in registers.
+pub(super) trait Straight: Wide {
+    /// [`Wide::add`] without making ready.
+    unsafe fn add_straight<B: SuperBlock, const N: usize>(b: &B, x: &[&Q8Block; N], acc: &mut [__m512; N]);
+}
+
+/// Sixteen rows, as they lie in the file.
+#[derive(Clone, Copy)]
+struct Rows<'a> {
+    data: &'a [u8],
+    row_bytes: usize,
+}
+
+/// A super-block in the file's layout.
+struct Raw<'a, F> {
+    rows: Rows<'a>,
+    /// Where it begins in each row.
+    at: usize,
+    /// How far ahead of a byte to fetch, in bytes.
+    ahead: usize,
+    format: PhantomData<F>,
+}
+
+/// A super-block of `CHUNKS` sixteens of bytes, transposed.
+pub(super) struct Transposed<const CHUNKS: usize>(pub(super) [[__m512i; 4]; CHUNKS]);
+
+/// Multiplies any number of tokens, few of them straight from the file's layout: for formats that need every sixteen bytes once.
+///
+/// May run only on a CPU with AVX2, FMA, F16C and AVX-512 F, BW, VL and VNNI.
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+pub(super) fn few_or_many<F: Straight>(
+    w: WeightRows<'_>,
+    x: Q8Tokens<'_>,
+    out: &mut Out<'_>,
+    scratch: &mut PanelScratch,
+) {
+    if w.n_rows() < ROWS {
+        return avx2::matmul::<F>(w, x, out, scratch);
+    }
+    match x.len() {
+        1 => few::<F, 1>(w, x, out),
+        2 => few::<F, 2>(w, x, out),
+        3 => few::<F, 3>(w, x, out),
+        4 => few::<F, 4>(w, x, out),
+        5 => few::<F, 5>(w, x, out),
+        6 => few::<F, 6>(w, x, out),
+        7 => few::<F, 7>(w, x, out),
+        TOKENS => few::<F, TOKENS>(w, x, out),
+        _ => many::<F>(w, x, out, scratch),
+    }
+}
+
+/// Multiplies any number of tokens, of rows that are transposed.
+///
+/// May run only on a CPU with AVX2, FMA, F16C and AVX-512 F, BW, VL and VNNI.
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+pub(super) fn many<F: Wide>(w: WeightRows<'_>, x: Q8Tokens<'_>, out: &mut Out<'_>, scratch: &mut PanelScratch) {
+    if w.n_rows() < ROWS {
+        return avx2::matmul::<F>(w, x, out, scratch);
+    }
+    for from in (0..x.len()).step_by(SPAN) {
+        span::<F>(w, x.part(from, SPAN), out);
+    }
+}
+
+/// Multiplies with `N` tokens while a super-block is in registers.
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+#[inline(never)]
+fn few<F: Straight, const N: usize>(w: WeightRows<'_>, x: Q8Tokens<'_>, out: &mut Out<'_>) {
+    let n_rows = w.n_rows();
+    let ahead = avx2::prefetch_distance(ROWS / STRIP * w.row_bytes());
+    let tokens: [&[Q8Block]; N] = std::array::from_fn(|t| x.row(t));
+    for r in (0..n_rows).step_by(ROWS) {
+        // Where fewer than sixteen rows are left, some before them are multiplied again.
+        let first = r.min(n_rows - ROWS);
+        let rows = Rows::new(w.rows(first..first + ROWS));
+        let mut acc = [_mm512_setzero_ps(); N];
+        for s in 0..w.row_bytes() / F::BYTES {
+            let mut x = [&tokens[0][s]; N];
+            for t in 1..N {
+                x[t] = &tokens[t][s];
+            }
+            let block = Raw::<F> { rows, at: s * F::BYTES, ahead, format: PhantomData };
+            // SAFETY: this function itself runs only where the CPU has the instructions.
+            unsafe { F::add_straight(&block, &x, &mut acc) };
+        }
+        for t in 0..N {
+            out.put(x.out_row(t), r, &store(acc[t])[r - first..]);
+        }
+    }
+}
+
+/// Multiplies with at most [`SPAN`] tokens: super-block by super-block, sixteen rows are transposed into the first cache and meet all
+/// of them, while the same super-block of the next rows is fetched.
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+#[inline(never)]
+fn span<F: Wide>(w: WeightRows<'_>, x: Q8Tokens<'_>, out: &mut Out<'_>) {
+    let n_rows = w.n_rows();
+    let mut sums = [[0.0; ROWS]; SPAN];
+    // SAFETY: this function itself runs only where the CPU has the instructions.
+    let mut ready = unsafe { F::zero() };
+    for r in (0..n_rows).step_by(ROWS) {
+        let first = r.min(n_rows - ROWS);
+        let rows = Rows::new(w.rows(first..first + ROWS));
+        sums[..x.len()].fill([0.0; ROWS]);
+        for s in 0..w.row_bytes() / F::BYTES {
+            let block = Raw::<F> { rows, at: s * F::BYTES, ahead: 0, format: PhantomData };
+            // SAFETY: as above.
+            unsafe { F::prepare(&block, &mut ready) };
+            let len = ROWS * F::BYTES;
+            let next = Next { from: rows.data, at: rows.data.len() + s * len, len };
+            meet::<F>(&ready, x, s, &next, &mut sums);
+        }
+        for (t, sums) in sums[..x.len()].iter().enumerate() {
+            out.put(x.out_row(t), r, &sums[r - first..]);
+        }
+    }
+}
+
+/// Adds the products with super-block `s` of the tokens to `sums`.
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+#[inline]
+fn meet<F: Wide>(block: &F::Ready, x: Q8Tokens<'_>, s: usize, next: &Next<'_>, sums: &mut [[f32; ROWS]]) {
+    let mut t = 0;
+    while t < x.len() {
+        let n = match x.len() - t {
+            1 => tile::<F, 1>(block, x, t, s, sums),
+            2 => tile::<F, 2>(block, x, t, s, sums),
+            3 => tile::<F, 3>(block, x, t, s, sums),
+            4 => tile::<F, 4>(block, x, t, s, sums),
+            5 => tile::<F, 5>(block, x, t, s, sums),
+            6 => tile::<F, 6>(block, x, t, s, sums),
+            7 => tile::<F, 7>(block, x, t, s, sums),
+            _ => tile::<F, TOKENS>(block, x, t, s, sums),
+        };
+        next.fetch(t..t + n, x.len());
+        t += n;
+    }
+}
+
+/// Adds the products with tokens `t .. t + N`; returns `N`.
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+#[inline(never)]
+fn tile<F: Wide, const N: usize>(
+    block: &F::Ready,
+    x: Q8Tokens<'_>,
+    t: usize,
+    s: usize,
+    sums: &mut [[f32; ROWS]],
+) -> usize {
+    let mut blocks = [&x.row(t)[s]; N];
+    for i in 1..N {
+        blocks[i] = &x.row(t + i)[s];
+    }
+    let sums: &mut [_; N] = sums[t..].first_chunk_mut().expect("sums of every token");
+    let mut acc = [_mm512_setzero_ps(); N];
+    for i in 0..N {
+        // SAFETY: sums are sixteen floats.
+        acc[i] = unsafe { _mm512_loadu_ps(sums[i].as_ptr()) };
+    }
+    // SAFETY: this function itself runs only where the CPU has the instructions.
+    unsafe { F::add(block, &blocks, &mut acc) };
+    for i in 0..N {
+        sums[i] = store(acc[i]);
+    }
+    N
+}
+
+impl<'a> Rows<'a> {
+    /// All rows of `w`, which are sixteen.
+    #[inline(always)]
+    fn new(w: WeightRows<'a>) -> Rows<'a> {
+        assert_eq!(w.n_rows(), ROWS);
+        Rows { data: w.data(), row_bytes: w.row_bytes() }
+    }
+
+    /// Sixteen bytes at `at` of rows `4 l + i`, where `l` counts lanes of 128 bits.
+    #[target_feature(enable = "avx2,avx512f")]
+    #[inline]
+    fn quarter(&self, i: usize, at: usize) -> __m512i {
+        assert!(i < 4 && at + 16 <= self.row_bytes);
+        // SAFETY: there are sixteen rows, and the bytes lie within each by the assertion.
+        unsafe {
+            // Four rows' distance is a factor of addresses, where sixteen rows' offsets would need as many registers.
+            let (first, step) = (self.data.as_ptr().add(i * self.row_bytes + at), 4 * self.row_bytes);
+            let low = _mm256_set_m128i(load(first.add(step)), load(first));
+            let high = _mm256_set_m128i(load(first.add(3 * step)), load(first.add(2 * step)));
+            _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high)
+        }
+    }
+}
+
+impl<F: Wide> SuperBlock for Raw<'_, F> {
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+    #[inline]
+    unsafe fn dwords(&self, c: usize) -> [__m512i; 4] {
+        let at = self.at + (16 * c).min(F::BYTES - 16);
+        let mut v = [_mm512_setzero_si512(); 4];
+        for i in 0..4 {
+            v[i] = self.rows.quarter(i, at);
+        }
+        transpose_quarters(v)
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+    #[inline]
+    unsafe fn fetch(&self, k: usize) {
+        // Rows are taken one after another, as strips are in `avx2::Strip::fetch`.
+        let quarter = ROWS * F::BYTES / 4;
+        prefetch(self.rows.data, self.ahead + ROWS * self.at + k * quarter, quarter);
+    }
+}
+
+impl<const CHUNKS: usize> SuperBlock for Transposed<CHUNKS> {
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+    #[inline]
+    unsafe fn dwords(&self, c: usize) -> [__m512i; 4] {
+        self.0[c]
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+    #[inline]
+    unsafe fn fetch(&self, _: usize) {}
+}
+
+/// Transposes four by four lanes in every 128 bits of the vectors.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn transpose_quarters(v: [__m512i; 4]) -> [__m512i; 4] {
+    let (a, b) = (_mm512_unpacklo_epi32(v[0], v[1]), _mm512_unpackhi_epi32(v[0], v[1]));
+    let (c, d) = (_mm512_unpacklo_epi32(v[2], v[3]), _mm512_unpackhi_epi32(v[2], v[3]));
+    [_mm512_unpacklo_epi64(a, c), _mm512_unpackhi_epi64(a, c), _mm512_unpacklo_epi64(b, d), _mm512_unpackhi_epi64(b, d)]
+}
+
+/// Dword `i` of `from` in every lane.
+#[target_feature(enable = "avx2,avx512f")]
+#[inline]
+pub(super) fn spread<T: Plain>(from: &T, i: usize) -> __m512i {
+    _mm512_broadcastd_epi32(_mm256_castsi256_si128(broadcast(from, i)))
+}
+
+/// Sixteen bytes.
+///
+/// # Safety
+/// They may be read.
+#[target_feature(enable = "avx2")]
+#[inline]
+unsafe fn load(from: *const u8) -> __m128i {
+    // SAFETY: the caller's promise.
+    unsafe { _mm_loadu_si128(from.cast()) }
+}
+
+/// The sixteen floats of a vector.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn store(v: __m512) -> [f32; ROWS] {
+    let mut to = [0.0; ROWS];
+    // SAFETY: `to` has sixteen floats.
+    unsafe { _mm512_storeu_ps(to.as_mut_ptr(), v) };
+    to
+}
