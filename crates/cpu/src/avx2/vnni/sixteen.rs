@@ -8,6 +8,7 @@
 use std::arch::x86_64::*;
 use std::marker::PhantomData;
 
+use super::super::direct::super_block;
 use super::super::load::{Plain, broadcast, prefetch};
 use super::super::{self as avx2, Format, Next, SPAN, STRIP};
 use super::MAX_STRIPS;
@@ -104,7 +105,7 @@ pub(super) fn few_or_many<F: Straight>(
     }
 }
 
-/// Multiplies any number of tokens, of rows that are transposed.
+/// Multiplies any number of tokens, with rows that are made ready for them.
 ///
 /// May run only on a CPU with AVX2, FMA, F16C and AVX-512 F, BW, VL and VNNI.
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
@@ -130,13 +131,9 @@ fn few<F: Straight, const N: usize>(w: WeightRows<'_>, x: Q8Tokens<'_>, out: &mu
         let rows = Rows::new(w.rows(first..first + ROWS));
         let mut acc = [_mm512_setzero_ps(); N];
         for s in 0..w.row_bytes() / F::BYTES {
-            let mut x = [&tokens[0][s]; N];
-            for t in 1..N {
-                x[t] = &tokens[t][s];
-            }
             let block = Raw::<F> { rows, at: s * F::BYTES, ahead, format: PhantomData };
             // SAFETY: this function itself runs only where the CPU has the instructions.
-            unsafe { F::add_straight(&block, &x, &mut acc) };
+            unsafe { F::add_straight(&block, &super_block(&tokens, s), &mut acc) };
         }
         for t in 0..N {
             out.put(x.out_row(t), r, &store(acc[t])[r - first..]);
@@ -144,7 +141,7 @@ fn few<F: Straight, const N: usize>(w: WeightRows<'_>, x: Q8Tokens<'_>, out: &mu
     }
 }
 
-/// Multiplies with at most [`SPAN`] tokens: super-block by super-block, sixteen rows are transposed into the first cache and meet all
+/// Multiplies with at most [`SPAN`] tokens: super-block by super-block, sixteen rows are made ready in the first cache and meet all
 /// of them, while the same super-block of the next rows is fetched.
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
 #[inline(never)]
