@@ -58,7 +58,7 @@ impl Wire {
                 "prompts are made by the template of the model's file; use raw for one of your own",
             );
         }
-        if has(&self.suffix) && self.raw == Some(true) {
+        if self.after().is_some() && self.raw == Some(true) {
             return not("suffix", "is not supported together with raw, whose prompt goes to the model as it is");
         }
         if self.images.as_ref().is_some_and(|i| !i.is_empty()) {
