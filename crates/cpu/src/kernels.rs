@@ -147,9 +147,8 @@ impl Kernels {
     #[cfg(target_arch = "x86_64")]
     pub fn emulated(isa: Isa) -> Option<&'static Kernels> {
         let table = match isa {
-            Isa::Scalar | Isa::Avx2 => None,
             Isa::AvxVnni => Some(&vnni::AVX_VNNI_EMULATED),
-            Isa::Avx512Vnni => Some(&vnni::AVX512_VNNI_EMULATED),
+            _ => None,
         };
         table.filter(|_| Kernels::for_isa(Isa::Avx2).is_some())
     }

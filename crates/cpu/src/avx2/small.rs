@@ -48,7 +48,7 @@ fn two_halves([a, b, c, d, e, f, g, h]: [i32; 8]) -> [__m256; 2] {
 }
 
 impl Q8 {
-    const BYTES: usize = 34;
+    pub(super) const BYTES: usize = 34;
 
     #[target_feature(enable = "avx2,fma,f16c")]
     #[inline]
@@ -107,11 +107,11 @@ fn spread_bits(v: __m256i) -> __m256i {
 }
 
 impl<const MIN: bool, const FIVE: bool> Nibbles<MIN, FIVE> {
-    const HIGH: usize = if MIN { 4 } else { 2 };
-    const QS: usize = Self::HIGH + if FIVE { 4 } else { 0 };
-    const BYTES: usize = Self::QS + 16;
+    pub(super) const HIGH: usize = if MIN { 4 } else { 2 };
+    pub(super) const QS: usize = Self::HIGH + if FIVE { 4 } else { 0 };
+    pub(super) const BYTES: usize = Self::QS + 16;
     /// What a code is offset by.
-    const OFFSET: i16 = match (MIN, FIVE) {
+    pub(super) const OFFSET: i16 = match (MIN, FIVE) {
         (true, _) => 0,
         (false, false) => 8,
         (false, true) => 16,

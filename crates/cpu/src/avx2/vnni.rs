@@ -1,17 +1,17 @@
 //! Kernels with dot-product instructions (`vpdpbusd`): AVX-VNNI in vectors of eight rows, AVX-512 VNNI in vectors of
 //! sixteen.
 //!
-//! What is written here is the tiles. They are generic over [`Vectors`], the dozen operations they need, which exist three times: as
-//! instructions of either set, and computed lane by lane ([`Emulated`]), so that the tiles can be held to the portable kernels
-//! on a CPU that lacks the instructions. Few tokens are multiplied by the AVX2 code around this module.
-//!
-//! Q4_K, Q5_K and Q6_K have AVX-512 kernels of their own ([`Tiles::WIDE`]).
+//! With AVX-512 types have kernels of their own: [`sixteen`] and the files that implement its traits. What is written here is tiles
+//! for AVX-VNNI. They are generic over [`Vectors`], the dozen operations they need, which exist twice: as instructions, and
+//! computed lane by lane ([`Emulated`]), so that the tiles can be held to the portable kernels on a CPU that lacks the
+//! instructions. Few tokens are multiplied by the AVX2 code around this module.
 
 mod emulated;
 mod k_quants;
 mod q6_k;
 mod q6_k_few;
 mod sixteen;
+mod small;
 mod tile;
 mod vectors;
 
@@ -25,17 +25,15 @@ use crate::float::FloatKernels;
 use crate::float::avx2::TABLE as AVX2;
 use crate::float::avx512::TABLE as AVX512;
 use crate::kernels::{
-    Isa, Kernels, LANES, LaneSums, MatmulQ8, Out, PanelScratch, Q8Block, Q8Tokens, STRIP, SUPER, WeightRows,
+    Isa, Kernels, LANES, LaneSums, MatmulQ8, Out, Panel, PanelScratch, Q8Block, Q8Tokens, STRIP, SUPER, WeightRows,
 };
 use emulated::Emulated;
-use vectors::{Vectors, Ymm, Zmm};
+use vectors::{Vectors, Ymm};
 
 pub(crate) static AVX_VNNI: Kernels = table(Isa::AvxVnni, &AVX2, matmul_q8::<Ymm>);
-pub(crate) static AVX512_VNNI: Kernels = table(Isa::Avx512Vnni, &AVX512, matmul_q8::<Zmm>);
+pub(crate) static AVX512_VNNI: Kernels = table(Isa::Avx512Vnni, &AVX512, matmul_q8_sixteen);
 /// [`AVX_VNNI`] for a CPU that has no more than AVX2.
-pub(crate) static AVX_VNNI_EMULATED: Kernels = table(Isa::AvxVnni, &AVX2, matmul_q8::<Emulated<1>>);
-/// [`AVX512_VNNI`] for a CPU that has no more than AVX2.
-pub(crate) static AVX512_VNNI_EMULATED: Kernels = table(Isa::Avx512Vnni, &AVX2, matmul_q8::<Emulated<2>>);
+pub(crate) static AVX_VNNI_EMULATED: Kernels = table(Isa::AvxVnni, &AVX2, matmul_q8::<Emulated>);
 
 const fn table(isa: Isa, float: &'static FloatKernels, matmul_q8: MatmulQ8) -> Kernels {
     Kernels::new(isa, float, quantize::quantize_row, matmul_q8, float::matmul_f32)
@@ -44,45 +42,26 @@ const fn table(isa: Isa, float: &'static FloatKernels, matmul_q8: MatmulQ8) -> K
 /// From this many tokens on the tiles here are taken, even where those of AVX2 would wait for more.
 const DIRECT_BELOW: usize = 5;
 
-/// Strips that lie side by side in the widest vectors.
-const MAX_STRIPS: usize = 2;
-
-/// A token's sums with strips side by side.
-type Sums = [LaneSums; MAX_STRIPS];
-
 /// How the panels of a format, as its [`Format::unpack`] leaves them, are multiplied.
 trait Tiles {
-    /// What multiplies instead of tiles of panels where the CPU has the instructions of [`Zmm`].
-    const WIDE: Option<MatmulQ8> = None;
-
-    /// Adds to `acc` the products of an unpacked super-block of strips side by side, of `n_blocks` blocks of 32 columns, with `N`
-    /// tokens.
+    /// Adds to `acc` the products of an unpacked super-block of eight rows, of `n_blocks` blocks of 32 columns, with `N` tokens.
     ///
     /// # Safety
     /// The CPU has the instructions of `V`.
-    unsafe fn tile<V: Vectors, const N: usize>(
-        p: &V::Panels,
-        n_blocks: usize,
-        x: &[&Q8Block; N],
-        acc: &mut [V::Floats; N],
-    );
+    unsafe fn tile<V: Vectors, const N: usize>(p: &Panel, n_blocks: usize, x: &[&Q8Block; N], acc: &mut [V::Floats; N]);
 }
 
 impl<const FIVE: bool, const BYTES: usize> Tiles for K45<FIVE, BYTES> {
-    const WIDE: Option<MatmulQ8> = Some(sixteen::few_or_many::<K45<FIVE, BYTES>>);
-
     #[inline(always)]
-    unsafe fn tile<V: Vectors, const N: usize>(p: &V::Panels, _: usize, x: &[&Q8Block; N], acc: &mut [V::Floats; N]) {
+    unsafe fn tile<V: Vectors, const N: usize>(p: &Panel, _: usize, x: &[&Q8Block; N], acc: &mut [V::Floats; N]) {
         // SAFETY: the caller's promise.
         unsafe { tile::super_32::<V, N>(p, x, acc) }
     }
 }
 
 impl Tiles for Q6K {
-    const WIDE: Option<MatmulQ8> = Some(q6_k::matmul);
-
     #[inline(always)]
-    unsafe fn tile<V: Vectors, const N: usize>(p: &V::Panels, _: usize, x: &[&Q8Block; N], acc: &mut [V::Floats; N]) {
+    unsafe fn tile<V: Vectors, const N: usize>(p: &Panel, _: usize, x: &[&Q8Block; N], acc: &mut [V::Floats; N]) {
         // SAFETY: the caller's promise.
         unsafe { tile::halves_16::<V, N>(p, x, acc) }
     }
@@ -91,7 +70,7 @@ impl Tiles for Q6K {
 impl Tiles for Q8 {
     #[inline(always)]
     unsafe fn tile<V: Vectors, const N: usize>(
-        p: &V::Panels,
+        p: &Panel,
         n_blocks: usize,
         x: &[&Q8Block; N],
         acc: &mut [V::Floats; N],
@@ -104,7 +83,7 @@ impl Tiles for Q8 {
 impl<const MIN: bool, const FIVE: bool> Tiles for Nibbles<MIN, FIVE> {
     #[inline(always)]
     unsafe fn tile<V: Vectors, const N: usize>(
-        p: &V::Panels,
+        p: &Panel,
         n_blocks: usize,
         x: &[&Q8Block; N],
         acc: &mut [V::Floats; N],
@@ -117,6 +96,23 @@ impl<const MIN: bool, const FIVE: bool> Tiles for Nibbles<MIN, FIVE> {
                 (false, true) => tile::blocks_32::<V, 16, false, MIN, N>(p, n_blocks, x, acc),
             }
         }
+    }
+}
+
+/// May run only on a CPU with AVX2, FMA, F16C and AVX-512 F, BW, VL and VNNI.
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+fn matmul_q8_sixteen(w: WeightRows<'_>, x: Q8Tokens<'_>, out: &mut Out<'_>, scratch: &mut PanelScratch) {
+    use GgmlType::*;
+    match w.qtype() {
+        Q4_K => sixteen::few_or_many::<K45<false, 144>>(w, x, out, scratch),
+        Q5_K => sixteen::few_or_many::<K45<true, 176>>(w, x, out, scratch),
+        Q6_K => q6_k::matmul(w, x, out, scratch),
+        Q8_0 => sixteen::few_or_many::<Q8>(w, x, out, scratch),
+        Q4_0 => sixteen::few_or_many::<Nibbles<false, false>>(w, x, out, scratch),
+        Q4_1 => sixteen::few_or_many::<Nibbles<true, false>>(w, x, out, scratch),
+        Q5_0 => sixteen::few_or_many::<Nibbles<false, true>>(w, x, out, scratch),
+        Q5_1 => sixteen::few_or_many::<Nibbles<true, true>>(w, x, out, scratch),
+        _ => super::matmul_q8(w, x, out, scratch),
     }
 }
 
@@ -144,12 +140,6 @@ fn matmul<F: Format + Tiles, V: Vectors>(
     out: &mut Out<'_>,
     scratch: &mut PanelScratch,
 ) {
-    if let Some(matmul) = F::WIDE
-        && V::IS_WIDE
-    {
-        // SAFETY: the tables of `V` are had only where the CPU has its instructions, which are those of `Zmm`.
-        return unsafe { matmul(w, x, out, scratch) };
-    }
     if x.len() < F::TILES_FROM.min(DIRECT_BELOW) {
         return super::matmul::<F>(w, x, out, scratch);
     }
@@ -158,8 +148,8 @@ fn matmul<F: Format + Tiles, V: Vectors>(
     }
 }
 
-/// Multiplies in tiles: super-block by super-block, strips side by side are unpacked into the first cache and meet all tokens,
-/// while the same super-block of the next strips is fetched.
+/// Multiplies in tiles: super-block by super-block, a strip is unpacked into the first cache and meets all tokens, while the same
+/// super-block of the next strip is fetched.
 #[target_feature(enable = "avx2,fma,f16c")]
 fn tiled<F: Format + Tiles, V: Vectors>(
     w: &WeightRows<'_>,
@@ -168,47 +158,38 @@ fn tiled<F: Format + Tiles, V: Vectors>(
     scratch: &mut PanelScratch,
 ) {
     let (n_rows, n_blocks, n_supers) = (w.n_rows(), w.n_cols().div_ceil(32), w.n_cols().div_ceil(SUPER));
-    let (panels, _, sums) = scratch.tiles(V::STRIPS, 0, MAX_STRIPS * x.len());
-    let (sums, _) = sums.as_chunks_mut::<MAX_STRIPS>();
-    let bytes_of_super = V::STRIPS * STRIP * SUPER / w.qtype().block_len() * w.qtype().block_bytes();
-    for first in (0..n_rows).step_by(V::STRIPS * STRIP) {
-        let strips: [Strip<'_>; MAX_STRIPS] = std::array::from_fn(|h| Strip {
-            rows: std::array::from_fn(|i| w.row((first + STRIP * h + i).min(n_rows - 1))),
-            n_blocks,
-            ahead: V::STRIPS * STRIP * w.row_bytes(),
-        });
-        sums.fill([LaneSums([0.0; LANES]); MAX_STRIPS]);
+    let (panels, _, sums) = scratch.tiles(1, 0, x.len());
+    let panel = &mut panels[0];
+    let bytes_of_super = STRIP * SUPER / w.qtype().block_len() * w.qtype().block_bytes();
+    for first in (0..n_rows).step_by(STRIP) {
+        let rows = std::array::from_fn(|i| w.row((first + i).min(n_rows - 1)));
+        let strip = Strip { rows, n_blocks, ahead: STRIP * w.row_bytes() };
+        sums.fill(LaneSums([0.0; LANES]));
         for s in 0..n_supers {
-            for (strip, panel) in strips.iter().zip(panels.iter_mut()) {
-                // SAFETY: the tables of `V` are had only where the CPU has its instructions, AVX2 among them.
-                unsafe { F::unpack(strip, s, panel) };
-            }
-            let at = strips[0].ahead + s * bytes_of_super;
-            let next = Next { from: strips[0].rows[0], at, len: bytes_of_super };
-            meet::<F, V>(V::side_by_side(panels), 8.min(n_blocks - 8 * s), x, s, &next, sums);
+            // SAFETY: the tables of `V` are had only where the CPU has its instructions, AVX2 among them.
+            unsafe { F::unpack(&strip, s, panel) };
+            let next = Next { from: strip.rows[0], at: strip.ahead + s * bytes_of_super, len: bytes_of_super };
+            meet::<F, V>(panel, 8.min(n_blocks - 8 * s), x, s, &next, sums);
         }
         for (t, sums) in sums.iter().enumerate() {
-            for (h, sums) in sums.iter().enumerate().take(V::STRIPS) {
-                let r = first + STRIP * h;
-                match n_rows.saturating_sub(r) {
-                    STRIP.. => out.put(x.out_row(t), r, &sums.0),
-                    n => out.put(x.out_row(t), r.min(n_rows), &sums.0[..n]),
-                }
+            match n_rows - first {
+                STRIP.. => out.put(x.out_row(t), first, &sums.0),
+                n => out.put(x.out_row(t), first, &sums.0[..n]),
             }
         }
     }
 }
 
-/// Adds the products of unpacked strips with super-block `s` of the tokens to `sums`.
+/// Adds the products of an unpacked strip with super-block `s` of the tokens to `sums`.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
 fn meet<F: Tiles, V: Vectors>(
-    p: &V::Panels,
+    p: &Panel,
     n_blocks: usize,
     x: Q8Tokens<'_>,
     s: usize,
     next: &Next<'_>,
-    sums: &mut [Sums],
+    sums: &mut [LaneSums],
 ) {
     let mut t = 0;
     while t < x.len() {
@@ -216,7 +197,6 @@ fn meet<F: Tiles, V: Vectors>(
             1 => tile_to::<F, V, 1>(p, n_blocks, x, t, s, sums),
             2 => tile_to::<F, V, 2>(p, n_blocks, x, t, s, sums),
             3 => tile_to::<F, V, 3>(p, n_blocks, x, t, s, sums),
-            8.. if V::TOKENS == 8 => tile_to::<F, V, 8>(p, n_blocks, x, t, s, sums),
             _ => tile_to::<F, V, 4>(p, n_blocks, x, t, s, sums),
         };
         next.fetch(t..t + n, x.len());
@@ -228,12 +208,12 @@ fn meet<F: Tiles, V: Vectors>(
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
 fn tile_to<F: Tiles, V: Vectors, const N: usize>(
-    p: &V::Panels,
+    p: &Panel,
     n_blocks: usize,
     x: Q8Tokens<'_>,
     t: usize,
     s: usize,
-    sums: &mut [Sums],
+    sums: &mut [LaneSums],
 ) -> usize {
     let mut blocks = [&x.row(t)[s]; N];
     for i in 1..N {

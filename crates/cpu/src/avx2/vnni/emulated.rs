@@ -4,24 +4,19 @@
 use bytemuck::Pod;
 
 use super::super::load::Plain;
+use super::Tiles;
 use super::vectors::Vectors;
-use super::{Sums, Tiles};
-use crate::kernels::{Panel, Q8Block, STRIP};
+use crate::kernels::{LaneSums, Panel, Q8Block, STRIP};
 
-/// Vectors of `STRIPS` times eight rows.
-pub(super) struct Emulated<const STRIPS: usize>;
+pub(super) struct Emulated;
 
-type Ints<const STRIPS: usize> = [[i32; STRIP]; STRIPS];
-type Floats<const STRIPS: usize> = [[f32; STRIP]; STRIPS];
+type Ints = [i32; STRIP];
+type Floats = [f32; STRIP];
 
 /// `f` of every lane of two vectors.
 #[inline(always)]
-fn lanes<T: Copy, U: Copy, const S: usize>(
-    a: [[T; STRIP]; S],
-    b: [[T; STRIP]; S],
-    f: fn(T, T) -> U,
-) -> [[U; STRIP]; S] {
-    std::array::from_fn(|s| std::array::from_fn(|r| f(a[s][r], b[s][r])))
+fn lanes<T: Copy, U: Copy>(a: [T; STRIP], b: [T; STRIP], f: fn(T, T) -> U) -> [U; STRIP] {
+    std::array::from_fn(|r| f(a[r], b[r]))
 }
 
 /// The sum of the four products of an unsigned byte of `a` with a signed byte of `b`. No product leaves 16 bits.
@@ -51,116 +46,98 @@ fn low_words(a: i32, b: i32) -> i32 {
     i32::from(a[0].wrapping_mul(b[0]) as u16) | i32::from(a[1].wrapping_mul(b[1])) << 16
 }
 
-impl<const STRIPS: usize> Vectors for Emulated<STRIPS> {
-    const STRIPS: usize = STRIPS;
-    const TOKENS: usize = 4 * STRIPS;
-    const IS_WIDE: bool = false;
+impl Vectors for Emulated {
+    type Ints = Ints;
+    type Floats = Floats;
 
-    type Panels = [Panel; STRIPS];
-    type Ints = Ints<STRIPS>;
-    type Floats = Floats<STRIPS>;
-
-    fn side_by_side(panels: &[Panel]) -> &Self::Panels {
-        panels.first_chunk().expect("as many panels as strips")
-    }
-
-    unsafe fn tile<F: Tiles, const N: usize>(
-        p: &Self::Panels,
-        n_blocks: usize,
-        x: &[&Q8Block; N],
-        sums: &mut [Sums; N],
-    ) {
-        let mut acc: [Floats<STRIPS>; N] = std::array::from_fn(|t| std::array::from_fn(|s| sums[t][s].0));
+    unsafe fn tile<F: Tiles, const N: usize>(p: &Panel, n_blocks: usize, x: &[&Q8Block; N], sums: &mut [LaneSums; N]) {
+        let mut acc: [Floats; N] = std::array::from_fn(|t| sums[t].0);
         // SAFETY: these vectors need no instructions.
         unsafe { F::tile::<Self, N>(p, n_blocks, x, &mut acc) };
         for t in 0..N {
-            for s in 0..STRIPS {
-                sums[t][s].0 = acc[t][s];
-            }
+            sums[t].0 = acc[t];
         }
     }
 
     #[inline(always)]
-    unsafe fn load<T: Plain + Pod>(p: &Self::Panels, field: impl Fn(&Panel) -> &T) -> Ints<STRIPS> {
-        std::array::from_fn(|s| {
-            let (lanes, _) = bytemuck::bytes_of(field(&p[s])).as_chunks::<4>();
-            std::array::from_fn(|r| i32::from_le_bytes(lanes[r]))
-        })
-    }
-
-    #[inline(always)]
-    unsafe fn load_floats(p: &Self::Panels, field: impl Fn(&Panel) -> &[f32; 8]) -> Floats<STRIPS> {
-        std::array::from_fn(|s| *field(&p[s]))
-    }
-
-    #[inline(always)]
-    unsafe fn broadcast<T: Plain + Pod>(from: &T, i: usize) -> Ints<STRIPS> {
+    unsafe fn load<T: Plain + Pod>(from: &T) -> Ints {
         let (lanes, _) = bytemuck::bytes_of(from).as_chunks::<4>();
-        [[i32::from_le_bytes(lanes[i]); STRIP]; STRIPS]
+        std::array::from_fn(|r| i32::from_le_bytes(lanes[r]))
     }
 
     #[inline(always)]
-    unsafe fn set1(v: i32) -> Ints<STRIPS> {
-        [[v; STRIP]; STRIPS]
+    unsafe fn load_floats(from: &[f32; 8]) -> Floats {
+        *from
     }
 
     #[inline(always)]
-    unsafe fn set1_ps(v: f32) -> Floats<STRIPS> {
-        [[v; STRIP]; STRIPS]
+    unsafe fn broadcast<T: Plain + Pod>(from: &T, i: usize) -> Ints {
+        let (lanes, _) = bytemuck::bytes_of(from).as_chunks::<4>();
+        [i32::from_le_bytes(lanes[i]); STRIP]
     }
 
     #[inline(always)]
-    unsafe fn dpbusd(acc: Ints<STRIPS>, unsigned: Ints<STRIPS>, signed: Ints<STRIPS>) -> Ints<STRIPS> {
+    unsafe fn set1(v: i32) -> Ints {
+        [v; STRIP]
+    }
+
+    #[inline(always)]
+    unsafe fn set1_ps(v: f32) -> Floats {
+        [v; STRIP]
+    }
+
+    #[inline(always)]
+    unsafe fn dpbusd(acc: Ints, unsigned: Ints, signed: Ints) -> Ints {
         lanes(acc, lanes(unsigned, signed, byte_products), i32::wrapping_add)
     }
 
     #[inline(always)]
-    unsafe fn dpwssd(acc: Ints<STRIPS>, a: Ints<STRIPS>, b: Ints<STRIPS>) -> Ints<STRIPS> {
+    unsafe fn dpwssd(acc: Ints, a: Ints, b: Ints) -> Ints {
         lanes(acc, lanes(a, b, word_products), i32::wrapping_add)
     }
 
     #[inline(always)]
-    unsafe fn mullo_epi16(a: Ints<STRIPS>, b: Ints<STRIPS>) -> Ints<STRIPS> {
+    unsafe fn mullo_epi16(a: Ints, b: Ints) -> Ints {
         lanes(a, b, low_words)
     }
 
     #[inline(always)]
-    unsafe fn mullo_epi32(a: Ints<STRIPS>, b: Ints<STRIPS>) -> Ints<STRIPS> {
+    unsafe fn mullo_epi32(a: Ints, b: Ints) -> Ints {
         lanes(a, b, i32::wrapping_mul)
     }
 
     #[inline(always)]
-    unsafe fn add_epi32(a: Ints<STRIPS>, b: Ints<STRIPS>) -> Ints<STRIPS> {
+    unsafe fn add_epi32(a: Ints, b: Ints) -> Ints {
         lanes(a, b, i32::wrapping_add)
     }
 
     #[inline(always)]
-    unsafe fn xor(a: Ints<STRIPS>, b: Ints<STRIPS>) -> Ints<STRIPS> {
+    unsafe fn xor(a: Ints, b: Ints) -> Ints {
         lanes(a, b, |a, b| a ^ b)
     }
 
     #[inline(always)]
-    unsafe fn upper_16(a: Ints<STRIPS>) -> Ints<STRIPS> {
+    unsafe fn upper_16(a: Ints) -> Ints {
         lanes(a, a, |a, _| a >> 16)
     }
 
     #[inline(always)]
-    unsafe fn cvtepi32_ps(a: Ints<STRIPS>) -> Floats<STRIPS> {
+    unsafe fn cvtepi32_ps(a: Ints) -> Floats {
         lanes(a, a, |a, _| a as f32)
     }
 
     #[inline(always)]
-    unsafe fn add_ps(a: Floats<STRIPS>, b: Floats<STRIPS>) -> Floats<STRIPS> {
+    unsafe fn add_ps(a: Floats, b: Floats) -> Floats {
         lanes(a, b, |a, b| a + b)
     }
 
     #[inline(always)]
-    unsafe fn sub_ps(a: Floats<STRIPS>, b: Floats<STRIPS>) -> Floats<STRIPS> {
+    unsafe fn sub_ps(a: Floats, b: Floats) -> Floats {
         lanes(a, b, |a, b| a - b)
     }
 
     #[inline(always)]
-    unsafe fn mul_ps(a: Floats<STRIPS>, b: Floats<STRIPS>) -> Floats<STRIPS> {
+    unsafe fn mul_ps(a: Floats, b: Floats) -> Floats {
         lanes(a, b, |a, b| a * b)
     }
 }
@@ -168,7 +145,7 @@ impl<const STRIPS: usize> Vectors for Emulated<STRIPS> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::avx2::vnni::vectors::{Ymm, Zmm};
+    use crate::avx2::vnni::vectors::Ymm;
     use crate::kernels::{Isa, Kernels};
 
     /// A small generator (SplitMix64).
@@ -208,16 +185,16 @@ mod tests {
 
     /// The lanes of vectors of any kind.
     fn lanes_of<V: Vectors>(v: V::Ints) -> Vec<i32> {
-        assert_eq!(size_of::<V::Ints>(), V::STRIPS * STRIP * 4);
+        assert_eq!(size_of::<V::Ints>(), STRIP * 4);
         // SAFETY: vectors of integers have no padding, and any bits are integers.
-        unsafe { std::slice::from_raw_parts((&raw const v).cast::<i32>(), V::STRIPS * STRIP) }.to_vec()
+        unsafe { std::slice::from_raw_parts((&raw const v).cast::<i32>(), STRIP) }.to_vec()
     }
 
     /// As [`lanes_of`]; NaN, whose bits are not specified, as one.
     fn floats_of<V: Vectors>(v: V::Floats) -> Vec<u32> {
-        assert_eq!(size_of::<V::Floats>(), V::STRIPS * STRIP * 4);
+        assert_eq!(size_of::<V::Floats>(), STRIP * 4);
         // SAFETY: vectors of floats have no padding, and any bits are floats.
-        let lanes = unsafe { std::slice::from_raw_parts((&raw const v).cast::<f32>(), V::STRIPS * STRIP) };
+        let lanes = unsafe { std::slice::from_raw_parts((&raw const v).cast::<f32>(), STRIP) };
         lanes.iter().map(|v| if v.is_nan() { f32::NAN.to_bits() } else { v.to_bits() }).collect()
     }
 
@@ -228,17 +205,16 @@ mod tests {
     /// The CPU has the instructions of `V`.
     unsafe fn every_operation<V: Vectors>(seed: u64) -> Vec<(&'static str, Vec<i32>, Vec<u32>)> {
         let mut rng = Rng(seed);
-        let panels: Vec<Panel> = (0..V::STRIPS as u64).map(|i| Rng(seed + 1000 + i).panel()).collect();
-        let p = V::side_by_side(&panels);
+        let p = Rng(seed + 1000).panel();
         let mut dwords = [[[0u8; 4]; 8]; 3];
         dwords.as_flattened_mut().fill_with(|| rng.bits().to_le_bytes());
         let (float, any) = (rng.float(), rng.bits());
         // SAFETY: the caller's promise.
         unsafe {
-            let a = V::load(p, |p| &p.codes[0][1]);
-            let b = V::xor(V::load(p, |p| &p.codes[7][7]), V::broadcast(&dwords[0], 3));
+            let a = V::load(&p.codes[0][1]);
+            let b = V::xor(V::load(&p.codes[7][7]), V::broadcast(&dwords[0], 3));
             let (c, d) = (V::broadcast(&dwords[1], 7), V::broadcast(&dwords[2], 0));
-            let (f, g) = (V::load_floats(p, |p| &p.d[3]), V::set1_ps(float));
+            let (f, g) = (V::load_floats(&p.d[3]), V::set1_ps(float));
             let ints = [
                 ("load", a),
                 ("broadcast", c),
@@ -266,46 +242,37 @@ mod tests {
         }
     }
 
-    fn instructions_are_what_the_manual_says<V: Vectors, const STRIPS: usize>(isa: Isa) {
-        if Kernels::for_isa(isa).is_none() {
-            return println!("skipped: needs a CPU with {isa}");
-        }
-        for seed in 0..10_000 {
-            // SAFETY: the CPU has the instructions of `V`, and the emulation needs none.
-            let (got, want) = unsafe { (every_operation::<V>(seed), every_operation::<Emulated<STRIPS>>(seed)) };
-            assert_eq!(got, want, "{isa}, seed {seed}");
-        }
-    }
-
     #[test]
     fn instructions_of_avx_vnni_are_what_the_manual_says() {
-        instructions_are_what_the_manual_says::<Ymm, 1>(Isa::AvxVnni);
-    }
-
-    #[test]
-    fn instructions_of_avx512_vnni_are_what_the_manual_says() {
-        instructions_are_what_the_manual_says::<Zmm, 2>(Isa::Avx512Vnni);
+        if Kernels::for_isa(Isa::AvxVnni).is_none() {
+            return println!("skipped: needs a CPU with {}", Isa::AvxVnni);
+        }
+        for seed in 0..10_000 {
+            // SAFETY: the CPU has the instructions of `Ymm`, and the emulation needs none.
+            let (got, want) = unsafe { (every_operation::<Ymm>(seed), every_operation::<Emulated>(seed)) };
+            assert_eq!(got, want, "seed {seed}");
+        }
     }
 
     /// The examples of the manual's rules that are easy to get wrong: which operand is signed, and that sums wrap.
     #[test]
     fn emulated_sums_have_the_right_signs_and_wrap() {
-        type V = Emulated<1>;
+        type V = Emulated;
         let set1 = |v: [u8; 4]| i32::from_le_bytes(v);
         // SAFETY: the emulation needs no instructions.
         unsafe {
-            let sum = |acc, a, b| V::dpbusd(V::set1(acc), V::set1(set1(a)), V::set1(set1(b)))[0][5];
+            let sum = |acc, a, b| V::dpbusd(V::set1(acc), V::set1(set1(a)), V::set1(set1(b)))[5];
             assert_eq!(sum(7, [255, 0, 0, 0], [0x80, 1, 1, 1]), 7 - 255 * 128);
             assert_eq!(sum(0, [255; 4], [127; 4]), 4 * 255 * 127);
             assert_eq!(sum(0, [1, 2, 3, 4], [1, 0, 0xff, 10]), 1 - 3 + 40);
             assert_eq!(sum(i32::MAX, [1, 0, 0, 0], [1, 0, 0, 0]), i32::MIN);
-            let words = |acc, a, b| V::dpwssd(V::set1(acc), V::set1(set1(a)), V::set1(set1(b)))[0][0];
+            let words = |acc, a, b| V::dpwssd(V::set1(acc), V::set1(set1(a)), V::set1(set1(b)))[0];
             assert_eq!(words(1, [0xff, 0xff, 2, 0], [3, 0, 0xfe, 0xff]), 1 - 3 - 4);
             assert_eq!(words(0, [0, 0x80, 0, 0x80], [0, 0x80, 0, 0x80]), i32::MIN);
-            assert_eq!(V::mullo_epi16(V::set1(set1([0xff, 0xff, 0, 1])), V::set1(set1([2, 0, 0, 1])))[0][0], 0xfffe);
-            assert_eq!(V::upper_16(V::set1(set1([0, 0, 0xff, 0xff])))[0][0], -1);
-            assert_eq!(V::cvtepi32_ps(V::set1(16_777_217))[0][0], 16_777_216.0);
-            assert_eq!(V::cvtepi32_ps(V::set1(16_777_219))[0][0], 16_777_220.0);
+            assert_eq!(V::mullo_epi16(V::set1(set1([0xff, 0xff, 0, 1])), V::set1(set1([2, 0, 0, 1])))[0], 0xfffe);
+            assert_eq!(V::upper_16(V::set1(set1([0, 0, 0xff, 0xff])))[0], -1);
+            assert_eq!(V::cvtepi32_ps(V::set1(16_777_217))[0], 16_777_216.0);
+            assert_eq!(V::cvtepi32_ps(V::set1(16_777_219))[0], 16_777_220.0);
         }
     }
 }

@@ -31,7 +31,7 @@ impl<const FIVE: bool, const BYTES: usize> Wide for K45<FIVE, BYTES> {
 
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
     #[inline]
-    unsafe fn prepare<B: SuperBlock>(b: &B, to: &mut Transposed<CHUNKS>) {
+    unsafe fn prepare<B: SuperBlock>(b: &B, _: usize, to: &mut Transposed<CHUNKS>) {
         for c in 0..BYTES / 16 {
             // SAFETY: this function itself runs only where the CPU has the instructions.
             to.0[c] = unsafe { b.dwords(c) };
@@ -40,26 +40,40 @@ impl<const FIVE: bool, const BYTES: usize> Wide for K45<FIVE, BYTES> {
 
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
     #[inline]
-    unsafe fn add<const N: usize>(b: &Transposed<CHUNKS>, x: &[&Q8Block; N], acc: &mut [__m512; N]) {
-        // SAFETY: this function itself runs only where the CPU has the instructions.
-        unsafe { Self::add_straight(b, x, acc) }
+    unsafe fn add<const N: usize>(b: &Transposed<CHUNKS>, _: usize, x: &[&Q8Block; N], acc: &mut [__m512; N]) {
+        add::<_, FIVE, N>(b, x, acc)
     }
 }
 
 impl<const FIVE: bool, const BYTES: usize> Straight for K45<FIVE, BYTES> {
+    const FROM: usize = 1;
+
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
     #[inline]
-    unsafe fn add_straight<B: SuperBlock, const N: usize>(b: &B, x: &[&Q8Block; N], acc: &mut [__m512; N]) {
-        // SAFETY: this function itself runs only where the CPU has the instructions.
-        let of = scales(unsafe { b.dwords(0) });
-        // SAFETY: as above.
-        let sum = unsafe { sums::<B, FIVE, N>(b, &of, x) };
-        let min = minima(&of, x);
-        for t in 0..N {
-            let d = _mm512_set1_ps(x[t].d);
-            acc[t] = _mm512_add_ps(acc[t], _mm512_mul_ps(_mm512_cvtepi32_ps(sum[t]), _mm512_mul_ps(of.d, d)));
-            acc[t] = _mm512_sub_ps(acc[t], _mm512_mul_ps(_mm512_cvtepi32_ps(min[t]), _mm512_mul_ps(of.m, d)));
-        }
+    unsafe fn add_straight<B: SuperBlock, const N: usize>(
+        b: &B,
+        _: usize,
+        x: &[&Q8Block; N],
+        acc: &mut [__m512; N],
+        _: &mut Transposed<CHUNKS>,
+    ) {
+        add::<B, FIVE, N>(b, x, acc)
+    }
+}
+
+/// Adds the products with each token to `acc`.
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+#[inline]
+fn add<B: SuperBlock, const FIVE: bool, const N: usize>(b: &B, x: &[&Q8Block; N], acc: &mut [__m512; N]) {
+    // SAFETY: this function itself runs only where the CPU has the instructions.
+    let of = scales(unsafe { b.dwords(0) });
+    // SAFETY: as above.
+    let sum = unsafe { sums::<B, FIVE, N>(b, &of, x) };
+    let min = minima(&of, x);
+    for t in 0..N {
+        let d = _mm512_set1_ps(x[t].d);
+        acc[t] = _mm512_add_ps(acc[t], _mm512_mul_ps(_mm512_cvtepi32_ps(sum[t]), _mm512_mul_ps(of.d, d)));
+        acc[t] = _mm512_sub_ps(acc[t], _mm512_mul_ps(_mm512_cvtepi32_ps(min[t]), _mm512_mul_ps(of.m, d)));
     }
 }
 

@@ -43,7 +43,7 @@ impl Wide for Q6K {
 
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
     #[inline]
-    unsafe fn prepare<B: SuperBlock>(b: &B, to: &mut Unpacked) {
+    unsafe fn prepare<B: SuperBlock>(b: &B, _: usize, to: &mut Unpacked) {
         for i in 0..4 {
             let (half, part) = (i / 2, i % 2);
             let at = 4 * half + part;
@@ -70,7 +70,7 @@ impl Wide for Q6K {
 
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
     #[inline]
-    unsafe fn add<const N: usize>(b: &Unpacked, x: &[&Q8Block; N], acc: &mut [__m512; N]) {
+    unsafe fn add<const N: usize>(b: &Unpacked, _: usize, x: &[&Q8Block; N], acc: &mut [__m512; N]) {
         for half in 0..2 {
             let mut sum = [_mm512_setzero_si512(); N];
             for j in 4 * half..4 * half + 4 {

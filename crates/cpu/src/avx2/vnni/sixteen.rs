@@ -11,11 +11,10 @@ use std::marker::PhantomData;
 use super::super::direct::super_block;
 use super::super::load::{Plain, broadcast, prefetch};
 use super::super::{self as avx2, Format, Next, SPAN, STRIP};
-use super::MAX_STRIPS;
 use crate::kernels::{Out, PanelScratch, Q8Block, Q8Tokens, WeightRows};
 
 /// Rows of a vector.
-const ROWS: usize = MAX_STRIPS * STRIP;
+const ROWS: usize = 2 * STRIP;
 
 /// Tokens that rows meet at a time: as many as there are registers for their sums.
 const TOKENS: usize = 8;
@@ -46,17 +45,27 @@ pub(super) trait Wide: Format {
     /// One of zeros.
     unsafe fn zero() -> Self::Ready;
 
-    /// Makes a super-block ready.
-    unsafe fn prepare<B: SuperBlock>(b: &B, to: &mut Self::Ready);
+    /// Makes the first `n_blocks` times 32 columns of a super-block ready.
+    unsafe fn prepare<B: SuperBlock>(b: &B, n_blocks: usize, to: &mut Self::Ready);
 
-    /// Adds the products of a super-block with `N` tokens to `acc`, by the steps of the sequence of [`crate::kernels`].
-    unsafe fn add<const N: usize>(b: &Self::Ready, x: &[&Q8Block; N], acc: &mut [__m512; N]);
+    /// Adds the products of the first `n_blocks` times 32 columns of a super-block with `N` tokens to `acc`, by the steps of the
+    /// sequence of [`crate::kernels`].
+    unsafe fn add<const N: usize>(b: &Self::Ready, n_blocks: usize, x: &[&Q8Block; N], acc: &mut [__m512; N]);
 }
 
 /// Formats of which few tokens meet what is still in registers.
 pub(super) trait Straight: Wide {
+    /// From this many tokens on it is faster than the AVX2 code.
+    const FROM: usize;
+
     /// [`Wide::add`] without making ready.
-    unsafe fn add_straight<B: SuperBlock, const N: usize>(b: &B, x: &[&Q8Block; N], acc: &mut [__m512; N]);
+    unsafe fn add_straight<B: SuperBlock, const N: usize>(
+        b: &B,
+        n_blocks: usize,
+        x: &[&Q8Block; N],
+        acc: &mut [__m512; N],
+        room: &mut Self::Ready,
+    );
 }
 
 /// Sixteen rows, as they lie in the file.
@@ -89,7 +98,7 @@ pub(super) fn few_or_many<F: Straight>(
     out: &mut Out<'_>,
     scratch: &mut PanelScratch,
 ) {
-    if w.n_rows() < ROWS {
+    if w.n_rows() < ROWS || x.len() < F::FROM {
         return avx2::matmul::<F>(w, x, out, scratch);
     }
     match x.len() {
@@ -122,7 +131,9 @@ pub(super) fn many<F: Wide>(w: WeightRows<'_>, x: Q8Tokens<'_>, out: &mut Out<'_
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
 #[inline(never)]
 fn few<F: Straight, const N: usize>(w: WeightRows<'_>, x: Q8Tokens<'_>, out: &mut Out<'_>) {
-    let n_rows = w.n_rows();
+    let (n_rows, n_blocks) = (w.n_rows(), w.n_cols().div_ceil(32));
+    // SAFETY: this function itself runs only where the CPU has the instructions.
+    let mut room = unsafe { F::zero() };
     let ahead = avx2::prefetch_distance(ROWS / STRIP * w.row_bytes());
     let tokens: [&[Q8Block]; N] = std::array::from_fn(|t| x.row(t));
     for r in (0..n_rows).step_by(ROWS) {
@@ -130,10 +141,11 @@ fn few<F: Straight, const N: usize>(w: WeightRows<'_>, x: Q8Tokens<'_>, out: &mu
         let first = r.min(n_rows - ROWS);
         let rows = Rows::new(w.rows(first..first + ROWS));
         let mut acc = [_mm512_setzero_ps(); N];
-        for s in 0..w.row_bytes() / F::BYTES {
+        for s in 0..w.row_bytes().div_ceil(F::BYTES) {
             let block = Raw::<F> { rows, at: s * F::BYTES, ahead, format: PhantomData };
-            // SAFETY: this function itself runs only where the CPU has the instructions.
-            unsafe { F::add_straight(&block, &super_block(&tokens, s), &mut acc) };
+            let n_blocks = n_blocks.min(8 * s + 8) - 8 * s;
+            // SAFETY: as above.
+            unsafe { F::add_straight(&block, n_blocks, &super_block(&tokens, s), &mut acc, &mut room) };
         }
         for t in 0..N {
             out.put(x.out_row(t), r, &store(acc[t])[r - first..]);
@@ -146,7 +158,7 @@ fn few<F: Straight, const N: usize>(w: WeightRows<'_>, x: Q8Tokens<'_>, out: &mu
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
 #[inline(never)]
 fn span<F: Wide>(w: WeightRows<'_>, x: Q8Tokens<'_>, out: &mut Out<'_>) {
-    let n_rows = w.n_rows();
+    let (n_rows, n_blocks) = (w.n_rows(), w.n_cols().div_ceil(32));
     let mut sums = [[0.0; ROWS]; SPAN];
     // SAFETY: this function itself runs only where the CPU has the instructions.
     let mut ready = unsafe { F::zero() };
@@ -154,13 +166,14 @@ fn span<F: Wide>(w: WeightRows<'_>, x: Q8Tokens<'_>, out: &mut Out<'_>) {
         let first = r.min(n_rows - ROWS);
         let rows = Rows::new(w.rows(first..first + ROWS));
         sums[..x.len()].fill([0.0; ROWS]);
-        for s in 0..w.row_bytes() / F::BYTES {
+        for s in 0..w.row_bytes().div_ceil(F::BYTES) {
             let block = Raw::<F> { rows, at: s * F::BYTES, ahead: 0, format: PhantomData };
+            let n_blocks = n_blocks.min(8 * s + 8) - 8 * s;
             // SAFETY: as above.
-            unsafe { F::prepare(&block, &mut ready) };
+            unsafe { F::prepare(&block, n_blocks, &mut ready) };
             let len = ROWS * F::BYTES;
             let next = Next { from: rows.data, at: rows.data.len() + s * len, len };
-            meet::<F>(&ready, x, s, &next, &mut sums);
+            meet::<F>(&ready, n_blocks, x, s, &next, &mut sums);
         }
         for (t, sums) in sums[..x.len()].iter().enumerate() {
             out.put(x.out_row(t), r, &sums[r - first..]);
@@ -171,18 +184,25 @@ fn span<F: Wide>(w: WeightRows<'_>, x: Q8Tokens<'_>, out: &mut Out<'_>) {
 /// Adds the products with super-block `s` of the tokens to `sums`.
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
 #[inline]
-fn meet<F: Wide>(block: &F::Ready, x: Q8Tokens<'_>, s: usize, next: &Next<'_>, sums: &mut [[f32; ROWS]]) {
+fn meet<F: Wide>(
+    block: &F::Ready,
+    n_blocks: usize,
+    x: Q8Tokens<'_>,
+    s: usize,
+    next: &Next<'_>,
+    sums: &mut [[f32; ROWS]],
+) {
     let mut t = 0;
     while t < x.len() {
         let n = match x.len() - t {
-            1 => tile::<F, 1>(block, x, t, s, sums),
-            2 => tile::<F, 2>(block, x, t, s, sums),
-            3 => tile::<F, 3>(block, x, t, s, sums),
-            4 => tile::<F, 4>(block, x, t, s, sums),
-            5 => tile::<F, 5>(block, x, t, s, sums),
-            6 => tile::<F, 6>(block, x, t, s, sums),
-            7 => tile::<F, 7>(block, x, t, s, sums),
-            _ => tile::<F, TOKENS>(block, x, t, s, sums),
+            1 => tile::<F, 1>(block, n_blocks, x, t, s, sums),
+            2 => tile::<F, 2>(block, n_blocks, x, t, s, sums),
+            3 => tile::<F, 3>(block, n_blocks, x, t, s, sums),
+            4 => tile::<F, 4>(block, n_blocks, x, t, s, sums),
+            5 => tile::<F, 5>(block, n_blocks, x, t, s, sums),
+            6 => tile::<F, 6>(block, n_blocks, x, t, s, sums),
+            7 => tile::<F, 7>(block, n_blocks, x, t, s, sums),
+            _ => tile::<F, TOKENS>(block, n_blocks, x, t, s, sums),
         };
         next.fetch(t..t + n, x.len());
         t += n;
@@ -194,6 +214,7 @@ fn meet<F: Wide>(block: &F::Ready, x: Q8Tokens<'_>, s: usize, next: &Next<'_>, s
 #[inline(never)]
 fn tile<F: Wide, const N: usize>(
     block: &F::Ready,
+    n_blocks: usize,
     x: Q8Tokens<'_>,
     t: usize,
     s: usize,
@@ -210,7 +231,7 @@ fn tile<F: Wide, const N: usize>(
         acc[i] = unsafe { _mm512_loadu_ps(sums[i].as_ptr()) };
     }
     // SAFETY: this function itself runs only where the CPU has the instructions.
-    unsafe { F::add(block, &blocks, &mut acc) };
+    unsafe { F::add(block, n_blocks, &blocks, &mut acc) };
     for i in 0..N {
         sums[i] = store(acc[i]);
     }
@@ -225,19 +246,25 @@ impl<'a> Rows<'a> {
         Rows { data: w.data(), row_bytes: w.row_bytes() }
     }
 
-    /// Sixteen bytes at `at` of rows `4 l + i`, where `l` counts lanes of 128 bits.
-    #[target_feature(enable = "avx2,avx512f")]
+    /// Sixteen bytes at `at` of rows `4 l + i`, where `l` counts lanes of 128 bits; zeros where rows end before.
+    #[target_feature(enable = "avx2,avx512f,avx512bw,avx512vl")]
     #[inline]
     fn quarter(&self, i: usize, at: usize) -> __m512i {
-        assert!(i < 4 && at + 16 <= self.row_bytes);
-        // SAFETY: there are sixteen rows, and the bytes lie within each by the assertion.
-        unsafe {
-            // Four rows' distance is a factor of addresses, where sixteen rows' offsets would need as many registers.
-            let (first, step) = (self.data.as_ptr().add(i * self.row_bytes + at), 4 * self.row_bytes);
-            let low = _mm256_set_m128i(load(first.add(step)), load(first));
-            let high = _mm256_set_m128i(load(first.add(3 * step)), load(first.add(2 * step)));
-            _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high)
-        }
+        assert!(i < 4 && at < self.row_bytes);
+        let left = self.row_bytes - at;
+        // Four rows' distance is a factor of addresses, where sixteen rows' offsets would need as many registers.
+        // SAFETY: there are sixteen rows, and the byte lies within each by the assertion.
+        let (first, step) = (unsafe { self.data.as_ptr().add(i * self.row_bytes + at) }, 4 * self.row_bytes);
+        // SAFETY: as above, with the bytes behind it, of which there are sixteen or as many as are loaded.
+        let [a, b, c, d] = unsafe {
+            let rows = [first, first.add(step), first.add(2 * step), first.add(3 * step)];
+            if left >= 16 {
+                [load(rows[0]), load(rows[1]), load(rows[2]), load(rows[3])]
+            } else {
+                load_part(rows, left)
+            }
+        };
+        _mm512_inserti64x4::<1>(_mm512_castsi256_si512(_mm256_set_m128i(b, a)), _mm256_set_m128i(d, c))
     }
 }
 
@@ -299,6 +326,22 @@ pub(super) fn spread<T: Plain>(from: &T, i: usize) -> __m512i {
 unsafe fn load(from: *const u8) -> __m128i {
     // SAFETY: the caller's promise.
     unsafe { _mm_loadu_si128(from.cast()) }
+}
+
+/// The first `n` bytes of sixteen, and zeros, four times.
+///
+/// # Safety
+/// They may be read.
+#[target_feature(enable = "avx512bw,avx512vl")]
+#[cold]
+unsafe fn load_part(from: [*const u8; 4], n: usize) -> [__m128i; 4] {
+    let mask = (1 << n) - 1;
+    let mut v = [_mm_setzero_si128(); 4];
+    for i in 0..4 {
+        // SAFETY: the caller's promise; what the mask leaves out is not read.
+        v[i] = unsafe { _mm_maskz_loadu_epi8(mask, from[i].cast()) };
+    }
+    v
 }
 
 /// The sixteen floats of a vector.

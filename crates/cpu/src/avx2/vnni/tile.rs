@@ -7,13 +7,13 @@
 //! closure that is not inlined would pass vectors in memory.
 
 use super::Vectors;
-use crate::kernels::Q8Block;
+use crate::kernels::{Panel, Q8Block};
 
 /// Adds to `y[t]` the products of `dwords` of block `j` with each token.
 #[inline(always)]
 unsafe fn dots<V: Vectors, const N: usize>(
     y: &mut [V::Ints; N],
-    p: &V::Panels,
+    p: &Panel,
     flip: Option<V::Ints>,
     x: &[&Q8Block; N],
     j: usize,
@@ -22,7 +22,7 @@ unsafe fn dots<V: Vectors, const N: usize>(
     for i in dwords {
         // SAFETY: the caller has the instructions of `V`.
         unsafe {
-            let mut w = V::load(p, |p| &p.codes[j][i]);
+            let mut w = V::load(&p.codes[j][i]);
             if let Some(flip) = flip {
                 w = V::xor(w, flip);
             }
@@ -35,7 +35,7 @@ unsafe fn dots<V: Vectors, const N: usize>(
 
 /// Unsigned codes with integer scales and minima per 32 columns: one step of the sequence of [`crate::kernels`].
 #[inline(always)]
-pub(super) unsafe fn super_32<V: Vectors, const N: usize>(p: &V::Panels, x: &[&Q8Block; N], acc: &mut [V::Floats; N]) {
+pub(super) unsafe fn super_32<V: Vectors, const N: usize>(p: &Panel, x: &[&Q8Block; N], acc: &mut [V::Floats; N]) {
     // SAFETY: the caller has the instructions of `V`.
     unsafe {
         let zero = V::set1(0);
@@ -44,7 +44,7 @@ pub(super) unsafe fn super_32<V: Vectors, const N: usize>(p: &V::Panels, x: &[&Q
             let mut y = [zero; N];
             dots::<V, N>(&mut y, p, None, x, j, 0..8);
             // Scales have six bits and sub-scales of tokens as many: a product fills no more than the lower half.
-            let scale = V::upper_16(V::load(p, |p| &p.scales[j]));
+            let scale = V::upper_16(V::load(&p.scales[j]));
             for t in 0..N {
                 let scale = V::mullo_epi16(scale, V::broadcast(&x[t].scale_pairs, j));
                 sum[t] = V::add_epi32(sum[t], V::mullo_epi32(y[t], scale));
@@ -52,13 +52,13 @@ pub(super) unsafe fn super_32<V: Vectors, const N: usize>(p: &V::Panels, x: &[&Q
         }
         let mut min = [zero; N];
         for i in 0..4 {
-            let m = V::load(p, |p| &p.mins[i]);
+            let m = V::load(&p.mins[i]);
             for t in 0..N {
                 let m = V::mullo_epi16(m, V::broadcast(&x[t].scales, i));
                 min[t] = V::dpwssd(min[t], m, V::broadcast(&x[t].sums, i));
             }
         }
-        let (d, m) = (V::load_floats(p, |p| &p.d[0]), V::load_floats(p, |p| &p.m[0]));
+        let (d, m) = (V::load_floats(&p.d[0]), V::load_floats(&p.m[0]));
         for t in 0..N {
             let x_d = V::set1_ps(x[t].d);
             acc[t] = V::add_ps(acc[t], V::mul_ps(V::cvtepi32_ps(sum[t]), V::mul_ps(d, x_d)));
@@ -71,7 +71,7 @@ pub(super) unsafe fn super_32<V: Vectors, const N: usize>(p: &V::Panels, x: &[&Q
 /// sign bit), with a float scale per 32 columns, and a float minimum where `MIN`.
 #[inline(always)]
 pub(super) unsafe fn blocks_32<V: Vectors, const OFFSET: i16, const SIGNED: bool, const MIN: bool, const N: usize>(
-    p: &V::Panels,
+    p: &Panel,
     n_blocks: usize,
     x: &[&Q8Block; N],
     acc: &mut [V::Floats; N],
@@ -91,9 +91,9 @@ pub(super) unsafe fn blocks_32<V: Vectors, const OFFSET: i16, const SIGNED: bool
             }
             dots::<V, N>(&mut y, p, flip, x, j, 0..8);
             let x_d: [f32; N] = std::array::from_fn(|t| x[t].block_d[j]);
-            add_block::<V, N>(acc, &y, V::load_floats(p, |p| &p.d[j]), &x_d);
+            add_block::<V, N>(acc, &y, V::load_floats(&p.d[j]), &x_d);
             if MIN {
-                let m = V::load_floats(p, |p| &p.m[j]);
+                let m = V::load_floats(&p.m[j]);
                 for t in 0..N {
                     acc[t] = V::add_ps(acc[t], V::mul_ps(m, V::set1_ps(x[t].block_sum[j])));
                 }
@@ -105,16 +105,16 @@ pub(super) unsafe fn blocks_32<V: Vectors, const OFFSET: i16, const SIGNED: bool
 /// Unsigned codes to 63 that stand for `code - 32`, with an integer scale per 16 columns and a float per super-block, whose
 /// halves are summed apart.
 #[inline(always)]
-pub(super) unsafe fn halves_16<V: Vectors, const N: usize>(p: &V::Panels, x: &[&Q8Block; N], acc: &mut [V::Floats; N]) {
+pub(super) unsafe fn halves_16<V: Vectors, const N: usize>(p: &Panel, x: &[&Q8Block; N], acc: &mut [V::Floats; N]) {
     // SAFETY: the caller has the instructions of `V`.
     unsafe {
         let zero = V::set1(0);
-        let d = V::load_floats(p, |p| &p.d[0]);
+        let d = V::load_floats(&p.d[0]);
         for half in 0..2 {
             let mut sum = [zero; N];
             for j in 4 * half..4 * half + 4 {
                 // `mins` holds -32 times the scales, so this takes the codes' offset off.
-                let min = V::load(p, |p| &p.mins[j]);
+                let min = V::load(&p.mins[j]);
                 let mut of_block = [zero; N];
                 for t in 0..N {
                     of_block[t] = V::dpwssd(zero, min, V::broadcast(&x[t].half_sums, j));
@@ -122,7 +122,7 @@ pub(super) unsafe fn halves_16<V: Vectors, const N: usize>(p: &V::Panels, x: &[&
                 for h in 0..2 {
                     let mut y = [zero; N];
                     dots::<V, N>(&mut y, p, None, x, j, 4 * h..4 * h + 4);
-                    let scale = V::upper_16(V::load(p, |p| &p.scales[2 * j + h]));
+                    let scale = V::upper_16(V::load(&p.scales[2 * j + h]));
                     for t in 0..N {
                         of_block[t] = V::add_epi32(of_block[t], V::mullo_epi32(y[t], scale));
                     }

@@ -1,50 +1,32 @@
-//! The operations that tiles are made of, as instructions of AVX-VNNI and of AVX-512 VNNI.
+//! The operations that tiles are made of, as instructions of AVX-VNNI.
 //!
-//! Every operation is one instruction (a load of two panels side by side is two), named as Intel's manual names it,
-//! and computes in each 32-bit or 16-bit lane by itself.
+//! Every operation is one instruction, named as Intel's manual names it, and computes in each 32-bit or 16-bit lane by itself.
 
 use std::arch::x86_64::*;
 
 use bytemuck::Pod;
 
 use super::super::load::{self, Plain};
-use super::{Sums, Tiles};
-use crate::kernels::{Panel, Q8Block};
+use super::Tiles;
+use crate::kernels::{LaneSums, Panel, Q8Block};
 
-/// Vectors with a 32-bit lane for each of some weight rows.
+/// Vectors with a 32-bit lane for each of eight weight rows.
 ///
 /// The functions are `unsafe` because they may run only on a CPU that has the instructions. They take and return
 /// vectors, so they must be inlined: into [`Vectors::tile`], which is compiled for that CPU.
 pub(super) trait Vectors {
-    /// Strips of eight rows in a vector.
-    const STRIPS: usize;
-    /// Tokens of a tile at most: as many as there are registers for.
-    const TOKENS: usize;
-    /// Whether [`Tiles::WIDE`] is for these vectors.
-    const IS_WIDE: bool;
-
-    /// The panels of that many strips, of one super-block.
-    type Panels;
     /// A vector of integers.
     type Ints: Copy;
     /// A vector of floats.
     type Floats: Copy;
 
-    /// The first [`Vectors::STRIPS`] panels.
-    fn side_by_side(panels: &[Panel]) -> &Self::Panels;
-
     /// [`Tiles::tile`] compiled for the instructions; the products of token `t` are added to `sums[t]`.
-    unsafe fn tile<F: Tiles, const N: usize>(
-        p: &Self::Panels,
-        n_blocks: usize,
-        x: &[&Q8Block; N],
-        sums: &mut [Sums; N],
-    );
+    unsafe fn tile<F: Tiles, const N: usize>(p: &Panel, n_blocks: usize, x: &[&Q8Block; N], sums: &mut [LaneSums; N]);
 
-    /// The 32 bytes that `field` shows in each panel.
-    unsafe fn load<T: Plain + Pod>(p: &Self::Panels, field: impl Fn(&Panel) -> &T) -> Self::Ints;
-    /// The eight floats that `field` shows in each panel.
-    unsafe fn load_floats(p: &Self::Panels, field: impl Fn(&Panel) -> &[f32; 8]) -> Self::Floats;
+    /// The 32 bytes that fill `from`.
+    unsafe fn load<T: Plain + Pod>(from: &T) -> Self::Ints;
+    /// Eight floats.
+    unsafe fn load_floats(from: &[f32; 8]) -> Self::Floats;
     /// Dword `i` of `from` in every lane.
     unsafe fn broadcast<T: Plain + Pod>(from: &T, i: usize) -> Self::Ints;
     /// The number in every lane.
@@ -73,11 +55,8 @@ pub(super) trait Vectors {
     unsafe fn mul_ps(a: Self::Floats, b: Self::Floats) -> Self::Floats;
 }
 
-/// Eight rows: AVX-VNNI, with AVX2.
+/// AVX-VNNI, with AVX2.
 pub(super) struct Ymm;
-
-/// Sixteen rows: AVX-512 VNNI, with AVX-512F, BW and VL.
-pub(super) struct Zmm;
 
 /// Operations of [`Vectors`] that are one intrinsic each.
 macro_rules! intrinsics {
@@ -93,46 +72,32 @@ macro_rules! intrinsics {
 }
 
 impl Vectors for Ymm {
-    const STRIPS: usize = 1;
-    const TOKENS: usize = 4;
-    const IS_WIDE: bool = false;
-
-    type Panels = [Panel; 1];
     type Ints = __m256i;
     type Floats = __m256;
 
-    fn side_by_side(panels: &[Panel]) -> &Self::Panels {
-        panels.first_chunk().expect("as many panels as strips")
-    }
-
     #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
-    unsafe fn tile<F: Tiles, const N: usize>(
-        p: &Self::Panels,
-        n_blocks: usize,
-        x: &[&Q8Block; N],
-        sums: &mut [Sums; N],
-    ) {
+    unsafe fn tile<F: Tiles, const N: usize>(p: &Panel, n_blocks: usize, x: &[&Q8Block; N], sums: &mut [LaneSums; N]) {
         let mut acc = [_mm256_setzero_ps(); N];
         for t in 0..N {
-            acc[t] = load::floats(&sums[t][0].0);
+            acc[t] = load::floats(&sums[t].0);
         }
         // SAFETY: this function itself runs only where the CPU has the instructions.
         unsafe { F::tile::<Ymm, N>(p, n_blocks, x, &mut acc) };
         for t in 0..N {
-            sums[t][0].0 = load::store8(acc[t]);
+            sums[t].0 = load::store8(acc[t]);
         }
     }
 
     #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
     #[inline]
-    unsafe fn load<T: Plain + Pod>(p: &Self::Panels, field: impl Fn(&Panel) -> &T) -> __m256i {
-        load::vector(field(&p[0]))
+    unsafe fn load<T: Plain + Pod>(from: &T) -> __m256i {
+        load::vector(from)
     }
 
     #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
     #[inline]
-    unsafe fn load_floats(p: &Self::Panels, field: impl Fn(&Panel) -> &[f32; 8]) -> __m256 {
-        load::floats(field(&p[0]))
+    unsafe fn load_floats(from: &[f32; 8]) -> __m256 {
+        load::floats(from)
     }
 
     #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
@@ -165,86 +130,5 @@ impl Vectors for Ymm {
     #[inline]
     unsafe fn set1_ps(v: f32) -> __m256 {
         _mm256_set1_ps(v)
-    }
-}
-
-impl Vectors for Zmm {
-    const STRIPS: usize = 2;
-    const TOKENS: usize = 8;
-    const IS_WIDE: bool = true;
-
-    type Panels = [Panel; 2];
-    type Ints = __m512i;
-    type Floats = __m512;
-
-    fn side_by_side(panels: &[Panel]) -> &Self::Panels {
-        panels.first_chunk().expect("as many panels as strips")
-    }
-
-    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
-    unsafe fn tile<F: Tiles, const N: usize>(
-        p: &Self::Panels,
-        n_blocks: usize,
-        x: &[&Q8Block; N],
-        sums: &mut [Sums; N],
-    ) {
-        let mut acc = [_mm512_setzero_ps(); N];
-        for t in 0..N {
-            // SAFETY: `sums[t]` is sixteen floats, those of its second part directly behind those of its first.
-            acc[t] = unsafe { _mm512_loadu_ps(sums[t].as_ptr().cast()) };
-        }
-        // SAFETY: this function itself runs only where the CPU has the instructions.
-        unsafe { F::tile::<Zmm, N>(p, n_blocks, x, &mut acc) };
-        for t in 0..N {
-            // SAFETY: as above.
-            unsafe { _mm512_storeu_ps(sums[t].as_mut_ptr().cast(), acc[t]) };
-        }
-    }
-
-    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
-    #[inline]
-    unsafe fn load<T: Plain + Pod>(p: &Self::Panels, field: impl Fn(&Panel) -> &T) -> __m512i {
-        let low = _mm512_castsi256_si512(load::vector(field(&p[0])));
-        _mm512_inserti64x4::<1>(low, load::vector(field(&p[1])))
-    }
-
-    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
-    #[inline]
-    unsafe fn load_floats(p: &Self::Panels, field: impl Fn(&Panel) -> &[f32; 8]) -> __m512 {
-        let (low, high) = (load::floats(field(&p[0])), load::floats(field(&p[1])));
-        let (low, high) = (_mm512_castps_pd(_mm512_castps256_ps512(low)), _mm256_castps_pd(high));
-        _mm512_castpd_ps(_mm512_insertf64x4::<1>(low, high))
-    }
-
-    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
-    #[inline]
-    unsafe fn broadcast<T: Plain + Pod>(from: &T, i: usize) -> __m512i {
-        _mm512_broadcastd_epi32(_mm256_castsi256_si128(load::broadcast(from, i)))
-    }
-
-    intrinsics! { "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni":
-        dpbusd(acc: Ints, a: Ints, b: Ints) -> Ints = _mm512_dpbusd_epi32;
-        dpwssd(acc: Ints, a: Ints, b: Ints) -> Ints = _mm512_dpwssd_epi32;
-        mullo_epi16(a: Ints, b: Ints) -> Ints = _mm512_mullo_epi16;
-        mullo_epi32(a: Ints, b: Ints) -> Ints = _mm512_mullo_epi32;
-        add_epi32(a: Ints, b: Ints) -> Ints = _mm512_add_epi32;
-        xor(a: Ints, b: Ints) -> Ints = _mm512_xor_si512;
-        upper_16(a: Ints) -> Ints = _mm512_srai_epi32::<16>;
-        cvtepi32_ps(a: Ints) -> Floats = _mm512_cvtepi32_ps;
-        add_ps(a: Floats, b: Floats) -> Floats = _mm512_add_ps;
-        sub_ps(a: Floats, b: Floats) -> Floats = _mm512_sub_ps;
-        mul_ps(a: Floats, b: Floats) -> Floats = _mm512_mul_ps;
-    }
-
-    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
-    #[inline]
-    unsafe fn set1(v: i32) -> __m512i {
-        _mm512_set1_epi32(v)
-    }
-
-    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
-    #[inline]
-    unsafe fn set1_ps(v: f32) -> __m512 {
-        _mm512_set1_ps(v)
     }
 }
