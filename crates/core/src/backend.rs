@@ -19,7 +19,10 @@ pub mod reference;
 pub mod rounded;
 pub mod unfused;
 
+mod best;
 mod decorator;
+
+pub use best::{BEST_BLOCK, BEST_MAX, Best};
 
 /// Positions in a KV block, which is also the tile in which attention sums: fixed, so that results do not depend on batching.
 pub const KV_BLOCK: usize = 64;
@@ -250,39 +253,6 @@ pub struct Routing<T, I> {
     pub weights: T,
 }
 
-/// The largest value of a row, which is not empty: the first of those that are not a number or positive infinity, where there is one,
-/// else the first of the largest.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Largest {
-    pub index: u32,
-    pub value: f32,
-}
-
-impl Largest {
-    /// Of a row on the host.
-    pub fn of(row: &[f32]) -> Largest {
-        // Columns side by side, so that they are compared several at a time.
-        const SIDE: usize = 16;
-        let (mut largest, mut is_bad) = ([f32::NEG_INFINITY; SIDE], [false; SIDE]);
-        let (chunks, rest) = row.as_chunks::<SIDE>();
-        for chunk in chunks {
-            for i in 0..SIDE {
-                largest[i] = if chunk[i] > largest[i] { chunk[i] } else { largest[i] };
-                is_bad[i] |= chunk[i].is_nan() | (chunk[i] == f32::INFINITY);
-            }
-        }
-        let bad = |v: &f32| v.is_nan() || *v == f32::INFINITY;
-        let index = if is_bad.contains(&true) || rest.iter().any(bad) {
-            row.iter().position(bad)
-        } else {
-            let largest = largest.iter().chain(rest).fold(f32::NEG_INFINITY, |m, v| m.max(*v));
-            row.iter().position(|v| *v == largest)
-        };
-        let index = index.expect("a row has values");
-        Largest { index: index as u32, value: row[index] }
-    }
-}
-
 /// A device that can run the ops of the models.
 pub trait Backend: Sized {
     /// Rows of floats, one per token of the step, resident on the device.
@@ -363,13 +333,17 @@ pub trait Backend: Sized {
         Ok(())
     }
 
-    /// The largest value of every row, for whoever wants no more of them. A device finds them where the values are.
-    fn largest(&self, t: &Self::Tensor, out: &mut Vec<Largest>) -> Result<()> {
+    /// The `k` best values of every row, best first, for whoever wants no more of them: `[n_rows, k]`, or all columns where there are
+    /// fewer than `k`, which is at most [`BEST_MAX`]. A device finds them where the values are.
+    fn best(&self, t: &Self::Tensor, k: usize, out: &mut Vec<Best>) -> Result<()> {
+        let (n_rows, n_cols) = self.shape(t);
+        let k = k.min(n_cols);
         let mut row = Vec::new();
         out.clear();
-        for i in 0..self.shape(t).0 {
+        out.resize(n_rows * k, Best::default());
+        for i in 0..n_rows {
             self.read_row(t, i, &mut row)?;
-            out.push(Largest::of(&row));
+            Best::of(&row, &mut out[i * k..(i + 1) * k]);
         }
         Ok(())
     }
@@ -500,43 +474,4 @@ pub fn check_restore(expected: usize, got: usize) -> Result<()> {
 /// Offers the ids of a routing to a probe.
 pub fn seen_ids<B: Backend, P: Probe<B>>(p: &mut P, b: &B, stage: Stage, layer: usize, ids: &B::Ids) -> Result<()> {
     p.seen(b, stage, layer, View::Ids(ids))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// The definition, value by value.
-    fn plainly(row: &[f32]) -> usize {
-        let mut best = 0;
-        for (i, v) in row.iter().enumerate() {
-            if v.is_nan() || *v == f32::INFINITY {
-                return i;
-            }
-            if *v > row[best] {
-                best = i;
-            }
-        }
-        best
-    }
-
-    #[test]
-    fn the_largest_is_the_first_of_equals_or_the_first_that_is_no_logit() {
-        let values = [-1.0, 3.0, f32::NEG_INFINITY, 3.0, 0.0, -0.0, f32::NAN, f32::INFINITY];
-        let mut random = 1u32;
-        for n in 1..70 {
-            for n_kinds in 1..=values.len() {
-                let row: Vec<f32> = (0..n)
-                    .map(|_| {
-                        random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-                        values[(random >> 24) as usize % n_kinds]
-                    })
-                    .collect();
-                let got = Largest::of(&row);
-                assert_eq!(got.index as usize, plainly(&row), "{row:?}");
-                assert_eq!(got.value.to_bits(), row[got.index as usize].to_bits());
-            }
-        }
-        assert_eq!(Largest::of(&[f32::NEG_INFINITY; 40]).index, 0);
-    }
 }

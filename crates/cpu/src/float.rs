@@ -18,6 +18,7 @@ pub struct FloatKernels {
     normalise: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
     axpby: unsafe fn(&mut [f32], f32, &[f32], f32),
     row_stats: unsafe fn(&[f32]) -> RowStats,
+    tops: unsafe fn(&[f32], &mut [u32]),
     widen: unsafe fn(&[u16], &mut [f32]),
     scale_keys: unsafe fn(&[i8], &[f32], &mut [f32]),
     scale_values: unsafe fn(&[i8], &[f32], &mut [f32]),
@@ -146,6 +147,12 @@ impl FloatKernels {
         // SAFETY: the table is handed out only where the CPU has its ISA.
         unsafe { (self.row_stats)(values) }
     }
+
+    /// See [`Best::tops`](apr_core::backend::Best::tops).
+    pub fn tops(&self, values: &[f32], tops: &mut [u32]) {
+        // SAFETY: the table is handed out only where the CPU has its ISA.
+        unsafe { (self.tops)(values, tops) }
+    }
 }
 
 pub(crate) static SCALAR: FloatKernels = FloatKernels {
@@ -156,6 +163,7 @@ pub(crate) static SCALAR: FloatKernels = FloatKernels {
     normalise: body::normalise,
     axpby: body::axpby,
     row_stats: body::row_stats,
+    tops: body::tops,
     widen: body::widen,
     scale_keys: body::scale_keys,
     scale_values: body::scale_values,
@@ -177,6 +185,7 @@ macro_rules! table {
             }
             portable {
                 row_stats(values: &[f32]) -> RowStats;
+                tops(values: &[f32], tops: &mut [u32]) -> ();
             }
         }
     };
@@ -216,7 +225,7 @@ mod vector;
 mod body {
     use half::f16;
 
-    use apr_core::backend::KV_BLOCK;
+    use apr_core::backend::{Best, KV_BLOCK};
 
     use super::{Gemm, RowStats, SHARED, Softmax};
 
@@ -384,6 +393,11 @@ mod body {
         for ((codes, out), d) in codes.chunks_exact(SHARED).zip(out.chunks_exact_mut(SHARED)).zip(scales) {
             out.iter_mut().zip(codes).for_each(|(o, c)| *o = f32::from(*c) * d);
         }
+    }
+
+    #[inline(always)]
+    pub fn tops(values: &[f32], tops: &mut [u32]) {
+        Best::tops(values, tops);
     }
 
     /// Statistics in eight lanes, merged in order; what is left over comes last. Squares of floats are exact in f64, so that it makes

@@ -4,11 +4,11 @@
 //! or by whole attention rows, never along a sum, so results do not depend on the number of threads or on how tokens are batched.
 
 use std::ops::Range;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, OnceLock};
 
 use apr_core::backend::{
-    Backend, FfnScratch, FfnWeights, Heads, KvShape, Largest, Precision, Result, Routing, WeightData, check_restore,
+    Backend, Best, FfnScratch, FfnWeights, Heads, KvShape, Precision, Result, Routing, WeightData, check_restore,
 };
 use apr_core::batch::Batch;
 use apr_core::probe::{Probe, seen};
@@ -228,11 +228,8 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn largest(&self, t: &CpuTensor, out: &mut Vec<Largest>) -> Result<()> {
-        let rows: Vec<OnceLock<Largest>> = (0..t.n_rows()).map(|_| OnceLock::new()).collect();
-        self.pool.run(rows.len(), &|_, i| _ = rows[i].set(Largest::of(t.row(i))));
-        out.clear();
-        out.extend(rows.into_iter().map(|row| row.into_inner().expect("every row is a task")));
+    fn best(&self, t: &CpuTensor, k: usize, out: &mut Vec<Best>) -> Result<()> {
+        ops::best::best(&self.pool, self.float, t, k, out);
         Ok(())
     }
 

@@ -1,11 +1,11 @@
 //! Attention is causal also for values that are not finite, and NaN is not lost in the cache.
 
-use apr_core::backend::{Backend, Heads, KvShape, KvType, Largest};
+use apr_core::backend::{BEST_MAX, Backend, Best, Heads, KvShape, KvType};
 use apr_core::batch::{Batch, Row, Wants};
 use apr_core::probe::NoProbe;
 use apr_core::stats::RowStats;
 use apr_cpu::CpuBackend;
-use apr_cpu::kernels::Kernels;
+use apr_cpu::kernels::{Isa, Kernels};
 use apr_cpu::kv::{KvCache, Part, Tile};
 
 const HEADS: Heads = Heads { n_head: 1, n_head_kv: 1, head_dim: 32 };
@@ -83,23 +83,42 @@ fn statistics_are_of_the_rows_and_columns_asked_for() {
     }
 }
 
-/// Rows are looked at side by side, each as a row of its own.
+/// Rows are looked at side by side and in parts, each as a row of its own.
 #[test]
-fn the_largest_of_every_row_is_found_or_what_is_no_number() {
-    for n_threads in [1, 2, 3] {
-        let b = CpuBackend::new(n_threads, None).unwrap();
-        let mut x = b.tensor(100, &[]);
-        let mut values: Vec<f32> = (0..500).map(|i| ((i * 7919) % 101) as f32 - 50.0).collect();
-        values[130] = f32::NAN;
-        values[299] = f32::INFINITY;
-        b.write(&mut x, &values).unwrap();
-        let mut got = Vec::new();
-        b.largest(&x, &mut got).unwrap();
-        let of_rows: Vec<Largest> = values.chunks(100).map(Largest::of).collect();
-        assert_eq!(
-            got.iter().map(|l| l.index).collect::<Vec<_>>(),
-            of_rows.iter().map(|l| l.index).collect::<Vec<_>>()
-        );
-        assert!(got[1].index == 30 && got[1].value.is_nan() && got[2].index == 99);
+fn the_best_of_every_row_are_found_or_what_is_no_number() {
+    let mut random = 1u32;
+    let mut next = || {
+        random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        random >> 8
+    };
+    let isas = Isa::ALL.into_iter().filter(|isa| Kernels::for_isa(*isa).is_some());
+    for (n_threads, isa) in isas.flat_map(|isa| [1, 2, 3].map(|n_threads| (n_threads, isa))) {
+        let b = CpuBackend::new(n_threads, Some(isa)).unwrap();
+        // Fewer columns than a block has, and more than a task has; no multiples of either.
+        for (n_rows, n_cols) in [(5, 1), (5, 100), (1, 130), (3, 20_001), (1, 8192), (2, 9000)] {
+            let mut x = b.tensor(n_cols, &[]);
+            let mut values: Vec<f32> = (0..n_rows * n_cols).map(|_| (next() as f32).sqrt() - 2e3).collect();
+            // A row of few kinds of values, one of none above negative infinity, and one that is no row of logits.
+            values[..n_cols].iter_mut().for_each(|v| *v = (*v / 1e3).trunc());
+            if n_rows > 2 {
+                values[n_cols..2 * n_cols].fill(f32::NEG_INFINITY);
+                values[2 * n_cols + n_cols / 2] = f32::NAN;
+                values[3 * n_cols - 1] = f32::INFINITY;
+            }
+            b.write(&mut x, &values).unwrap();
+            for k in [1, 2, 20, 65, BEST_MAX] {
+                let mut got = vec![Best::default(); 3];
+                b.best(&x, k, &mut got).unwrap();
+                let k = k.min(n_cols);
+                let mut expected = vec![Best::default(); n_rows * k];
+                values.chunks(n_cols).zip(expected.chunks_mut(k)).for_each(|(row, out)| Best::of(row, out));
+                let bits = |b: &Best| (b.index, b.value.to_bits());
+                assert!(got.iter().map(bits).eq(expected.iter().map(bits)), "{isa}: {k} of {n_rows} rows of {n_cols}");
+            }
+        }
+        let (mut none, mut got) = (b.tensor(100, &[]), vec![Best::default()]);
+        b.write(&mut none, &[]).unwrap();
+        b.best(&none, 4, &mut got).unwrap();
+        assert!(got.is_empty());
     }
 }

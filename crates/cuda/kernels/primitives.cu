@@ -53,5 +53,14 @@ KERNEL(primitives, 32, u32 *y, const u32 *x) {
     for (u32 i = 0; i < 4; i++) y[33 + i] = r[i];
     load_matrices_transposed(r, copied + 4 * ((lane * 5 + 3) % 32));
     for (u32 i = 0; i < 4; i++) y[37 + i] = r[i];
-    for (u32 i = 41; i < 48; i++) y[i] = 0;
+    // Whoever came before is among the bits that were there: none, one, two and so on, in any order.
+    SHARED(u32, came, 1);
+    if (lane == 0) came[0] = 0;
+    warp_barrier();
+    const u32 before = add_shared(came, 1u << lane);
+    warp_barrier();
+    y[41] = came[0];
+    y[42] = bits(warp_sum((f32)count_bits(before)));
+    y[43] = before >> lane & 1;
+    for (u32 i = 44; i < 48; i++) y[i] = 0;
 }

@@ -80,6 +80,16 @@ DEVICE u32 arrive(u32 *counter, u32 n) {
     return r;
 }
 
+// Where something lies in shared memory, as instructions of such memory take it.
+DEVICE u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
+
+// Adds to a word in shared memory, one thread after the other in any order, and gives what was there before.
+DEVICE u32 add_shared(u32 *to, u32 v) {
+    u32 r;
+    asm volatile("atom.shared.add.u32 %0, [%1], %2;" : "=r"(r) : "r"(shared_address(to)), "r"(v) : "memory");
+    return r;
+}
+
 // `c + Σ a[i] b[i]` over four signed bytes.
 DEVICE i32 dp4a(u32 a, u32 b, i32 c) {
     i32 r;
@@ -143,9 +153,6 @@ DEVICE void mma_f16(f32 (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
-
-// Where something lies in shared memory, as instructions of such memory take it.
-DEVICE u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
 
 // Four matrices of 8 rows of 16 bytes in shared memory, a row where each lane says: lane i has row i % 8 of matrix i / 8. Of each
 // matrix a lane gets word t of row g.

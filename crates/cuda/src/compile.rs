@@ -8,8 +8,9 @@ use sha2::{Digest, Sha256};
 use crate::nvrtc::{Nvrtc, NvrtcError};
 
 /// Sources of the kernels: a module each.
-pub(crate) const SOURCES: [(&str, &str); 10] = [
+pub(crate) const SOURCES: [(&str, &str); 11] = [
     ("attention.cu", include_str!("../kernels/attention.cu")),
+    ("best.cu", include_str!("../kernels/best.cu")),
     ("experts.cu", include_str!("../kernels/experts.cu")),
     ("matmul_32.cu", include_str!("../kernels/matmul_32.cu")),
     ("matmul_k.cu", include_str!("../kernels/matmul_k.cu")),

@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use apr_core::backend::{
-    Backend, BackendError, FfnScratch, FfnWeights, Heads, KvShape, Largest, Precision, Result, Routing, WeightData,
+    Backend, BackendError, Best, FfnScratch, FfnWeights, Heads, KvShape, Precision, Result, Routing, WeightData,
     check_restore, unfused,
 };
 use apr_core::batch::Batch;
@@ -19,6 +19,7 @@ use apr_core::stage::Stage;
 
 mod attention;
 mod batch;
+mod best;
 pub mod compile;
 pub mod driver;
 pub mod host;
@@ -57,12 +58,9 @@ struct Shared {
     /// Zeros that kernels count their blocks with.
     counters: Option<Buffer>,
     call: HostCall,
-    /// Largest values of rows.
-    largest: Option<Buffer>,
+    /// Best values of rows.
+    best: Option<Buffer>,
 }
-
-/// Values of a row that a block of threads looks through for the largest.
-const LARGEST_COLUMNS: usize = 2048;
 
 /// A driver's error as a backend's.
 pub(crate) fn failed(device: &Device, e: DriverError) -> BackendError {
@@ -229,24 +227,9 @@ impl Backend for CudaBackend {
         self.ok(ids.write(values))
     }
 
-    fn largest(&self, t: &CudaTensor, out: &mut Vec<Largest>) -> Result<()> {
-        let (n_rows, n_cols) = (t.n_rows(), t.n_cols());
-        let n_parts = n_cols.div_ceil(LARGEST_COLUMNS).max(1);
-        let mut shared = self.shared();
-        let Shared { counters, largest, .. } = &mut *shared;
-        let counters = self.ok(self::counters(&self.device, counters, n_rows))?;
-        // What was found, and what every block has found.
-        let n_bytes = (8 * n_rows * (1 + n_parts)).next_power_of_two();
-        self.ok(tensor::ensure(&self.device, largest, n_bytes))?;
-        let found = largest.as_ref().expect("it was ensured");
-        let parts = Arg::Address(found.address(8 * n_rows));
-        let args = [found.arg(), parts, counters, t.arg(), n_cols.into()];
-        self.device.launch("largest", 256, [n_parts, n_rows, 1], &args);
-        let mut words = vec![[0u32; 2]; n_rows];
-        self.ok(found.read(0, bytemuck::cast_slice_mut(&mut words)))?;
-        out.clear();
-        out.extend(words.iter().map(|&[index, bits]| Largest { index, value: f32::from_bits(bits) }));
-        Ok(())
+    fn best(&self, t: &CudaTensor, k: usize, out: &mut Vec<Best>) -> Result<()> {
+        let Shared { counters, best, .. } = &mut *self.shared();
+        self.ok(best::best(&self.device, counters, best, t, k, out))
     }
 
     fn kv_cache(&self, shape: KvShape) -> KvCache {

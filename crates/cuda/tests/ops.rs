@@ -7,7 +7,7 @@ mod devices;
 
 use apr_core::backend::reference::Reference;
 use apr_core::backend::{
-    Backend, BackendError, Bytes, FfnScratch, FfnWeights, Heads, KvShape, KvType, Largest, Routing, WeightData,
+    BEST_MAX, Backend, BackendError, Best, Bytes, FfnScratch, FfnWeights, Heads, KvShape, KvType, Routing, WeightData,
 };
 use apr_core::batch::{Batch, Row, Wants};
 use apr_core::probe::NoProbe;
@@ -578,11 +578,12 @@ fn routers_of_few_and_many_tokens_route_by_their_logits(cuda: Make) {
     }
 }
 
-fn largest_values_are_found_where_they_are(cuda: Make) {
+fn the_best_values_are_found_where_they_are(cuda: Make) {
     let mut rng = Rng(19);
     let b = cuda();
-    for n_cols in [1, 40, 2048, 5001] {
-        let mut x = rng.activations(6 * n_cols);
+    // Groups of columns are fewer and more than the values that are wanted; 20,001 equals are more than there is room for.
+    for n_cols in [1, 40, 2048, 5001, 20_001] {
+        let mut x = rng.activations(7 * n_cols);
         let row = |i: usize| i * n_cols;
         // Equals, of which one is a negative zero; nothing above negative infinity; a number that is none, behind one that is larger.
         x[row(1)..row(2)].fill(-0.0);
@@ -591,12 +592,15 @@ fn largest_values_are_found_where_they_are(cuda: Make) {
         x[row(3) + n_cols / 2] = f32::NAN;
         x[row(4) - 1] = f32::INFINITY;
         x[row(4)..row(5)].iter_mut().for_each(|v| *v = -v.abs() - 1.0);
-        for _ in 0..2 {
-            let mut got = Vec::new();
-            b.largest(&tensor(&b, n_cols, &x), &mut got).unwrap();
-            let bits = |l: &Largest| (l.index, l.value.to_bits());
-            let expected: Vec<_> = x.chunks(n_cols).map(|row| bits(&Largest::of(row))).collect();
-            assert_eq!(got.iter().map(bits).collect::<Vec<_>>(), expected, "{n_cols} columns");
+        // Few kinds of values.
+        x[row(5)..row(6)].iter_mut().for_each(|v| *v = (4.0 * *v).round());
+        for k in [1, 2, 32, 100, BEST_MAX] {
+            let (mut got, n) = (Vec::new(), k.min(n_cols));
+            b.best(&tensor(&b, n_cols, &x), k, &mut got).unwrap();
+            let mut expected = vec![Best::default(); 7 * n];
+            x.chunks(n_cols).zip(expected.chunks_mut(n)).for_each(|(row, out)| Best::of(row, out));
+            let bits = |b: &Best| (b.index, b.value.to_bits());
+            assert!(got.iter().map(bits).eq(expected.iter().map(bits)), "{k} of {n_cols} columns");
         }
     }
 }
@@ -724,7 +728,7 @@ devices::on_every_device!(
     queries_keys_and_values_may_be_of_different_types,
     routers_of_few_and_many_tokens_route_by_their_logits,
     a_sum_with_a_product_may_be_with_its_own_input,
-    largest_values_are_found_where_they_are,
+    the_best_values_are_found_where_they_are,
     heads_are_rotated_and_stored_at_once_in_every_type,
     products_with_what_attention_gave_are_those_with_its_values
 );

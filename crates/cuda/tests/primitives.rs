@@ -76,6 +76,7 @@ fn the_emulation_does_what_the_manual_says() {
             let alike =
                 (0..32).filter(|&other| x[other][3] % 4 == x_l[3] % 4).fold(0u32, |bits, other| bits | 1 << other);
             assert_eq!((y_l[30], y_l[31]), (alike, x_l[0].count_ones()), "lanes_alike, count_bits");
+            assert_eq!((y_l[41], y_l[42], y_l[43]), (u32::MAX, 496f32.to_bits(), 0), "add_shared");
             // Row g of matrix i is where lane 8 i + g says: the first words of that lane.
             (0..4).for_each(|i| assert_eq!(y_l[33 + i], x[8 * i + lane / 4][lane % 4], "load_matrices"));
             let half = |row: usize, column: usize| {

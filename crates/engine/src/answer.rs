@@ -319,7 +319,7 @@ impl Answer {
         let (mut logits, mut n_right) = (Vec::new(), 0);
         while !self.is_done {
             let row = n_before + n_right;
-            let token = match self.choose_largest(session, first + row)? {
+            let token = match self.choose_of_best(session, first + row)? {
                 Some(token) => token,
                 None => {
                     session.logits(first + row, &mut logits)?;
@@ -339,17 +339,16 @@ impl Answer {
         Ok(())
     }
 
-    /// The token that is taken where nobody wants more of a position's logits than the largest: a device then need not hand over all.
-    /// What is not finite is left to [`choose`](Self::choose).
-    fn choose_largest(&self, session: &dyn Session, row: usize) -> Result<Option<u32>, GenerateError> {
+    /// The token that is taken where nobody wants more of a position's logits than a few of the best: a device then need not hand over
+    /// all. Where something is wrong with them it is left to [`choose`](Self::choose).
+    fn choose_of_best(&mut self, session: &dyn Session, row: usize) -> Result<Option<u32>, GenerateError> {
         let Request { constraint, ends, n_best, .. } = &self.request;
         let may_end = self.out.tokens.len() >= ends.min_tokens;
         let is_free = may_end && constraint.is_none() && n_best.is_none() && self.kept.is_none();
-        if !is_free || !self.sampler.wants_largest() {
-            return Ok(None);
-        }
-        let largest = session.largest_logit(row)?;
-        Ok(largest.value.is_finite().then_some(largest.index))
+        let Some(k) = self.sampler.n_wanted(session.n_vocab()).filter(|_| is_free) else { return Ok(None) };
+        let mut best = Vec::new();
+        session.best_logits(row, k, &mut best)?;
+        Ok(self.sampler.sample_best(&best))
     }
 
     /// The token that is taken, of the model's own logits.

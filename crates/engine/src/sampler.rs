@@ -13,10 +13,15 @@
 //!
 //! At temperature 0 the best logit after step 2 is taken, the lowest id among equals. All arithmetic on probabilities
 //! is f64 and sequential, ordered by logit and id, so that the same seed gives the same tokens on any thread count.
+//!
+//! Where top-k is on, few of the best logits are enough, which a device finds where they are: what step 2 lowers makes room for no more
+//! others than it lowers. The same token comes of them, by the same code.
 
 use std::cmp::Ordering;
 use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasher, Hasher, RandomState};
+
+use apr_core::backend::{BEST_MAX, Best};
 
 /// How to choose tokens. The default is greedy, with everything off.
 #[derive(Debug, Clone, PartialEq)]
@@ -197,43 +202,77 @@ impl Sampler {
     /// A logit may be negative infinity (forbidden, by a grammar for one). Not-a-number, positive infinity, or nothing
     /// above negative infinity is an error.
     pub fn sample(&mut self, logits: &[f32]) -> Result<u32, SamplerError> {
-        self.collect(logits)?;
+        check_numbers(logits)?;
+        let vocabulary = logits.len();
+        if let Some(&(token, _)) = self.config.logit_bias.iter().find(|(token, _)| *token as usize >= vocabulary) {
+            return Err(SamplerError::UnknownToken { token, vocabulary });
+        }
+        let all = logits.iter().enumerate().map(|(token, logit)| Candidate { token: token as u32, logit: *logit });
+        self.candidates.clear();
+        self.candidates.extend(all);
+        self.choose().ok_or(SamplerError::NothingLeft { vocabulary })
+    }
+
+    /// How many of the best logits of a position [`sample_best`](Self::sample_best) needs, of a vocabulary of `n_vocab`. `None` where it
+    /// takes all of them, or more than a backend finds.
+    pub fn n_wanted(&self, n_vocab: usize) -> Option<usize> {
+        let c = &self.config;
+        let raises = c.repetition_penalty < 1.0 || c.frequency_penalty < 0.0 || c.presence_penalty < 0.0;
+        if raises || c.logit_bias.iter().any(|(token, bias)| *bias > 0.0 || *token as usize >= n_vocab) {
+            return None;
+        }
+        let n_kept = match c.top_k as usize {
+            _ if c.temperature == 0.0 => 1,
+            0 => return None,
+            // One more shows that some are left out, on which the order of those that are kept depends.
+            k => k + 1,
+        };
+        let n_wanted = n_kept + self.counts.len() + c.logit_bias.len();
+        (n_wanted <= BEST_MAX).then_some(n_wanted)
+    }
+
+    /// Chooses the token that [`sample`](Self::sample) does of all logits, of the [`n_wanted`](Self::n_wanted) `best`, or all where there
+    /// are fewer. `None` where `sample` says what is wrong with them; nothing has been drawn then.
+    pub fn sample_best(&mut self, best: &[Best]) -> Option<u32> {
+        if best.first().is_none_or(|b| !b.value.is_finite()) {
+            return None;
+        }
+        self.candidates.clear();
+        self.candidates.extend(best.iter().map(|b| Candidate { token: b.index, logit: b.value }));
+        self.candidates.sort_unstable_by_key(|c| c.token);
+        self.choose()
+    }
+
+    /// Chooses among the candidates, which are ordered by id. `None` where all are forbidden.
+    fn choose(&mut self) -> Option<u32> {
+        self.weigh();
         if self.config.temperature == 0.0 {
-            let best = self.candidates.iter().copied().min_by(better_first);
-            return best.map(|best| best.token).ok_or(SamplerError::NothingLeft { vocabulary: logits.len() });
+            return self.candidates.iter().copied().min_by(better_first).map(|best| best.token);
         }
         if self.candidates.is_empty() {
-            return Err(SamplerError::NothingLeft { vocabulary: logits.len() });
+            return None;
         }
         self.keep_top_k();
         self.keep_top_p();
         self.keep_min_p();
-        Ok(self.draw())
+        Some(self.draw())
     }
 
-    /// Whether [`sample`](Self::sample) chooses the first of the largest logits, where that is finite.
-    pub fn wants_largest(&self) -> bool {
-        self.config.temperature == 0.0 && self.config.logit_bias.is_empty() && !self.config.penalizes()
-    }
-
-    /// Fills the candidates with the biased and penalized logits that are above negative infinity, by id.
-    fn collect(&mut self, logits: &[f32]) -> Result<(), SamplerError> {
-        check_numbers(logits)?;
-        let all = logits.iter().enumerate().map(|(token, logit)| Candidate { token: token as u32, logit: *logit });
-        self.candidates.clear();
-        self.candidates.extend(all);
+    /// Biases and penalizes the logits of the candidates, and drops those that are not above negative infinity.
+    fn weigh(&mut self) {
+        let candidates = &mut self.candidates;
+        let find = |candidates: &[Candidate], token: &u32| candidates.binary_search_by_key(token, |c| c.token).ok();
         for (token, bias) in &self.config.logit_bias {
-            let unknown = SamplerError::UnknownToken { token: *token, vocabulary: logits.len() };
-            let candidate = self.candidates.get_mut(*token as usize).ok_or(unknown)?;
-            candidate.logit = (candidate.logit + bias).min(f32::MAX);
-        }
-        for (token, count) in &self.counts {
-            if let Some(candidate) = self.candidates.get_mut(*token as usize) {
-                candidate.logit = self.config.penalized(candidate.logit, *count);
+            if let Some(at) = find(candidates, token) {
+                candidates[at].logit = (candidates[at].logit + bias).min(f32::MAX);
             }
         }
-        self.candidates.retain(|candidate| candidate.logit > f32::NEG_INFINITY);
-        Ok(())
+        for (token, count) in &self.counts {
+            if let Some(at) = find(candidates, token) {
+                candidates[at].logit = self.config.penalized(candidates[at].logit, *count);
+            }
+        }
+        candidates.retain(|candidate| candidate.logit > f32::NEG_INFINITY);
     }
 
     fn keep_top_k(&mut self) {
@@ -380,15 +419,101 @@ mod tests {
     }
 
     #[test]
-    fn whoever_weighs_logits_wants_all_of_them() {
-        assert!(sampler(SamplerConfig::default()).wants_largest() && !sampler(warm()).wants_largest());
-        for config in [
-            SamplerConfig { logit_bias: vec![(1, 2.0)], ..SamplerConfig::default() },
-            SamplerConfig { repetition_penalty: 1.05, ..SamplerConfig::default() },
-            SamplerConfig { frequency_penalty: 0.5, ..SamplerConfig::default() },
-            SamplerConfig { presence_penalty: -0.5, ..SamplerConfig::default() },
+    fn whoever_may_raise_a_logit_wants_all_of_them() {
+        let off = SamplerConfig::default;
+        for (config, expected) in [
+            (off(), Some(1)),
+            (warm(), None),
+            (SamplerConfig { top_k: 20, ..warm() }, Some(21)),
+            (SamplerConfig { top_k: BEST_MAX as u32 - 1, ..warm() }, Some(BEST_MAX)),
+            (SamplerConfig { top_k: BEST_MAX as u32, ..warm() }, None),
+            (SamplerConfig { top_k: u32::MAX, ..warm() }, None),
+            (SamplerConfig { logit_bias: vec![(1, 2.0)], ..off() }, None),
+            (SamplerConfig { logit_bias: vec![(1, -2.0), (9, f32::NEG_INFINITY)], ..off() }, Some(3)),
+            (SamplerConfig { logit_bias: vec![(1, -2.0), (10, -1.0)], ..off() }, None),
+            (SamplerConfig { repetition_penalty: 1.05, ..off() }, Some(3)),
+            (SamplerConfig { repetition_penalty: 0.95, ..off() }, None),
+            (SamplerConfig { frequency_penalty: 0.5, top_k: 4, ..warm() }, Some(7)),
+            (SamplerConfig { frequency_penalty: -0.5, ..off() }, None),
+            (SamplerConfig { presence_penalty: -0.5, ..off() }, None),
         ] {
-            assert!(!sampler(config).wants_largest());
+            let mut sampler = sampler(config.clone());
+            [5, 7, 5].into_iter().for_each(|token| sampler.accept(token));
+            assert_eq!(sampler.n_wanted(10), expected, "{config:?}");
+        }
+    }
+
+    /// Settings of all kinds that few of the best are enough for.
+    fn narrow() -> impl Strategy<Value = SamplerConfig> {
+        let bias = (0u32..40, prop_oneof![Just(f32::NEG_INFINITY), Just(-0.0), -9f32..0.0]);
+        let penalties = (
+            prop_oneof![Just(1.0), Just(1.05), 1f32..4.0, Just(1e38)],
+            prop_oneof![Just(0.0), 0f32..2.0],
+            prop_oneof![Just(0.0), 0f32..2.0],
+            0usize..12,
+            prop_oneof![Just(Vec::new()), prop::collection::vec(bias, 0..4)],
+        );
+        let filters = (
+            1u32..30,
+            prop_oneof![Just(1.0), 0.05f32..1.0],
+            prop_oneof![Just(0.0), 0f32..0.5],
+            prop_oneof![Just(0.0), 0.1f32..3.0],
+        );
+        (penalties, filters, any::<u64>()).prop_map(|(penalties, (top_k, top_p, min_p, temperature), seed)| {
+            let (repetition_penalty, frequency_penalty, presence_penalty, repeat_last_n, logit_bias) = penalties;
+            SamplerConfig {
+                temperature,
+                top_k,
+                top_p,
+                min_p,
+                repetition_penalty,
+                repeat_last_n,
+                frequency_penalty,
+                presence_penalty,
+                seed: Some(seed),
+                logit_bias,
+            }
+        })
+    }
+
+    /// Rows with many equals, and with logits that are forbidden or no logits.
+    fn rough_rows() -> impl Strategy<Value = Vec<f32>> {
+        let odd = prop_oneof![
+            300 => (-12i32..12).prop_map(|n| n as f32 / 4.0),
+            100 => -20f32..20.0,
+            5 => Just(-3e38),
+            60 => Just(f32::NEG_INFINITY),
+            1 => prop_oneof![Just(f32::NAN), Just(f32::INFINITY)],
+        ];
+        prop_oneof![4 => rows(), 4 => prop::collection::vec(odd, 40..90), 1 => Just(vec![f32::NEG_INFINITY; 50])]
+    }
+
+    /// What a session does: the best few where they are enough and nothing is wrong with them, else all.
+    fn shortly(sampler: &mut Sampler, logits: &[f32]) -> Result<u32, SamplerError> {
+        let Some(k) = sampler.n_wanted(logits.len()) else { return sampler.sample(logits) };
+        let mut best = vec![Best::default(); k.min(logits.len())];
+        Best::of(logits, &mut best);
+        sampler.sample_best(&best).map_or_else(|| sampler.sample(logits), Ok)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(3000))]
+        #[test]
+        fn few_of_the_best_give_the_token_that_all_do(
+            config in narrow(),
+            rows in prop::collection::vec(rough_rows(), 1..12),
+        ) {
+            let (mut whole, mut short) = (sampler(config.clone()), sampler(config));
+            for logits in &rows {
+                let (expected, got) = (whole.sample(logits), shortly(&mut short, logits));
+                // NaN, which is no number, is not itself.
+                prop_assert_eq!(format!("{expected:?}"), format!("{got:?}"));
+                prop_assert_eq!(whole.random.0, short.random.0);
+                if let Ok(token) = got {
+                    whole.accept(token);
+                    short.accept(token);
+                }
+            }
         }
     }
 
@@ -396,7 +521,7 @@ mod tests {
         #[test]
         fn greedy_is_the_first_of_the_largest(logits in rows()) {
             let mut greedy = sampler(SamplerConfig::default());
-            prop_assert_eq!(greedy.sample(&logits).unwrap(), apr_core::backend::Largest::of(&logits).index);
+            prop_assert_eq!(greedy.sample(&logits).unwrap(), sorted(&logits)[0].0);
         }
 
         #[test]

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use apr_core::backend::fed::{Fed, Feed, Feeding};
 use apr_core::backend::unfused::Unfused;
-use apr_core::backend::{Backend, BackendError, KV_BLOCK, KvShape, KvType, Largest, Precision};
+use apr_core::backend::{BEST_MAX, Backend, BackendError, Best, KV_BLOCK, KvShape, KvType, Precision};
 use apr_core::batch::{Batch, Row, Wants};
 use apr_core::hparams::Hparams;
 use apr_core::models::{self, LoadError, Model, StateOf};
@@ -112,8 +112,12 @@ pub trait Session: Send {
     /// Copies the logits of the `i`-th row that wanted them in the last step.
     fn logits(&self, i: usize, out: &mut Vec<f32>) -> Result<(), StepError>;
 
-    /// The largest logit of the `i`-th row that wanted them in the last step, for whoever wants no more.
-    fn largest_logit(&self, i: usize) -> Result<Largest, StepError>;
+    /// The `k` best logits of the `i`-th row that wanted them in the last step, best first, for whoever wants no more: at most
+    /// [`BEST_MAX`], and no more than there are.
+    fn best_logits(&self, i: usize, k: usize, out: &mut Vec<Best>) -> Result<(), StepError>;
+
+    /// Logits in a row.
+    fn n_vocab(&self) -> usize;
 
     /// Positions that a sequence may have.
     fn n_ctx(&self) -> usize;
@@ -224,8 +228,29 @@ pub(crate) struct Runner<B: Backend> {
     hparams: Hparams,
     /// Rows of the last step that wanted logits.
     n_logits: usize,
-    /// The largest of each, once somebody has asked for one.
-    largest: RefCell<Vec<Largest>>,
+    best: RefCell<BestLogits>,
+}
+
+/// The best logits of the last step's rows, once somebody has asked for them. All rows' are found at once, as many of each as the last
+/// step that was asked for any was asked for at most, so that rows that want different numbers find theirs together.
+#[derive(Default)]
+struct BestLogits {
+    /// `[n_rows, k]`
+    values: Vec<Best>,
+    k: usize,
+    /// The most that anybody has asked for in this step, and in the last where anybody has.
+    n_asked: usize,
+    n_asked_before: usize,
+}
+
+impl BestLogits {
+    /// Another step is to come.
+    fn forget(&mut self) {
+        if self.n_asked > 0 {
+            self.n_asked_before = self.n_asked;
+        }
+        (self.n_asked, self.k) = (0, 0);
+    }
 }
 
 impl<B: Backend> Runner<B> {
@@ -247,7 +272,7 @@ impl<B: Backend> Runner<B> {
             n_ctx: settings.n_ctx,
             hparams: h.clone(),
             n_logits: 0,
-            largest: RefCell::default(),
+            best: RefCell::default(),
         })
     }
 
@@ -280,7 +305,7 @@ impl<B: Backend> Runner<B> {
     fn batch(&mut self, parts: &mut [Part<'_>]) -> Result<Option<Batch>, StepError> {
         self.check(parts)?;
         self.n_logits = 0;
-        self.largest.get_mut().clear();
+        self.best.get_mut().forget();
         let (mut rows, mut tables) = (Vec::new(), Vec::new());
         for part in parts.iter_mut().filter(|p| !p.tokens.is_empty()) {
             let from = part.sequence.n_tokens;
@@ -378,7 +403,7 @@ where
 
     fn step_output(&mut self, residual: &[f32]) -> Result<(), StepError> {
         assert!(residual.len().is_multiple_of(self.hparams.n_embd), "whole rows of the residual stream");
-        self.largest.get_mut().clear();
+        self.best.get_mut().forget();
         models::output_of(&self.backend, &self.model, &mut self.state, residual)?;
         self.n_logits = residual.len() / self.hparams.n_embd;
         Ok(())
@@ -389,13 +414,24 @@ where
         Ok(self.backend.read_row(&self.state.logits, i, out)?)
     }
 
-    fn largest_logit(&self, i: usize) -> Result<Largest, StepError> {
+    fn best_logits(&self, i: usize, k: usize, out: &mut Vec<Best>) -> Result<(), StepError> {
         assert!(i < self.n_logits, "row {i} of the {} that wanted logits", self.n_logits);
-        let mut largest = self.largest.borrow_mut();
-        if largest.is_empty() {
-            self.backend.largest(&self.state.logits, &mut largest)?;
+        assert!(k <= BEST_MAX, "{k} of the best are asked for");
+        let k = k.min(self.n_vocab());
+        let best = &mut *self.best.borrow_mut();
+        best.n_asked = best.n_asked.max(k);
+        if best.k < k {
+            let all = k.max(best.n_asked_before).next_power_of_two().min(BEST_MAX).min(self.n_vocab());
+            self.backend.best(&self.state.logits, all, &mut best.values)?;
+            best.k = all;
         }
-        Ok(largest[i])
+        out.clear();
+        out.extend_from_slice(&best.values[i * best.k..][..k]);
+        Ok(())
+    }
+
+    fn n_vocab(&self) -> usize {
+        self.hparams.n_vocab
     }
 
     fn n_ctx(&self) -> usize {

@@ -122,7 +122,7 @@ macro_rules! delegate {
         }
         $crate::backend::decorator::delegate!(op write_ids(ids: &mut Self::Ids, values: &[u32]) -> ());
         $crate::backend::decorator::delegate!(op row_stats(t: &Self::Tensor, rows: std::ops::Range<usize>, cols: std::ops::Range<usize>, out: &mut Vec<$crate::stats::RowStats>) -> ());
-        $crate::backend::decorator::delegate!(op largest(t: &Self::Tensor, out: &mut Vec<$crate::backend::Largest>) -> ());
+        $crate::backend::decorator::delegate!(op best(t: &Self::Tensor, k: usize, out: &mut Vec<$crate::backend::Best>) -> ());
         $crate::backend::decorator::delegate!(op kv_save(kv: &Self::KvCache, block: u32, out: &mut Vec<u8>) -> ());
         $crate::backend::decorator::delegate!(op embed(out: &mut Self::Tensor, table: &Self::Weight, batch: &$crate::batch::Batch) -> ());
         $crate::backend::decorator::delegate!(op add_bias(x: &mut Self::Tensor, at: usize, bias: &Self::Weight) -> ());

@@ -13,7 +13,7 @@ use crate::constraint::{Form, Grammar, Thought};
 use crate::device::Device;
 use crate::engine::EngineOptions;
 use crate::generate::{Ends, generate};
-use crate::sampler::SamplerConfig;
+use crate::sampler::{Sampler, SamplerConfig};
 use crate::session::{Runner, SessionSettings};
 use crate::speculate::Speculate;
 
@@ -193,6 +193,39 @@ fn answers_do_not_depend_on_who_else_is_answered() {
         told.iter().zip(&want).for_each(|(told, want)| check_same(told, want));
         check_empty(&mut batcher, &mut engine);
     }
+}
+
+#[test]
+fn answers_of_the_best_logits_are_those_of_all() {
+    let mut engine = load(400);
+    let warm = SamplerConfig { temperature: 0.7, top_k: 20, top_p: 0.8, seed: Some(3), ..SamplerConfig::default() };
+    let samplers = [
+        SamplerConfig { repetition_penalty: 1.05, ..warm.clone() },
+        SamplerConfig { temperature: 2.0, top_k: 180, top_p: 1.0, presence_penalty: 1.5, ..warm.clone() },
+        SamplerConfig { temperature: 1.0, top_k: 3, logit_bias: vec![(500, -1.0)], ..warm.clone() },
+        SamplerConfig::default(),
+        SamplerConfig { temperature: 0.0, frequency_penalty: 0.5, ..warm },
+    ];
+    let n_vocab = engine.session.n_vocab();
+    let request = |(i, sampler): (u32, &SamplerConfig)| {
+        let mut few = Sampler::new(sampler.clone()).unwrap();
+        (100..164).for_each(|token| few.accept(token));
+        assert!(few.n_wanted(n_vocab).is_some_and(|k| k < n_vocab), "{sampler:?}");
+        let n = 90 - 11 * i as usize;
+        Request { sampler: sampler.clone(), ..request((100 + i..150 + 3 * i).collect(), n, 0) }
+    };
+    let requests: Vec<Request> = (0..).zip(&samplers).map(request).collect();
+    // Whoever wants to know how tokens stand looks at all logits.
+    let all = |r: &Request| Request { n_best: Some(1), ..r.clone() };
+    let want: Vec<Generated> = requests.iter().map(|r| alone(&mut engine, &all(r))).collect();
+    for (r, want) in requests.iter().zip(&want) {
+        assert_eq!(alone(&mut engine, r).tokens, want.tokens, "{:?}", r.sampler);
+    }
+    // Each wants another number of them in the same step.
+    let mut batcher = Batcher::new(limits(5, 1000));
+    let told: Vec<_> = requests.iter().map(|r| submit(&mut batcher, &engine, r)).collect();
+    run(&mut batcher, &mut engine);
+    told.iter().zip(&want).for_each(|(told, want)| check_same(told, want));
 }
 
 #[test]
@@ -611,16 +644,20 @@ fn logits_that_are_not_numbers_end_their_own_answer_only() {
     let good: Vec<Request> = (0..3).map(|i| request((100 + i..180).collect(), 20, u64::from(i))).collect();
     let want: Vec<Generated> = good.iter().map(|r| alone(&mut engine, r)).collect();
     let bad = request((100..150).chain([7]).chain(150..160).collect(), 20, 9);
+    // One looks at all logits, one at the best only.
+    let few = Request { sampler: SamplerConfig { top_k: 20, ..bad.sampler.clone() }, ..bad.clone() };
     let mut batcher = Batcher::new(limits(4, 100));
     let mut told = vec![submit(&mut batcher, &engine, &good[0])];
-    let spoiled = submit(&mut batcher, &engine, &bad);
+    let spoiled = [bad, few].map(|bad| submit(&mut batcher, &engine, &bad));
     told.extend(good[1..].iter().map(|r| submit(&mut batcher, &engine, r)));
     run(&mut batcher, &mut engine);
-    let error = spoiled.result.lock().unwrap().take().unwrap().unwrap_err();
-    assert!(matches!(error, GenerateError::Sampler(SamplerError::NotFinite { .. })), "{error}");
-    assert!(error.to_string().contains("apr trace shows where"), "{error}");
+    for spoiled in spoiled {
+        let error = spoiled.result.lock().unwrap().take().unwrap().unwrap_err();
+        assert!(matches!(error, GenerateError::Sampler(SamplerError::NotFinite { token: 0, .. })), "{error}");
+        assert!(error.to_string().contains("apr trace shows where"), "{error}");
+    }
     told.iter().zip(&want).for_each(|(told, want)| check_same(told, want));
-    assert_eq!(batcher.load(&engine).n_numerical_error, 1);
+    assert_eq!(batcher.load(&engine).n_numerical_error, 2);
     check_empty(&mut batcher, &mut engine);
 }
 
