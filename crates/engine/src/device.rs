@@ -117,9 +117,8 @@ fn with_backend<T: Task>(device: Device, task: T) -> Result<(T::Out, DeviceInfo)
             Ok((task.on(Rounded(Reference))?, info))
         }
         Device::Cuda(device) => {
-            let driver = (device.connect)()?;
+            let (driver, free_bytes) = connect(device)?;
             let d = driver.description();
-            let free_bytes = driver.free_bytes().map_err(|e| ConnectError::Failed(d.name.clone(), e.to_string()))?;
             let plan = task.plan(free_bytes, device.n_cpu_moe)?;
             let gpu = format!("{}, sm_{}", d.name, d.arch);
             let backend = CudaBackend::new(driver);
@@ -135,6 +134,14 @@ fn with_backend<T: Task>(device: Device, task: T) -> Result<(T::Out, DeviceInfo)
             }
         }
     }
+}
+
+/// Reaches a GPU, and says how many bytes of its memory are free.
+fn connect(device: Cuda) -> Result<(Arc<dyn Driver>, u64), EngineError> {
+    let driver = (device.connect)()?;
+    let name = || driver.description().name.clone();
+    let free_bytes = driver.free_bytes().map_err(|e| ConnectError::Failed(name(), e.to_string()))?;
+    Ok((driver, free_bytes))
 }
 
 /// The host's cores as a backend.
@@ -187,6 +194,21 @@ pub(crate) fn run_ops(device: Device, ops: &[&StageOp]) -> Result<(Vec<Vec<f32>>
     }
     let ((results, precision), info) = with_backend(device, Run(ops))?;
     Ok((results, precision, info))
+}
+
+/// What of a model would go where on a GPU, from the model's header; `None` on a device that computes in the machine's memory.
+///
+/// # Errors
+/// A GPU that cannot be used, or that the model does not fit.
+pub(crate) fn gpu_plan(
+    device: Device,
+    file: &ModelFile,
+    h: &Hparams,
+    settings: SessionSettings,
+) -> Result<Option<GpuPlan>, EngineError> {
+    let Device::Cuda(device) = device else { return Ok(None) };
+    let (_, free_bytes) = connect(device)?;
+    GpuPlan::new(file, h, settings, free_bytes, device.n_cpu_moe).map(Some)
 }
 
 /// What a device is called and runs on this machine.

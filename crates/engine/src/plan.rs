@@ -6,19 +6,22 @@ use apr_core::hparams::Hparams;
 
 use crate::bench::Limits;
 use crate::bench::macs::macs;
+use crate::device::{self, Device};
 use crate::engine::{EngineError, context};
 use crate::generate::PREFILL_CHUNK;
 use crate::memory;
 use crate::model_file::ModelFile;
+use crate::offload::GpuPlan;
 use crate::scheduler::n_blocks;
+use crate::session::SessionSettings;
 
-/// Memory of a server, in bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Memory of a server, in bytes: of the machine's, or where there is a [`Plan::gpu`] of the GPU's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
     /// Positions of a context, and answers in the making at a time.
     pub n_ctx: usize,
     pub n_parallel: usize,
-    /// The model's file, mapped.
+    /// The model's file, mapped, or what of it is on the GPU.
     pub weight_bytes: u64,
     /// Keys and values of one whole context.
     pub context_bytes: u64,
@@ -27,35 +30,69 @@ pub struct Plan {
     pub n_kv_position: u64,
     /// Activations of a step.
     pub buffer_bytes: u64,
-    /// What the system can give, cached pages of the file among it.
+    /// What the system can give, cached pages of the file among it, or what is free of the GPU's memory.
     pub available_bytes: Option<u64>,
+    /// What of the model goes where, with a GPU.
+    pub gpu: Option<GpuPlan>,
 }
 
 impl Plan {
-    /// Plans for a model; `n_ctx` as in [`EngineOptions`](crate::EngineOptions).
+    /// Plans for a model on a device; `n_ctx` as in [`EngineOptions`](crate::EngineOptions).
     ///
     /// # Errors
-    /// More positions than the model was trained for.
+    /// More positions than the model was trained for, a GPU that cannot be used, or one that does not hold the model and keys and values
+    /// of one whole context.
     pub fn new(
+        device: Device,
         file: &ModelFile,
         h: &Hparams,
         (kv_type, n_ctx): (KvType, Option<usize>),
         n_parallel: usize,
-        available_bytes: Option<u64>,
     ) -> Result<Plan, EngineError> {
         let n_ctx = context(h, n_ctx)?;
-        let block_bytes = kv_shape(h, kv_type).block_bytes() as u64;
-        let n_block = n_kv_block(block_bytes, n_ctx, n_parallel, available_bytes);
-        Ok(Plan {
+        Ok(match device::gpu_plan(device, file, h, SessionSettings { kv_type, n_ctx })? {
+            Some(gpu) => Plan::on_gpu(gpu, kv_shape(h, kv_type), n_ctx, n_parallel),
+            None => Plan::on_host(file, h, (kv_type, n_ctx), n_parallel, memory::available()),
+        })
+    }
+
+    fn on_host(
+        file: &ModelFile,
+        h: &Hparams,
+        (kv_type, n_ctx): (KvType, usize),
+        n_parallel: usize,
+        available_bytes: Option<u64>,
+    ) -> Plan {
+        let plan = Plan {
             n_ctx,
             n_parallel,
             weight_bytes: file.file_bytes,
-            context_bytes: block_bytes.saturating_mul(n_blocks(n_ctx) as u64),
-            kv_bytes: block_bytes.saturating_mul(n_block),
-            n_kv_position: n_block.saturating_mul(KV_BLOCK as u64),
             buffer_bytes: memory::buffer_bytes(h, n_ctx.min(PREFILL_CHUNK)),
             available_bytes,
-        })
+            ..Plan::default()
+        };
+        plan.with_kv(kv_shape(h, kv_type), available_bytes)
+    }
+
+    fn on_gpu(gpu: GpuPlan, kv: KvShape, n_ctx: usize, n_parallel: usize) -> Plan {
+        let (weight_bytes, buffer_bytes) = (gpu.weight_bytes, gpu.buffer_bytes);
+        let available_bytes = Some(gpu.free_bytes);
+        let plan =
+            Plan { n_ctx, n_parallel, weight_bytes, buffer_bytes, available_bytes, gpu: Some(gpu), ..Plan::default() };
+        // What is left once the weights are there.
+        plan.with_kv(kv, Some(gpu.free_bytes - weight_bytes - buffer_bytes))
+    }
+
+    /// With keys and values, for which there is so much room.
+    fn with_kv(self, kv: KvShape, room: Option<u64>) -> Plan {
+        let block_bytes = kv.block_bytes() as u64;
+        let n_block = n_kv_block(block_bytes, self.n_ctx, self.n_parallel, room);
+        Plan {
+            context_bytes: block_bytes.saturating_mul(n_blocks(self.n_ctx) as u64),
+            kv_bytes: block_bytes.saturating_mul(n_block),
+            n_kv_position: n_block.saturating_mul(KV_BLOCK as u64),
+            ..self
+        }
     }
 
     /// All of it.
@@ -63,9 +100,10 @@ impl Plan {
         self.weight_bytes.saturating_add(self.kv_bytes).saturating_add(self.buffer_bytes)
     }
 
-    /// Bytes of weights that memory does not hold beside the rest, and that are read from disk again and again.
+    /// Bytes of weights that memory does not hold beside the rest, and that are read from disk again and again. A GPU holds all of its.
     pub fn spilled_bytes(&self) -> u64 {
-        self.available_bytes.map_or(0, |available| self.total_bytes().saturating_sub(available).min(self.weight_bytes))
+        let on_host = self.available_bytes.filter(|_| self.gpu.is_none());
+        on_host.map_or(0, |available| self.total_bytes().saturating_sub(available).min(self.weight_bytes))
     }
 
     /// Refuses a machine that cannot hold keys and values of one whole context and activations, whatever becomes of the weights.
@@ -73,7 +111,8 @@ impl Plan {
     /// # Errors
     /// What is needed and there, and the context that would fit.
     pub fn check(&self) -> Result<(), EngineError> {
-        let Some(available) = self.available_bytes else { return Ok(()) };
+        // What goes to a GPU was found to fit it.
+        let Some(available) = self.available_bytes.filter(|_| self.gpu.is_none()) else { return Ok(()) };
         let need = self.context_bytes.saturating_add(self.buffer_bytes);
         if need <= available {
             return Ok(());
@@ -125,14 +164,15 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::device::Device;
     use crate::{Engine, EngineOptions};
 
     const TINY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../fixtures/tiny-qwen3moe.gguf");
 
     fn plan(n_ctx: Option<usize>, n_parallel: usize, available: Option<u64>) -> Result<Plan, EngineError> {
         let file = ModelFile::open(Path::new(TINY)).unwrap();
-        Plan::new(&file, &file.hparams().unwrap(), (KvType::F16, n_ctx), n_parallel, available)
+        let h = file.hparams().unwrap();
+        let n_ctx = context(&h, n_ctx)?;
+        Ok(Plan::on_host(&file, &h, (KvType::F16, n_ctx), n_parallel, available))
     }
 
     #[test]

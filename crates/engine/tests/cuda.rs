@@ -11,17 +11,19 @@ use apr_cuda::driver::{Description, Driver, DriverError, Launch};
 use apr_cuda_emu::Order;
 use apr_engine::device::{ConnectError, Cuda, Device};
 use apr_engine::generate::{Ends, Request, generate};
+use apr_engine::model_file::ModelFile;
+use apr_engine::plan::Plan;
 use apr_engine::sampler::SamplerConfig;
 use apr_engine::session::{Logits, Look, Part, Sequence};
 use apr_engine::verify::{Outcome, VerifyOptions, before_first_use, verify};
 use apr_engine::{Engine, EngineError, EngineOptions, KvType, Precision};
 
 const EMULATED: Device = Device::Cuda(Cuda::new(|| Ok(apr_cuda_emu::connect(Order::Ascending))));
+const TINY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../fixtures/tiny-qwen3moe.gguf");
 const REFERENCE: Device = Device::Reference { activations: Precision::F32 };
 
 fn load(device: Device) -> Result<Engine, EngineError> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/tiny-qwen3moe.gguf");
-    Engine::load(&path, EngineOptions { device, kv_type: KvType::F16, n_ctx: Some(512) })
+    Engine::load(Path::new(TINY), EngineOptions { device, kv_type: KvType::F16, n_ctx: Some(512) })
 }
 
 fn request(n: usize) -> Request {
@@ -256,6 +258,29 @@ fn a_gpu_that_is_too_small_leaves_as_few_experts_to_the_cpu_as_it_takes() {
     TOTAL.store(need - of_all - 1, Ordering::Relaxed);
     let e = load(Device::Cuda(Cuda::new(connect))).err().expect("the rest does not fit either");
     assert!(matches!(e, EngineError::GpuMemory { .. }), "{e}");
+}
+
+#[test]
+fn a_server_on_a_gpu_is_planned_with_the_memory_of_the_gpu() {
+    static TOTAL: AtomicU64 = AtomicU64::new(0);
+    let device =
+        || Device::Cuda(Cuda::new(|| Ok(apr_cuda_emu::connect_with(Order::Ascending, TOTAL.load(Ordering::Relaxed)))));
+    let file = ModelFile::open(Path::new(TINY)).unwrap();
+    let h = file.hparams().unwrap();
+    let plan = |n_parallel| Plan::new(device(), &file, &h, (KvType::F16, Some(256)), n_parallel);
+    TOTAL.store(8 << 30, Ordering::Relaxed);
+    let whole = plan(3).unwrap();
+    let gpu = whole.gpu.unwrap();
+    assert_eq!((whole.available_bytes, gpu.n_host_layer), (Some(8 << 30), 0));
+    assert_eq!((whole.weight_bytes, whole.kv_bytes), (file.file_bytes, 3 * whole.context_bytes));
+    assert!(whole.check().is_ok() && whole.spilled_bytes() == 0);
+    TOTAL.store(whole.weight_bytes + whole.context_bytes + whole.buffer_bytes - 1, Ordering::Relaxed);
+    let part = plan(3).unwrap();
+    assert_eq!(part.gpu.unwrap().n_host_layer, 1, "the experts of a layer stay behind");
+    assert!(part.weight_bytes < whole.weight_bytes && part.kv_bytes < whole.kv_bytes && part.spilled_bytes() == 0);
+    TOTAL.store(1 << 20, Ordering::Relaxed);
+    let e = plan(1).unwrap_err();
+    assert!(matches!(e, EngineError::GpuMemory { .. }) && e.is_resource(), "{e}");
 }
 
 #[test]

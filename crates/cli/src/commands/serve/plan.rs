@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::num::NonZeroUsize;
 
-use apr_engine::bench::{Limits, limits::read_gb_per_s};
+use apr_engine::bench::Limits;
 use apr_engine::device::{self, default_threads};
 use apr_engine::model_file::ModelFile;
 use apr_engine::plan::{self, Plan};
@@ -44,7 +44,7 @@ struct Speed {
 pub fn run(args: PlanArgs) -> Result<Done> {
     let (file, h) = open(&args.load)?;
     let plan = plan_of(&args.load, &file, &h, args.parallel)?;
-    let speed = speed(&args, &file, &h, plan.n_ctx)?;
+    let speed = speed(&args, &file, &h, &plan)?;
     let refusal = plan.check().err();
     let text = match args.json {
         true => one_line(&report(&args, &plan, speed.as_ref(), refusal.as_ref())) + "\n",
@@ -73,19 +73,26 @@ fn open(load: &LoadArgs) -> Result<(ModelFile, Hparams)> {
 }
 
 fn plan_of(load: &LoadArgs, file: &ModelFile, h: &Hparams, n_parallel: NonZeroUsize) -> Result<Plan> {
-    Ok(Plan::new(file, h, (load.kv, load.ctx), n_parallel.get(), memory::available())?)
+    Ok(Plan::new(load.device(), file, h, (load.kv, load.ctx), n_parallel.get())?)
 }
 
-/// `None` for a device that is not built for speed.
-fn speed(args: &PlanArgs, file: &ModelFile, h: &Hparams, n_ctx: usize) -> Result<Option<Speed>> {
-    let device = device::info(args.load.device())?;
-    let Some(isa) = device.isa else { return Ok(None) };
-    let n_threads = device.n_threads.unwrap_or_else(default_threads);
-    let limits = args.read_gb_per_s.is_none().then(|| Limits::measure(n_threads, isa));
-    let read_gb_per_s = match (args.read_gb_per_s, &limits) {
-        (Some(given), _) => given,
-        (None, Some(limits)) => limits.read_gb_per_s,
-        (None, None) => read_gb_per_s(n_threads),
+/// `None` for a device that is not built for speed, and for a GPU that does not hold all or of which nobody said how fast it reads.
+fn speed(args: &PlanArgs, file: &ModelFile, h: &Hparams, plan: &Plan) -> Result<Option<Speed>> {
+    let n_ctx = plan.n_ctx;
+    let (read_gb_per_s, limits) = match (&plan.gpu, args.read_gb_per_s) {
+        (Some(gpu), Some(given)) if gpu.n_host_layer == 0 => (given, None),
+        (Some(_), _) => return Ok(None),
+        (None, given) => {
+            let device = device::info(args.load.device())?;
+            let Some(isa) = device.isa else { return Ok(None) };
+            match given {
+                Some(given) => (given, None),
+                None => {
+                    let limits = Limits::measure(device.n_threads.unwrap_or_else(default_threads), isa);
+                    (limits.read_gb_per_s, Some(limits))
+                }
+            }
+        }
     };
     let decode = |(n, filled): (usize, usize)| {
         let n_bytes = plan::bytes_per_step(file, h, args.load.kv, n, filled);
@@ -102,7 +109,17 @@ fn speed(args: &PlanArgs, file: &ModelFile, h: &Hparams, n_ctx: usize) -> Result
 fn text(args: &PlanArgs, p: &Plan, speed: Option<&Speed>) -> String {
     let mut lines = vec![format!("{}, {} answers at a time", model_name(&args.load.model), p.n_parallel)];
     let mut line = |name: &str, n: u64, what: String| lines.push(format!("{name:<18} {:>10}  {what}", bytes(n)));
-    line("weights", p.weight_bytes, "mapped from the file, shared between processes".to_string());
+    match &p.gpu {
+        None => line("weights", p.weight_bytes, "mapped from the file, shared between processes".to_string()),
+        Some(gpu) => {
+            line("weights", p.weight_bytes, "on the GPU".to_string());
+            if gpu.n_host_layer > 0 {
+                let of =
+                    format!("of the first {} of {} layers, in the machine's memory", gpu.n_host_layer, gpu.n_layer);
+                line("experts", gpu.host_bytes, of);
+            }
+        }
+    }
     let n_whole = p.n_kv_position / p.n_ctx.max(1) as u64;
     let room = format!(
         "up to {} positions, {n_whole} whole contexts of {}; {} each, taken as used",
@@ -114,7 +131,11 @@ fn text(args: &PlanArgs, p: &Plan, speed: Option<&Speed>) -> String {
     line("activations", p.buffer_bytes, "of a step".to_string());
     line("total", p.total_bytes(), String::new());
     if let Some(available) = p.available_bytes {
-        line("available", available, memory::total().map_or(String::new(), |n| format!("of {}", bytes(n))));
+        let of = match p.gpu {
+            Some(_) => "of the GPU's memory".to_string(),
+            None => memory::total().map_or(String::new(), |n| format!("of {}", bytes(n))),
+        };
+        line("available", available, of);
     }
     if p.spilled_bytes() > 0 {
         line("read from disk", p.spilled_bytes(), "of the weights, again and again, once all is in use".to_string());
@@ -142,6 +163,9 @@ fn report(args: &PlanArgs, p: &Plan, speed: Option<&Speed>, refusal: Option<&Eng
             "activations": p.buffer_bytes, "total": p.total_bytes(), "available": p.available_bytes,
             "machine": memory::total(), "read_from_disk": p.spilled_bytes(),
         },
+        "gpu": p.gpu.map(|gpu| json!({
+            "free": gpu.free_bytes, "weights": gpu.weight_bytes, "host_layers": gpu.n_host_layer, "host_weights": gpu.host_bytes,
+        })),
         "speed": speed.map(|s| json!({
             "read_gb_per_s": s.read_gb_per_s, "measured": s.is_measured,
             "decode_at_most": s.decode.iter().map(decode).collect::<Vec<_>>(),
