@@ -1,6 +1,6 @@
-//! Sixteen rows at a time, a 32-bit lane of AVX-512 vectors for each: what formats of 256 columns a block share.
+//! Sixteen rows at a time, a 32-bit lane of AVX-512 vectors for each: what all formats with such kernels share.
 //!
-//! Few tokens meet a super-block straight from the file's layout. For many it is made ready once. That may be no more than a
+//! A super-block is 256 columns, of one block or of eight. Few tokens meet it as it is read. For many it is made ready once. That may be no more than a
 //! transposition: the bytes of the file in an order in which a vector is four of every row. Codes and scales are then taken out
 //! of it again for every eight tokens, by units that otherwise wait for multiplications, which costs less than it takes to write
 //! twice as many vectors of unpacked codes and to read them.
@@ -31,12 +31,12 @@ pub(super) trait SuperBlock {
     unsafe fn fetch(&self, k: usize);
 }
 
-/// Formats that are multiplied so, of 256 columns a block.
+/// Formats that are multiplied so.
 ///
 /// # Safety of its functions
 /// As for [`SuperBlock`].
 pub(super) trait Wide: Format {
-    /// Bytes of a block.
+    /// Bytes of a super-block.
     const BYTES: usize;
 
     /// A super-block made ready to meet many tokens.
@@ -53,12 +53,12 @@ pub(super) trait Wide: Format {
     unsafe fn add<const N: usize>(b: &Self::Ready, n_blocks: usize, x: &[&Q8Block; N], acc: &mut [__m512; N]);
 }
 
-/// Formats of which few tokens meet what is still in registers.
+/// Formats of which few tokens meet a super-block as soon as it is read, with their sums in registers for a whole row.
 pub(super) trait Straight: Wide {
     /// From this many tokens on it is faster than the AVX2 code.
     const FROM: usize;
 
-    /// [`Wide::add`] without making ready.
+    /// [`Wide::add`] of what is read now, fetching ahead meanwhile. `room` is for what registers do not hold.
     unsafe fn add_straight<B: SuperBlock, const N: usize>(
         b: &B,
         n_blocks: usize,
@@ -127,7 +127,7 @@ pub(super) fn many<F: Wide>(w: WeightRows<'_>, x: Q8Tokens<'_>, out: &mut Out<'_
     }
 }
 
-/// Multiplies with `N` tokens while a super-block is in registers.
+/// Multiplies with `N` tokens, each sixteen rows with all of them.
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
 #[inline(never)]
 fn few<F: Straight, const N: usize>(w: WeightRows<'_>, x: Q8Tokens<'_>, out: &mut Out<'_>) {
