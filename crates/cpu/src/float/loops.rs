@@ -80,7 +80,7 @@ pub(super) unsafe fn tile<V: Vector, T: Element, const R: usize, const C: usize>
     R
 }
 
-/// [`body::exp`] of every lane, operation by operation.
+/// `exp` of the portable loops in every lane, operation by operation.
 #[inline(always)]
 unsafe fn exp<V: Vector>(x: V) -> V {
     // SAFETY: the caller's promise. `min` drops NaN.
