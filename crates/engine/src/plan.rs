@@ -79,7 +79,7 @@ impl Plan {
         let available_bytes = Some(gpu.free_bytes);
         let plan =
             Plan { n_ctx, n_parallel, weight_bytes, buffer_bytes, available_bytes, gpu: Some(gpu), ..Plan::default() };
-        // What is left once the weights are there.
+        // What is left beside weights and a step's buffers.
         plan.with_kv(kv, Some(gpu.free_bytes - weight_bytes - buffer_bytes))
     }
 

@@ -422,6 +422,8 @@ where
         best.n_asked = best.n_asked.max(k);
         if best.k < k {
             let all = k.max(best.n_asked_before).next_power_of_two().min(BEST_MAX).min(self.n_vocab());
+            // Where this fails, nothing is known any more.
+            best.k = 0;
             self.backend.best(&self.state.logits, all, &mut best.values)?;
             best.k = all;
         }

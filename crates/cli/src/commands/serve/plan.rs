@@ -21,7 +21,7 @@ pub struct PlanArgs {
     /// Answers in the making at a time
     #[arg(long, env = "APR_PARALLEL", default_value = "8", value_name = "N")]
     parallel: NonZeroUsize,
-    /// How fast this machine reads memory; by default it is measured, in less than a second
+    /// How fast this machine, or with --gpu the GPU, reads memory; by default the machine is measured, in less than a second
     #[arg(long, env = "APR_READ_GB_PER_S", value_name = "GB/S", value_parser = rate)]
     read_gb_per_s: Option<f64>,
     /// Print one JSON object
@@ -51,7 +51,7 @@ pub fn run(args: PlanArgs) -> Result<Done> {
         false => text(&args, &plan, speed.as_ref()),
     };
     write!(std::io::stdout(), "{text}")?;
-    // A plan that does not work out is told in full, and is an error all the same.
+    // A plan that does not work out is told in full, and is an error all the same; the error of a GPU tells its plan itself.
     match refusal {
         Some(e) => Err(Failure { code: RESOURCE, error: e.into() }),
         None => Ok(Done::Ok),
