@@ -107,12 +107,7 @@ fn serve(args: RunArgs) -> Result<Done> {
         .map_err(|e| usage(format_args!("--drop-system-line: {}", last_line(&e.to_string()))))?;
     let server = Server::bind(&args.host, args.port, args.settings()?)?;
     args.access.check(server.addr())?;
-    let plan = plan::check(&args.load, args.limits.parallel)?;
-    tracing::debug!(
-        kv_positions = plan.n_kv_position,
-        kv_bytes = plan.kv_bytes,
-        "room for keys and values, all answers together"
-    );
+    plan::check(&args.load, args.limits.parallel)?;
     let engine = args.load.load()?;
     let limits = limits(&engine, args.limits.parallel.get(), args.limits.queue);
     if !args.drop_system_line.is_empty() {

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::num::NonZeroUsize;
 
 use apr_engine::bench::Limits;
-use apr_engine::device::{self, default_threads};
+use apr_engine::device::{self, Device, default_threads};
 use apr_engine::model_file::ModelFile;
 use apr_engine::plan::{self, Plan};
 use apr_engine::{EngineError, Hparams, memory};
@@ -58,12 +58,21 @@ pub fn run(args: PlanArgs) -> Result<Done> {
     }
 }
 
-/// Refuses what will not fit, before anything is allocated; gives what was planned.
-pub fn check(load: &LoadArgs, n_parallel: NonZeroUsize) -> Result<Plan> {
+/// Refuses what the machine's memory will not hold, before anything is allocated. What a GPU will not hold, loading refuses before it
+/// uploads: planning here too would connect to it twice.
+pub fn check(load: &LoadArgs, n_parallel: NonZeroUsize) -> Result<()> {
+    if matches!(load.device(), Device::Cuda(_)) {
+        return Ok(());
+    }
     let (file, h) = open(load)?;
     let plan = plan_of(load, &file, &h, n_parallel)?;
     plan.check()?;
-    Ok(plan)
+    tracing::debug!(
+        kv_positions = plan.n_kv_position,
+        kv_bytes = plan.kv_bytes,
+        "room for keys and values, all answers together"
+    );
+    Ok(())
 }
 
 fn open(load: &LoadArgs) -> Result<(ModelFile, Hparams)> {
