@@ -21,7 +21,7 @@ pub const FAILED: u8 = 1;
 pub const USAGE: u8 = 2;
 /// Bad or unsupported model file.
 pub const MODEL: u8 = 3;
-/// Not enough memory, no such device, or a port in use.
+/// Not enough memory, no such device or one that fails, or a port in use.
 pub const RESOURCE: u8 = 4;
 /// Stopped by Ctrl-C.
 pub const INTERRUPTED: u8 = 130;
@@ -205,7 +205,7 @@ impl From<VerifyError> for Failure {
 fn step_code(e: &StepError) -> u8 {
     match e {
         StepError::ContextFull { .. } | StepError::Token { .. } | StepError::OtherCache { .. } => USAGE,
-        StepError::Backend(BackendError::OutOfMemory { .. }) => RESOURCE,
+        StepError::Backend(BackendError::OutOfMemory { .. } | BackendError::Device { .. }) => RESOURCE,
         StepError::Backend(_) => MODEL,
     }
 }

@@ -20,7 +20,7 @@ struct Cli {
 }
 
 const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 bad or unsupported model file, \
-4 not enough memory, no such device or a port in use, 130 interrupted.";
+4 not enough memory, no such device or one that fails, or a port in use, 130 interrupted.";
 
 #[derive(Subcommand)]
 enum Command {

@@ -14,7 +14,7 @@ use crate::diff::op::StageOp;
 use crate::engine::EngineError;
 use crate::model_file::ModelFile;
 use crate::offload::{GpuPlan, HostLayers};
-use crate::session::{Runner, Session, SessionSettings};
+use crate::session::{self, Session, SessionSettings};
 use crate::threads::THREADS_MAX;
 
 pub use crate::threads::default_threads;
@@ -176,7 +176,7 @@ pub(crate) fn open(
             B::Weight: Send,
             B::KvCache: Send,
         {
-            Ok(Box::new(Runner::load(backend, self.0, self.1, self.2)?))
+            Ok(session::load(backend, self.0, self.1, self.2)?)
         }
     }
     with_backend(device, Load(file, h, settings))

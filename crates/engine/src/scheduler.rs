@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -190,19 +190,35 @@ impl Batcher {
     }
 
     /// Runs one step.
-    pub fn step(&mut self, engine: &mut Engine) {
+    ///
+    /// # Errors
+    /// A device that fails. It will not work in any later step, so nothing is left but [`fail_all`](Self::fail_all).
+    pub fn step(&mut self, engine: &mut Engine) -> Result<(), BackendError> {
         self.drop_gone(engine);
         self.admit(engine);
         self.use_kept(engine);
         let shares = self.shares_that_fit(engine);
         if shares.is_empty() {
-            return;
+            return Ok(());
         }
         match self.run(engine, &shares) {
             Ok(()) => self.keep(engine, &shares),
             Err(StepError::Backend(BackendError::OutOfMemory { .. })) if self.makes_do(engine) => {}
             Err(e) => shares.iter().for_each(|s| self.running[s.i].failed = Some(e.clone().into())),
         }
+        if let Some(e) = self.running.iter().find_map(|r| r.failed.as_ref().and_then(of_device)) {
+            return Err(e.clone());
+        }
+        self.remove_done(engine);
+        Ok(())
+    }
+
+    /// Ends all answers because the device has failed; those that have not begun are told that nothing is answered any more.
+    pub fn fail_all(&mut self, engine: &mut Engine, e: &BackendError) {
+        for r in self.running.iter_mut().filter(|r| !r.is_done()) {
+            r.failed = Some(StepError::from(e.clone()).into());
+        }
+        self.waiting.drain(..).for_each(|mut w| w.listener.end(Err(GenerateError::Failed)));
         self.remove_done(engine);
     }
 
@@ -502,6 +518,14 @@ impl Batcher {
     }
 }
 
+/// The failure of the device, where an answer failed by that.
+fn of_device(e: &GenerateError) -> Option<&BackendError> {
+    match e {
+        GenerateError::Step(StepError::Backend(e @ BackendError::Device { .. })) => Some(e),
+        _ => None,
+    }
+}
+
 /// An answer to a request that fits.
 fn begin(engine: &Engine, request: Request) -> Result<Answer, GenerateError> {
     let max_tokens = check_fits(engine, request.prompt.len(), request.max_tokens)?;
@@ -525,6 +549,8 @@ pub struct Scheduler {
     commands: Sender<Command>,
     load: Arc<Mutex<Load>>,
     n_submitted: AtomicU64,
+    /// Why the thread has ended, where its device has failed. It is there before anybody hears of the failure.
+    failure: Arc<OnceLock<BackendError>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -552,16 +578,23 @@ impl Scheduler {
         assert!(limits.n_kv_block >= n_whole, "{} blocks hold a context of {n_whole}", limits.n_kv_block);
         let (commands, received) = channel();
         let load = Arc::new(Mutex::new(Load::default()));
-        let told = load.clone();
+        let failure = Arc::new(OnceLock::new());
+        let (told, failed) = (load.clone(), failure.clone());
         let thread = std::thread::Builder::new().name("scheduler".into()).spawn(move || {
             let mut batcher = Batcher { shadow, ..Batcher::new(limits) };
             while follow(&received, &mut batcher, &mut engine, &told) {
-                batcher.step(&mut engine);
+                if let Err(e) = batcher.step(&mut engine) {
+                    _ = failed.set(e.clone());
+                    batcher.fail_all(&mut engine, &e);
+                    break;
+                }
                 batcher.tell_shadow();
             }
+            // What was submitted since then must not wait until a large model has been let go of.
+            drop(received);
             batcher.cancel_all(&mut engine);
         })?;
-        Ok(Scheduler { commands, load, n_submitted: AtomicU64::new(0), thread: Some(thread) })
+        Ok(Scheduler { commands, load, n_submitted: AtomicU64::new(0), failure, thread: Some(thread) })
     }
 
     /// Takes a request; its listener is told of everything, refusal too.
@@ -594,9 +627,14 @@ impl Scheduler {
         Load { n_waiting: told.n_waiting + (n_submitted - told.n_submitted) as usize, n_submitted, ..told }
     }
 
-    /// Whether the thread runs.
+    /// Whether answers are made: neither has the thread ended nor its device failed.
     pub fn is_alive(&self) -> bool {
-        self.thread.as_ref().is_some_and(|t| !t.is_finished())
+        self.failure().is_none() && self.thread.as_ref().is_some_and(|t| !t.is_finished())
+    }
+
+    /// How the device has failed, where that is why nothing is answered.
+    pub fn failure(&self) -> Option<&BackendError> {
+        self.failure.get()
     }
 }
 

@@ -216,8 +216,39 @@ impl BlockPool {
     }
 }
 
+/// Uploads a file's weights to a backend.
+///
+/// # Errors
+/// Tensors that are missing or of another shape than the header says; types that the backend does not multiply; not enough memory.
+pub fn load<B>(b: B, file: &ModelFile, h: &Hparams, settings: SessionSettings) -> Result<Box<dyn Session>, LoadError>
+where
+    B: Backend + Send + 'static,
+    B::Tensor: Send,
+    B::Ids: Send,
+    B::Weight: Send,
+    B::KvCache: Send,
+{
+    let model = models::load(&b, &file.gguf, h, &file.parts)?;
+    let state = models::state(&b, h, &model);
+    let (n_head_kv, head_dim) = (h.heads.n_head_kv, h.heads.head_dim);
+    let kv_shape = KvShape { n_layer: h.n_layer, n_head_kv, head_dim, kv_type: settings.kv_type };
+    let kv = b.kv_cache(kv_shape);
+    Ok(Box::new(Runner {
+        backend: b,
+        model,
+        state,
+        kv,
+        kv_shape,
+        blocks: BlockPool::default(),
+        n_ctx: settings.n_ctx,
+        hparams: h.clone(),
+        n_logits: 0,
+        best: RefCell::default(),
+    }))
+}
+
 /// A model on one backend.
-pub(crate) struct Runner<B: Backend> {
+struct Runner<B: Backend> {
     backend: B,
     model: Model<B::Weight>,
     state: StateOf<B>,
@@ -254,28 +285,6 @@ impl BestLogits {
 }
 
 impl<B: Backend> Runner<B> {
-    /// Uploads a file's weights.
-    pub(crate) fn load(b: B, file: &ModelFile, h: &Hparams, settings: SessionSettings) -> Result<Runner<B>, LoadError> {
-        let model = models::load(&b, &file.gguf, h, &file.parts)?;
-        let state = models::state(&b, h, &model);
-        let (n_head_kv, head_dim) = (h.heads.n_head_kv, h.heads.head_dim);
-        let kv_shape = KvShape { n_layer: h.n_layer, n_head_kv, head_dim, kv_type: settings.kv_type };
-        let kv = b.kv_cache(kv_shape);
-        let blocks = BlockPool::default();
-        Ok(Runner {
-            backend: b,
-            model,
-            state,
-            kv,
-            kv_shape,
-            blocks,
-            n_ctx: settings.n_ctx,
-            hparams: h.clone(),
-            n_logits: 0,
-            best: RefCell::default(),
-        })
-    }
-
     fn check(&self, parts: &[Part<'_>]) -> Result<(), StepError> {
         for part in parts {
             let need = part.sequence.n_tokens + part.tokens.len();

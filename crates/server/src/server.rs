@@ -4,6 +4,7 @@ use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::time::Duration;
 
+use apr_engine::BackendError;
 use tokio::runtime::Runtime;
 use tokio::task::JoinHandle;
 
@@ -42,6 +43,8 @@ pub enum RunError {
     Signals(std::io::Error),
     #[error("the engine has failed and answers nothing more; what it said is above. Start the server again")]
     Engine,
+    #[error("{0}; nothing is answered any more. Start the server again")]
+    Device(BackendError),
 }
 
 /// Why a server cannot listen.
@@ -138,7 +141,7 @@ impl Server {
             let ended = self.runtime.block_on(async {
                 tokio::select! {
                     _ = signals.next() => Some(Ok(())),
-                    () = failed(&self.state) => Some(Err(RunError::Engine)),
+                    e = failure(&self.state) => Some(Err(e)),
                     () = self.hangups.next() => None,
                 }
             });
@@ -172,8 +175,11 @@ impl Server {
 }
 
 /// Waits until the engine has failed.
-async fn failed(state: &State) {
-    while state.loaded().is_none_or(|model| model.scheduler.is_alive()) {
+async fn failure(state: &State) -> RunError {
+    loop {
+        if let Some(model) = state.loaded().filter(|model| !model.scheduler.is_alive()) {
+            return model.scheduler.failure().map_or(RunError::Engine, |e| RunError::Device(e.clone()));
+        }
         tokio::time::sleep(LOOK_TIME).await;
     }
 }

@@ -56,14 +56,19 @@ pub enum Fault {
     KvRestoreForgets,
     /// There is memory for [`N_KV_BLOCK`] blocks of keys and values only.
     KvMemoryEnds,
+    /// The device fails in a step in which a sequence comes to position [`LAST_POSITION`], and works in all others.
+    DeviceFails,
 }
 
 /// Blocks that there is memory for under [`Fault::KvMemoryEnds`].
 pub const N_KV_BLOCK: usize = 7;
 
+/// The position at which a device fails under [`Fault::DeviceFails`].
+pub const LAST_POSITION: u32 = 200;
+
 impl Fault {
     /// Every fault.
-    pub const ALL: [Fault; 21] = [
+    pub const ALL: [Fault; 22] = [
         Fault::DropHeadNorm,
         Fault::ReadQ6kAsQ4k,
         Fault::SwapExperts,
@@ -85,6 +90,7 @@ impl Fault {
         Fault::NeighbourLeaks,
         Fault::KvRestoreForgets,
         Fault::KvMemoryEnds,
+        Fault::DeviceFails,
     ];
 
     /// The fault of this name, which is that of its variant.
@@ -271,6 +277,10 @@ impl<B: Backend> Backend for Faulty<B> {
         batch: &Batch,
         probe: &mut P,
     ) -> Result<()> {
+        if self.makes(Fault::DeviceFails) && batch.rows().iter().any(|r| r.position >= LAST_POSITION) {
+            let (device, what) = ("a device".to_string(), "it does not answer".to_string());
+            return Err(BackendError::Device { device, what });
+        }
         let is_watched = probe.wants(Stage::Attention, il);
         let mut probe = Through { outer: self, probe };
         self.0.attention(out, qkv, kv, il, heads, &self.misplaced(batch), &mut probe)?;

@@ -13,7 +13,7 @@ use crate::device::Device;
 use crate::generate::{Ends, Finish, GenerateError, Generated, Request, generate};
 use crate::output_parser::{Event, OutputParser, Thinking};
 use crate::sampler::{SamplerConfig, SamplerError};
-use crate::session::{Runner, SessionSettings};
+use crate::session::{self, SessionSettings};
 use crate::{Engine, EngineOptions, KvType};
 
 /// What takes a tenth of this on an idle machine.
@@ -173,7 +173,7 @@ fn numbers_that_are_none_do_not_hide_behind_the_mask() {
     let asked = request(compile(&engine, Form::Json(person())).unwrap(), 1.0, 1);
     let settings = SessionSettings { kv_type: KvType::F16, n_ctx: 1024 };
     let backend = Faulty(CpuBackend::new(2, None).unwrap(), Fault::NanInAttention);
-    engine.session = Box::new(Runner::load(backend, &engine.file, &engine.hparams, settings).unwrap());
+    engine.session = session::load(backend, &engine.file, &engine.hparams, settings).unwrap();
     let broken = generate(&mut engine, &asked, &AtomicBool::new(false), &mut |_| ());
     assert!(matches!(broken, Err(GenerateError::Sampler(SamplerError::NotFinite { .. }))), "{broken:?}");
 }

@@ -84,7 +84,7 @@ mod tests {
 
     use super::*;
     use crate::engine::EngineOptions;
-    use crate::session::Runner;
+    use crate::session;
 
     const N_TOKENS: u32 = 400;
 
@@ -108,8 +108,8 @@ mod tests {
         change(&mut h);
         let cpu = CpuBackend::new(2, None).unwrap();
         engine.session = match fault {
-            Some(fault) => Box::new(Runner::load(Faulty(cpu, fault), &engine.file, &h, settings).unwrap()),
-            None => Box::new(Runner::load(cpu, &engine.file, &h, settings).unwrap()),
+            Some(fault) => session::load(Faulty(cpu, fault), &engine.file, &h, settings).unwrap(),
+            None => session::load(cpu, &engine.file, &h, settings).unwrap(),
         };
         judged(&mut engine, &[0, 2, 3]).culprits.iter().map(|c| c.place.to_string()).collect()
     }

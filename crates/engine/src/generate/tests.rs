@@ -12,7 +12,7 @@ use proptest::test_runner::{Config, TestRunner};
 use super::*;
 use crate::device::Device;
 use crate::engine::EngineOptions;
-use crate::session::{Runner, SessionSettings};
+use crate::session::{self, SessionSettings};
 
 /// Guesses what will come, and errs now and then.
 struct Oracle {
@@ -216,7 +216,7 @@ fn a_pass_that_depends_on_its_rows_would_show() {
     let mut engine = load(120);
     let settings = SessionSettings { kv_type: KvType::F16, n_ctx: 120 };
     let backend = Faulty(CpuBackend::new(2, None).unwrap(), Fault::DecodeDiffers);
-    engine.session = Box::new(Runner::load(backend, &engine.file, &engine.hparams, settings).unwrap());
+    engine.session = session::load(backend, &engine.file, &engine.hparams, settings).unwrap();
     let differs = (0..8).any(|seed| {
         let request = random(60, seed);
         let (plain, _) = answer(&mut engine, &request, Box::new(NoSpeculation), usize::MAX);

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use apr_core::backend::KvType;
-use apr_core::backend::faulty::{Fault, Faulty, N_KV_BLOCK};
+use apr_core::backend::faulty::{Fault, Faulty, LAST_POSITION, N_KV_BLOCK};
 use apr_cpu::CpuBackend;
 use proptest::prelude::*;
 
@@ -14,7 +14,7 @@ use crate::device::Device;
 use crate::engine::EngineOptions;
 use crate::generate::{Ends, generate};
 use crate::sampler::{Sampler, SamplerConfig};
-use crate::session::{Runner, SessionSettings};
+use crate::session::{self, SessionSettings};
 use crate::speculate::Speculate;
 
 mod onlooking;
@@ -146,7 +146,7 @@ fn run(batcher: &mut Batcher, engine: &mut Engine) {
         if batcher.is_idle() {
             return;
         }
-        batcher.step(engine);
+        batcher.step(engine).unwrap();
     }
     panic!("the batcher does not come to an end");
 }
@@ -186,7 +186,7 @@ fn answers_do_not_depend_on_who_else_is_answered() {
         let mut told = Vec::new();
         for r in &requests {
             told.push(submit(&mut batcher, &engine, r));
-            (0..3).for_each(|_| batcher.step(&mut engine));
+            (0..3).for_each(|_| batcher.step(&mut engine).unwrap());
             assert!(engine.session.n_kv_blocks() <= n_kv_block, "the limit of blocks holds");
         }
         run(&mut batcher, &mut engine);
@@ -233,7 +233,7 @@ fn a_neighbour_that_leaks_would_show() {
     let mut engine = load(400);
     let settings = SessionSettings { kv_type: KvType::F16, n_ctx: 400 };
     let backend = Faulty(CpuBackend::new(2, None).unwrap(), Fault::NeighbourLeaks);
-    engine.session = Box::new(Runner::load(backend, &engine.file, &engine.hparams, settings).unwrap());
+    engine.session = session::load(backend, &engine.file, &engine.hparams, settings).unwrap();
     let requests: Vec<Request> = (0..4).map(|i| request((100 + i..150 + i).collect(), 30, u64::from(i))).collect();
     let mut batcher = Batcher::new(limits(4, 100));
     let told: Vec<_> = requests.iter().map(|r| submit(&mut batcher, &engine, r)).collect();
@@ -263,7 +263,7 @@ fn with_less_memory_than_was_promised_fewer_are_answered_at_a_time() {
     let want: Vec<Generated> = requests.iter().map(|r| alone(&mut engine, r)).collect();
     let settings = SessionSettings { kv_type: KvType::F16, n_ctx: 400 };
     let backend = Faulty(CpuBackend::new(2, None).unwrap(), Fault::KvMemoryEnds);
-    engine.session = Box::new(Runner::load(backend, &engine.file, &engine.hparams, settings).unwrap());
+    engine.session = session::load(backend, &engine.file, &engine.hparams, settings).unwrap();
     let mut batcher = Batcher::new(limits(4, 100));
     // The last takes all that there is, what was kept of the others too.
     let told: Vec<_> = requests.iter().map(|r| submit(&mut batcher, &engine, r)).collect();
@@ -289,7 +289,7 @@ fn guesses_take_no_more_than_may_be_had() {
     let answer = Answer::new(&engine, asked, 60, speculator).unwrap();
     batcher.running.push(Running { answer, listener: Box::new(Ear(told.clone())), failed: None });
     while !batcher.is_idle() {
-        batcher.step(&mut engine);
+        batcher.step(&mut engine).unwrap();
         assert!(engine.session.n_kv_blocks() <= 4, "a guess takes a block of those kept");
     }
     check_same(&told, &want);
@@ -310,7 +310,7 @@ fn embeddings_ride_along_and_are_the_same() {
         let told: Vec<_> = requests.iter().map(|r| submit(&mut batcher, &engine, r)).collect();
         if sets_back {
             while batcher.running.last().is_none_or(|r| r.answer.sequence.n_tokens() == 0) {
-                batcher.step(&mut engine);
+                batcher.step(&mut engine).unwrap();
             }
             assert!(batcher.running.last().unwrap().answer.n_to_feed() > 0, "it is in the middle");
             batcher.set_back_last(&mut engine);
@@ -375,9 +375,9 @@ fn a_short_prompt_does_not_wait_for_a_long_one() {
     let mut engine = load(2000);
     let mut batcher = Batcher::new(limits(2, 100));
     let long = submit(&mut batcher, &engine, &request((0..1800).map(|t| 100 + t % 1000).collect(), 4, 1));
-    batcher.step(&mut engine);
+    batcher.step(&mut engine).unwrap();
     let short = submit(&mut batcher, &engine, &request((100..120).collect(), 4, 2));
-    batcher.step(&mut engine);
+    batcher.step(&mut engine).unwrap();
     assert_eq!((short.n_pieces(), long.n_pieces()), (1, 0), "its prompt is in the next step");
     run(&mut batcher, &mut engine);
 }
@@ -389,7 +389,7 @@ fn step_tokens(batcher: &mut Batcher, engine: &mut Engine, n_short: usize) -> Ve
     batcher.admit(engine);
     batcher.use_kept(engine);
     let before = fed(batcher);
-    batcher.step(engine);
+    batcher.step(engine).unwrap();
     fed(batcher).iter().zip(&before).map(|(after, before)| after - before).collect()
 }
 
@@ -486,6 +486,59 @@ fn a_thread_that_fails_ends_what_it_was_to_answer() {
     assert!(matches!(*late.result.lock().unwrap(), Some(Err(GenerateError::Failed))));
 }
 
+/// An engine whose device fails where a sequence comes to [`LAST_POSITION`].
+fn failing() -> Engine {
+    let mut engine = load(400);
+    let settings = SessionSettings { kv_type: KvType::F16, n_ctx: 400 };
+    let backend = Faulty(CpuBackend::new(2, None).unwrap(), Fault::DeviceFails);
+    engine.session = session::load(backend, &engine.file, &engine.hparams, settings).unwrap();
+    engine
+}
+
+#[test]
+fn a_device_that_fails_ends_every_answer_and_those_that_wait() {
+    let mut engine = failing();
+    let mut batcher = Batcher::new(limits(2, 100));
+    // Alone none but the first would fail.
+    let told: Vec<_> = [(190, 100), (10, 150), (10, 3)]
+        .map(|(n_prompt, n)| submit(&mut batcher, &engine, &request((100..100 + n_prompt).collect(), n, 1)))
+        .into();
+    let failure = loop {
+        if let Err(e) = batcher.step(&mut engine) {
+            break e;
+        }
+    };
+    assert!(!told.iter().any(|t| t.has_ended()), "nobody is told before the scheduler knows");
+    batcher.fail_all(&mut engine, &failure);
+    for (told, what) in told.iter().zip(["a device failed", "a device failed", "the engine has failed"]) {
+        let result = told.result.lock().unwrap().clone().unwrap();
+        assert!(result.unwrap_err().to_string().starts_with(what), "{what}");
+    }
+    assert_eq!(told[0].n_pieces(), LAST_POSITION as usize - 190 + 1, "what was computed before was handed over");
+    assert!(batcher.is_idle());
+    check_empty(&mut batcher, &mut engine);
+}
+
+#[test]
+fn a_scheduler_whose_device_fails_is_over() {
+    let scheduler = Scheduler::start(failing(), limits(2, 100)).unwrap();
+    assert!(scheduler.is_alive() && scheduler.failure().is_none());
+    let submit = |n_prompt: u32| {
+        let told = Told::new();
+        scheduler.submit(request((100..100 + n_prompt).collect(), 100, 1), Box::new(Ear(told.clone())));
+        while Arc::strong_count(&told) > 1 {
+            std::thread::yield_now();
+        }
+        told
+    };
+    assert!(submit(190).has_ended());
+    assert!(!scheduler.is_alive(), "whoever is told of a failure finds that nothing is answered");
+    assert_eq!(scheduler.failure().unwrap().to_string(), "a device failed: it does not answer");
+    let late = submit(10).result.lock().unwrap().clone();
+    assert!(late.is_none_or(|result| matches!(result, Err(GenerateError::Failed))));
+    assert!(scheduler.with_engine(|_| ()).is_none());
+}
+
 #[test]
 fn who_is_gone_costs_nothing_more() {
     let mut engine = load(400);
@@ -496,7 +549,7 @@ fn who_is_gone_costs_nothing_more() {
         .map(|i| submit(&mut batcher, &engine, &Request { prompt: (100 + i..300).collect(), ..stays.clone() }))
         .collect();
     let stays = submit(&mut batcher, &engine, &stays);
-    batcher.step(&mut engine);
+    batcher.step(&mut engine).unwrap();
     // In its prefill, while waiting, and in its answer.
     told[0].is_gone.store(true, Ordering::Relaxed);
     told[4].is_gone.store(true, Ordering::Relaxed);
@@ -585,10 +638,10 @@ fn what_is_kept_and_idle_is_no_room_beside_what_it_would_take() {
     let other = request((300..650).collect(), 40, 2);
     let (want, want_kept) = (alone(&mut engine, &other), alone(&mut engine, &kept));
     let other = submit(&mut batcher, &engine, &other);
-    batcher.step(&mut engine);
+    batcher.step(&mut engine).unwrap();
     let again = submit(&mut batcher, &engine, &kept);
     for _ in 0..5 {
-        batcher.step(&mut engine);
+        batcher.step(&mut engine).unwrap();
     }
     assert_eq!((batcher.running.len(), batcher.waiting.len()), (1, 1), "three do not fit");
     run(&mut batcher, &mut engine);
@@ -617,10 +670,10 @@ fn what_was_done_is_counted() {
     assert!(n_cached >= 256, "two of three find two whole blocks at least");
     assert_eq!((load.n_cancelled, load.n_numerical_error, load.n_set_back), (0, 0, 0));
     let told = submit(&mut batcher, &engine, &asked);
-    batcher.step(&mut engine);
+    batcher.step(&mut engine).unwrap();
     let waits: Vec<_> = (0..2).map(|_| submit(&mut batcher, &engine, &asked)).collect();
     [&told, &waits[0], &waits[1]].iter().for_each(|t| t.is_gone.store(true, Ordering::Relaxed));
-    batcher.step(&mut engine);
+    batcher.step(&mut engine).unwrap();
     assert_eq!(batcher.load(&engine).n_cancelled, 3);
 }
 
@@ -697,7 +750,7 @@ proptest! {
             let told = submit(&mut batcher, &engine, &asked);
             all.push((asked, told, leaves));
             for _ in 0..n_step {
-                batcher.step(&mut engine);
+                batcher.step(&mut engine).unwrap();
                 for (_, told, leaves) in &all {
                     if leaves.is_some_and(|at| told.n_pieces() >= at) {
                         told.is_gone.store(true, Ordering::Relaxed);

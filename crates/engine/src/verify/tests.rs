@@ -9,7 +9,7 @@ use apr_cpu::CpuBackend;
 
 use super::*;
 use crate::engine::EngineOptions;
-use crate::session::Runner;
+use crate::session;
 
 /// What every contract comes to on a model of which `make(n_threads)` makes the backends.
 fn results<B>(name: &str, make: impl Fn(usize) -> B) -> Vec<CheckResult>
@@ -24,7 +24,7 @@ where
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures").join(name);
     let mut engine = Engine::load(&path, EngineOptions { device, kv_type: KvType::F16, n_ctx: Some(256) }).unwrap();
     let load = |file: &ModelFile, h: &Hparams, settings: SessionSettings, n: usize| {
-        Ok(Box::new(Runner::load(make(n), file, h, settings)?) as Box<dyn Session>)
+        Ok(session::load(make(n), file, h, settings)?)
     };
     let settings = SessionSettings { kv_type: KvType::F16, n_ctx: 256 };
     engine.session = load(&engine.file, &engine.hparams, settings, 2).unwrap();

@@ -4,6 +4,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use crate::support::*;
+use apr_core::backend::faulty::{Fault, Faulty};
+use apr_cpu::CpuBackend;
+use apr_engine::session::{self, SessionSettings};
+use apr_engine::{Engine, KvType};
 use apr_server::{Model, Server, Settings, SystemLines};
 use serde_json::{Value, json};
 
@@ -205,6 +209,26 @@ fn an_engine_that_fails_ends_what_it_was_to_answer_and_is_unhealthy() {
     let refused = post(&server, CHAT, &question(0));
     assert_eq!(refused.status, 503);
     assert!(refused.text().contains("the engine has failed"), "{}", refused.text());
+}
+
+#[test]
+fn a_device_that_fails_ends_the_server_and_is_named() {
+    let server = start_with(Settings::default(), |_| ());
+    let (addr, model) = (server.addr(), server.model().unwrap());
+    let fails = |engine: &mut Engine| {
+        let settings = SessionSettings { kv_type: KvType::F16, n_ctx: 1024 };
+        let backend = Faulty(CpuBackend::new(2, None).unwrap(), Fault::DeviceFails);
+        engine.session = session::load(backend, &engine.file, &engine.hparams, settings).unwrap();
+    };
+    model.scheduler().with_engine(fails).unwrap();
+    let running = std::thread::spawn(move || server.run(|| (), |_| (), |_| ()));
+    let mut client = Client::connect(addr);
+    client.request("POST", CHAT, &[], long(false).to_string().as_bytes());
+    let reply = client.reply();
+    assert_eq!((reply.status, &reply.json()["error"]["code"]), (500, &json!("engine_error")));
+    assert!(reply.text().contains("a device failed: it does not answer"), "{}", reply.text());
+    let error = running.join().unwrap().unwrap_err();
+    assert!(error.to_string().starts_with("a device failed: it does not answer;"), "{error}");
 }
 
 #[test]

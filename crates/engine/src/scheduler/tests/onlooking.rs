@@ -235,7 +235,7 @@ fn a_neighbour_that_leaks_would_show_in_a_trace() {
     let mut engine = load(400);
     let settings = SessionSettings { kv_type: KvType::F16, n_ctx: 400 };
     let backend = Faulty(CpuBackend::new(2, None).unwrap(), Fault::NeighbourLeaks);
-    engine.session = Box::new(Runner::load(backend, &engine.file, &engine.hparams, settings).unwrap());
+    engine.session = session::load(backend, &engine.file, &engine.hparams, settings).unwrap();
     let asked = Request { trace: Some(TraceAsk::default()), ..request((100..150).collect(), 10, 1) };
     let mut batcher = Batcher::new(limits(4, 100));
     let told = submit(&mut batcher, &engine, &asked);

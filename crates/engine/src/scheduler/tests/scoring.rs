@@ -115,7 +115,7 @@ fn a_step_has_few_rows_of_logits_however_many_are_scored() {
     let told = |batcher: &Batcher| batcher.running.iter().map(|r| r.answer.sequence.n_tokens()).sum::<usize>();
     while batcher.counts.n_generated_token == 0 {
         let before = told(&batcher);
-        batcher.step(&mut engine);
+        batcher.step(&mut engine).unwrap();
         let n = told(&batcher) - before;
         assert!(n <= LOGITS_CHUNK, "{n} rows of logits in a step");
     }

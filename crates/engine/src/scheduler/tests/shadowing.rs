@@ -54,7 +54,7 @@ fn a_backend_that_errs_is_found() {
     let mut engine = load(400);
     let settings = SessionSettings { kv_type: KvType::F16, n_ctx: 400 };
     let backend = Faulty(CpuBackend::new(2, None).unwrap(), Fault::SkipRenormalise);
-    engine.session = Box::new(Runner::load(backend, &engine.file, &engine.hparams, settings).unwrap());
+    engine.session = session::load(backend, &engine.file, &engine.hparams, settings).unwrap();
     let c = counts(engine, 1, &short(2), 2);
     assert!(c.n_replayed == 2 && c.n_above > 0, "{c:?}");
 }
