@@ -30,10 +30,33 @@ fn main() {
         .flag("-Wno-unused-function")
         .flag("-fno-strict-aliasing")
         .flag("-ffp-contract=off")
+        .pic(true)
         .include("src")
         .include(&kernels)
         .file(whole_path)
         .compile("apr_cuda_emulation");
+    link_libcuda(&out);
     println!("cargo::rerun-if-changed=src");
     println!("cargo::rerun-if-changed={}", kernels.display());
+}
+
+/// Links the stand-in for the driver, a library that programs load as `libcuda.so`, with all of the emulation in it. It has a folder of
+/// its own: `cargo test` puts those of libraries in the loader's path, and only who asks for the stand-in is to find it.
+fn link_libcuda(out: &Path) {
+    let folder = out.join("driver");
+    std::fs::create_dir_all(&folder).expect("OUT_DIR is writable");
+    let mut build = cc::Build::new();
+    build.cpp(true).std("c++17").opt_level(1).pic(true).cargo_metadata(false);
+    let objects = build.file("src/libcuda.cpp").compile_intermediates();
+    let linked = build
+        .get_compiler()
+        .to_command()
+        .args(["-shared", "-Wl,-Bsymbolic", "-o"])
+        .arg(folder.join("libcuda.so"))
+        .args(objects)
+        .arg("-Wl,--whole-archive")
+        .arg(out.join("libapr_cuda_emulation.a"))
+        .arg("-Wl,--no-whole-archive")
+        .status();
+    assert!(linked.is_ok_and(|status| status.success()), "the C++ compiler links a shared library");
 }

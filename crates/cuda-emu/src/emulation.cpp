@@ -20,6 +20,8 @@ namespace {
 
 // What a device of every supported generation gives a block without asking.
 const size_t SHARED_MAX = 48 << 10;
+// Blocks along y and z that a GPU takes.
+const u32 GRID_MAX = 65535;
 const size_t STACK_BYTES = 64 << 10;
 const u8 GARBAGE = 0xa5;
 
@@ -290,6 +292,7 @@ extern "C" int apr_emulation_launch(const char *name, const u32 *grid, u32 threa
     const Kernel *kernel = find(name);
     std::string wrong;
     if (!kernel) wrong = "there is no such kernel";
+    else if (!grid[0] || !grid[1] || !grid[2] || grid[1] > GRID_MAX || grid[2] > GRID_MAX) wrong = "a grid that no GPU takes";
     else if (kernel->threads != threads) wrong = "it is written for " + std::to_string(kernel->threads) + " threads";
     else if (strcmp(kernel->kinds, kinds)) wrong = "its arguments are '" + std::string(kernel->kinds) + "'";
     if (wrong.empty()) {
@@ -315,6 +318,12 @@ extern "C" int apr_emulation_launch(const char *name, const u32 *grid, u32 threa
     }
     snprintf(error, error_bytes, "%s", wrong.c_str());
     return !wrong.empty();
+}
+
+// Letters of a kernel's arguments, or null where there is no such kernel.
+extern "C" const char *apr_emulation_kinds(const char *name) {
+    const Kernel *kernel = find(name);
+    return kernel ? kernel->kinds : nullptr;
 }
 
 // The `i`-th kernel's name, or null.

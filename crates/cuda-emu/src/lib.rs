@@ -9,6 +9,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use apr_cuda::driver::{Arg, Description, Driver, DriverError, Launch, Result};
 
+/// The folder of a `libcuda.so` that stands in for NVIDIA's driver: a program that is started with it in the loader's path finds a
+/// GPU. What it checks, and what it reads of the environment, is in `libcuda.cpp`.
+pub const LIBCUDA_FOLDER: &str = concat!(env!("OUT_DIR"), "/driver");
+
 /// The order in which the threads of a block run from one barrier to the next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Order {
