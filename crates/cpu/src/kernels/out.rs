@@ -34,8 +34,8 @@ impl<'a> Out<'a> {
         self.n_cols
     }
 
-    /// Writes `values` to row `row` from column `col` of the range on.
-    #[inline]
+    /// Writes `values` to row `row` from column `col` of the range on. Of a number that is known they are written without a call.
+    #[inline(always)]
     pub(crate) fn put(&mut self, row: usize, col: usize, values: &[f32]) {
         assert!(row < self.n_rows && col <= self.n_cols && values.len() <= self.n_cols - col);
         // SAFETY: the assertion keeps the cells within this range of columns, which nobody else accesses.
