@@ -7,21 +7,23 @@
 use std::ops::Range;
 
 use apr_core::backend::{BackendError, KV_BLOCK, KvShape, KvType, Result};
+use bytemuck::Zeroable;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
 use crate::float::FloatKernels;
+use crate::lines::{Line, Lines};
 
 /// Keys and values of all sequences.
 pub struct KvCache {
     shape: KvShape,
-    blocks: Vec<Box<[u64]>>,
+    blocks: Vec<Box<[Line]>>,
 }
 
 /// One head's keys or values in one block, as floats.
 #[derive(Default)]
 pub struct Tile {
-    values: Vec<f32>,
+    values: Lines,
     scales: Vec<f32>,
 }
 
@@ -47,14 +49,14 @@ impl KvCache {
 
     /// Makes room for blocks `0..n_blocks`, zeroed.
     pub fn reserve(&mut self, n_blocks: usize) -> Result<()> {
-        let n_words = self.shape.block_bytes().div_ceil(8);
+        let n_lines = self.shape.block_bytes().div_ceil(size_of::<Line>());
         while self.blocks.len() < n_blocks {
             let mut block = Vec::new();
-            block.try_reserve_exact(n_words).map_err(|_| BackendError::OutOfMemory {
+            block.try_reserve_exact(n_lines).map_err(|_| BackendError::OutOfMemory {
                 what: format!("KV block {}", self.blocks.len()),
-                need_bytes: 8 * n_words,
+                need_bytes: n_lines * size_of::<Line>(),
             })?;
-            block.resize(n_words, 0u64);
+            block.resize(n_lines, Line::zeroed());
             self.blocks.push(block.into_boxed_slice());
         }
         Ok(())
@@ -143,7 +145,7 @@ impl KvCache {
     ) -> &'a [f32] {
         let tile = self.tile_of(block, il, part, head);
         let n = self.shape.head_dim;
-        scratch.values.resize(n * KV_BLOCK, 0.0);
+        scratch.values.resize(n * KV_BLOCK);
         match self.shape.kv_type {
             KvType::F32 => return bytemuck::cast_slice(tile),
             KvType::F16 => f.widen(bytemuck::cast_slice(tile), &mut scratch.values),

@@ -21,6 +21,7 @@ mod avx2;
 pub mod float;
 pub mod kernels;
 pub mod kv;
+mod lines;
 mod ops;
 pub mod peak;
 pub mod pool;

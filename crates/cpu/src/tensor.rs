@@ -6,12 +6,13 @@ use apr_core::backend::{Bytes, WeightData};
 use apr_core::qtype::GgmlType;
 
 use crate::kernels::{Kernels, Q8Rows, SharedOut, WeightRows};
+use crate::lines::Lines;
 use crate::pool::Pool;
 
 /// Rows of floats, and their 8-bit form where a consumer's weights are quantized.
 pub struct CpuTensor {
     /// At least `[n_rows, n_cols]`; grows and is then reused.
-    data: Vec<f32>,
+    data: Lines,
     n_rows: usize,
     n_cols: usize,
     q8: Option<Q8>,
@@ -45,7 +46,7 @@ impl CpuTensor {
     pub fn new(n_cols: usize, consumers: &[&CpuWeight]) -> CpuTensor {
         let quantized = consumers.iter().find(|w| !w.data.qtype.is_float());
         let q8 = quantized.map(|w| Q8 { rows: Q8Rows::new(), n_part: n_cols / w.data.n_cols });
-        CpuTensor { data: Vec::new(), n_rows: 0, n_cols, q8 }
+        CpuTensor { data: Lines::default(), n_rows: 0, n_cols, q8 }
     }
 
     pub fn n_rows(&self) -> usize {
@@ -59,7 +60,7 @@ impl CpuTensor {
     /// Changes the number of rows. Values of rows that were there stay.
     pub fn set_rows(&mut self, n_rows: usize) {
         if self.data.len() < n_rows * self.n_cols {
-            self.data.resize(n_rows * self.n_cols, 0.0);
+            self.data.resize(n_rows * self.n_cols);
         }
         self.n_rows = n_rows;
     }

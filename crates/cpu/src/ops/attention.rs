@@ -16,6 +16,7 @@ use apr_core::batch::Batch;
 use crate::float::{FloatKernels, Gemm, Softmax};
 use crate::kernels::SharedOut;
 use crate::kv::{KvCache, Part, Tile};
+use crate::lines::Lines;
 use crate::pool::Pool;
 
 /// Rows of one sequence that one task computes.
@@ -33,9 +34,9 @@ pub struct Scratch {
     key: Tile,
     value: Tile,
     /// `[n_q, head_dim]`, `n_q` being rows times query heads per KV head
-    q: Vec<f32>,
+    q: Lines,
     /// `[n_q, KV_BLOCK]`
-    scores: Vec<f32>,
+    scores: Lines,
     /// One span.
     span: Merged,
     /// The spans so far.
@@ -48,7 +49,7 @@ struct Merged {
     max: Vec<f32>,
     total: Vec<f32>,
     /// `[n_q, head_dim]`
-    sum: Vec<f32>,
+    sum: Lines,
 }
 
 /// What [`attend`] needs beside the step itself.
@@ -215,8 +216,8 @@ fn attend_split(m: &Machine<'_>, plan: &mut Plan, layer: Layer<'_>, out: SharedO
 impl Merged {
     /// Makes room for `n_q` queries that have seen nothing yet.
     fn clear(&mut self, n_q: usize, head_dim: usize) {
-        self.sum.clear();
-        self.sum.resize(n_q * head_dim, 0.0);
+        self.sum.resize(n_q * head_dim);
+        self.sum.fill(0.0);
         self.max.clear();
         self.max.resize(n_q, f32::NEG_INFINITY);
         self.total.clear();
@@ -281,8 +282,8 @@ impl<'a> Task<'a> {
     /// Makes room and gathers the queries.
     fn start(&self, s: &mut Scratch) {
         let (n_q, d) = (self.n_q(), self.layer.heads.head_dim);
-        s.q.resize(n_q * d, 0.0);
-        s.scores.resize(n_q * KV_BLOCK, 0.0);
+        s.q.resize(n_q * d);
+        s.scores.resize(n_q * KV_BLOCK);
         for (i, q) in self.rows.clone().zip(s.q.chunks_exact_mut(self.group * d)) {
             q.copy_from_slice(&self.layer.qkv[i * self.layer.heads.n_qkv()..][self.cols()]);
         }
