@@ -7,41 +7,78 @@ use super::sixteen::{Straight, SuperBlock, Transposed, Wide, spread};
 use crate::kernels::Q8Block;
 
 /// The scales of a super-block of sixteen rows: dword `r` belongs to row `r`.
-struct Scales {
+///
+/// # Safety of its functions
+/// As for [`SuperBlock`].
+trait Scales {
+    /// The scales of blocks `2 k` and `2 k + 1`.
+    unsafe fn scales(&self, k: usize) -> [__m512i; 2];
+
+    /// The minima of blocks `2 i` and `2 i + 1`, a pair of 16-bit numbers.
+    unsafe fn mins(&self, i: usize) -> __m512i;
+
+    /// What scales and minima are worth.
+    unsafe fn floats(&self) -> [__m512; 2];
+}
+
+/// Bytes of scales, each taken out when it is needed: for tokens that are met once.
+struct Packed {
     /// Scales 0-3, and 4-7.
     scales: [__m512i; 2],
     /// The same for minima.
     mins: [__m512i; 2],
-    d: __m512,
-    m: __m512,
+    floats: [__m512; 2],
+}
+
+/// All of them taken out.
+struct Unpacked {
+    scales: [[__m512i; 2]; 4],
+    mins: [__m512i; 4],
+    floats: [__m512; 2],
 }
 
 /// Sixteens of bytes of the larger block, that of Q5_K.
 const CHUNKS: usize = 11;
 
+/// A super-block that many tokens meet, eight at a time.
+pub(super) struct Ready {
+    scales: Unpacked,
+    bytes: Transposed<CHUNKS>,
+}
+
 impl<const FIVE: bool, const BYTES: usize> Wide for K45<FIVE, BYTES> {
     const BYTES: usize = BYTES;
 
-    type Ready = Transposed<CHUNKS>;
+    type Ready = Ready;
 
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
-    unsafe fn zero() -> Transposed<CHUNKS> {
-        Transposed([[_mm512_setzero_si512(); 4]; CHUNKS])
+    unsafe fn zero() -> Ready {
+        let zero = _mm512_setzero_si512();
+        let scales = Unpacked { scales: [[zero; 2]; 4], mins: [zero; 4], floats: [_mm512_setzero_ps(); 2] };
+        Ready { scales, bytes: Transposed([[zero; 4]; CHUNKS]) }
     }
 
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
     #[inline]
-    unsafe fn prepare<B: SuperBlock>(b: &B, _: usize, to: &mut Transposed<CHUNKS>) {
-        for c in 0..BYTES / 16 {
-            // SAFETY: this function itself runs only where the CPU has the instructions.
-            to.0[c] = unsafe { b.dwords(c) };
+    unsafe fn prepare<B: SuperBlock>(b: &B, _: usize, to: &mut Ready) {
+        // SAFETY: this function itself runs only where the CPU has the instructions.
+        unsafe {
+            let packed = packed(b.dwords(0));
+            for i in 0..4 {
+                to.scales.scales[i] = packed.scales(i);
+                to.scales.mins[i] = packed.mins(i);
+            }
+            to.scales.floats = packed.floats;
+            for c in 1..BYTES / 16 {
+                to.bytes.0[c] = b.dwords(c);
+            }
         }
     }
 
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
     #[inline]
-    unsafe fn add<const N: usize>(b: &Transposed<CHUNKS>, _: usize, x: &[&Q8Block; N], acc: &mut [__m512; N]) {
-        add::<_, FIVE, N>(b, x, acc)
+    unsafe fn add<const N: usize>(b: &Ready, _: usize, x: &[&Q8Block; N], acc: &mut [__m512; N]) {
+        add::<_, _, FIVE, N>(&b.bytes, &b.scales, x, acc)
     }
 }
 
@@ -55,33 +92,42 @@ impl<const FIVE: bool, const BYTES: usize> Straight for K45<FIVE, BYTES> {
         _: usize,
         x: &[&Q8Block; N],
         acc: &mut [__m512; N],
-        _: &mut Transposed<CHUNKS>,
+        _: &mut Ready,
     ) {
-        add::<B, FIVE, N>(b, x, acc)
+        // SAFETY: this function itself runs only where the CPU has the instructions.
+        let of = packed(unsafe { b.dwords(0) });
+        add::<_, _, FIVE, N>(b, &of, x, acc)
     }
 }
 
 /// Adds the products with each token to `acc`.
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
 #[inline]
-fn add<B: SuperBlock, const FIVE: bool, const N: usize>(b: &B, x: &[&Q8Block; N], acc: &mut [__m512; N]) {
+fn add<B: SuperBlock, S: Scales, const FIVE: bool, const N: usize>(
+    b: &B,
+    of: &S,
+    x: &[&Q8Block; N],
+    acc: &mut [__m512; N],
+) {
     // SAFETY: this function itself runs only where the CPU has the instructions.
-    let of = scales(unsafe { b.dwords(0) });
-    // SAFETY: as above.
-    let sum = unsafe { sums::<B, FIVE, N>(b, &of, x) };
-    let min = minima(&of, x);
+    let (sum, [d, m]) = unsafe { (sums::<B, S, FIVE, N>(b, of, x), of.floats()) };
+    let min = minima(of, x);
     for t in 0..N {
-        let d = _mm512_set1_ps(x[t].d);
-        acc[t] = _mm512_add_ps(acc[t], _mm512_mul_ps(_mm512_cvtepi32_ps(sum[t]), _mm512_mul_ps(of.d, d)));
-        acc[t] = _mm512_sub_ps(acc[t], _mm512_mul_ps(_mm512_cvtepi32_ps(min[t]), _mm512_mul_ps(of.m, d)));
+        let of_token = _mm512_set1_ps(x[t].d);
+        acc[t] = _mm512_add_ps(acc[t], _mm512_mul_ps(_mm512_cvtepi32_ps(sum[t]), _mm512_mul_ps(d, of_token)));
+        acc[t] = _mm512_sub_ps(acc[t], _mm512_mul_ps(_mm512_cvtepi32_ps(min[t]), _mm512_mul_ps(m, of_token)));
     }
 }
 
 /// The integer sums of a super-block with each token.
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
 #[inline]
-unsafe fn sums<B: SuperBlock, const FIVE: bool, const N: usize>(b: &B, of: &Scales, x: &[&Q8Block; N]) -> [__m512i; N] {
-    let (zero, byte) = (_mm512_setzero_si512(), _mm512_set1_epi32(0xff));
+unsafe fn sums<B: SuperBlock, S: Scales, const FIVE: bool, const N: usize>(
+    b: &B,
+    of: &S,
+    x: &[&Q8Block; N],
+) -> [__m512i; N] {
+    let zero = _mm512_setzero_si512();
     // SAFETY: this function itself runs only where the CPU has the instructions.
     let high = if FIVE { unsafe { [b.dwords(1), b.dwords(2)] } } else { [[zero; 4]; 2] };
     let mut sum = [zero; N];
@@ -106,8 +152,8 @@ unsafe fn sums<B: SuperBlock, const FIVE: bool, const N: usize>(b: &B, of: &Scal
                 }
             }
         }
-        let scales = _mm512_srlv_epi32(of.scales[k / 2], _mm512_set1_epi32(16 * (k % 2) as i32));
-        let scales = [_mm512_and_si512(scales, byte), _mm512_and_si512(_mm512_srli_epi32::<8>(scales), byte)];
+        // SAFETY: as above.
+        let scales = unsafe { of.scales(k) };
         for t in 0..N {
             for odd in 0..2 {
                 // Scales have six bits and sub-scales of tokens as many: a product fills no more than the lower half.
@@ -140,10 +186,11 @@ fn codes<const FIVE: bool>(q: __m512i, high: __m512i, k: usize) -> [__m512i; 2] 
 /// The integer sums of the minima with each token.
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
 #[inline]
-fn minima<const N: usize>(of: &Scales, x: &[&Q8Block; N]) -> [__m512i; N] {
+fn minima<S: Scales, const N: usize>(of: &S, x: &[&Q8Block; N]) -> [__m512i; N] {
     let mut min = [_mm512_setzero_si512(); N];
     for i in 0..4 {
-        let m = byte_pairs(of.mins[i / 2], i % 2);
+        // SAFETY: this function itself runs only where the CPU has the instructions.
+        let m = unsafe { of.mins(i) };
         for t in 0..N {
             let m = _mm512_mullo_epi16(m, spread(&x[t].scales, i));
             min[t] = _mm512_dpwssd_epi32(min[t], m, spread(&x[t].sums, i));
@@ -155,7 +202,7 @@ fn minima<const N: usize>(of: &Scales, x: &[&Q8Block; N]) -> [__m512i; N] {
 /// The scales of a super-block; how they lie in its first sixteen bytes, the AVX2 code tells.
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl")]
 #[inline]
-fn scales([floats, a, b, c]: [__m512i; 4]) -> Scales {
+fn packed([floats, a, b, c]: [__m512i; 4]) -> Packed {
     let (six, nibble, pair) = (_mm512_set1_epi8(0x3f), _mm512_set1_epi8(15), _mm512_set1_epi8(0x30));
     let top = |v: __m512i| _mm512_and_si512(_mm512_srli_epi16::<2>(v), pair);
     let scales = [_mm512_and_si512(a, six), _mm512_or_si512(_mm512_and_si512(c, nibble), top(a))];
@@ -163,7 +210,49 @@ fn scales([floats, a, b, c]: [__m512i; 4]) -> Scales {
     let mins = [_mm512_and_si512(b, six), _mm512_or_si512(high, top(b))];
     let d = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(floats));
     let m = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(floats)));
-    Scales { scales, mins, d, m }
+    Packed { scales, mins, floats: [d, m] }
+}
+
+impl Scales for Packed {
+    #[target_feature(enable = "avx2,avx512f,avx512bw")]
+    #[inline]
+    unsafe fn scales(&self, k: usize) -> [__m512i; 2] {
+        let byte = _mm512_set1_epi32(0xff);
+        let v = _mm512_srlv_epi32(self.scales[k / 2], _mm512_set1_epi32(16 * (k % 2) as i32));
+        [_mm512_and_si512(v, byte), _mm512_and_si512(_mm512_srli_epi32::<8>(v), byte)]
+    }
+
+    #[target_feature(enable = "avx2,avx512f,avx512bw")]
+    #[inline]
+    unsafe fn mins(&self, i: usize) -> __m512i {
+        byte_pairs(self.mins[i / 2], i % 2)
+    }
+
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    unsafe fn floats(&self) -> [__m512; 2] {
+        self.floats
+    }
+}
+
+impl Scales for Unpacked {
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    unsafe fn scales(&self, k: usize) -> [__m512i; 2] {
+        self.scales[k]
+    }
+
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    unsafe fn mins(&self, i: usize) -> __m512i {
+        self.mins[i]
+    }
+
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    unsafe fn floats(&self) -> [__m512; 2] {
+        self.floats
+    }
 }
 
 /// Bytes `2 i` and `2 i + 1` of every dword as a pair of 16-bit numbers.

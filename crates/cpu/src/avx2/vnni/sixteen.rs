@@ -165,6 +165,8 @@ fn few<F: Straight, const N: usize>(w: WeightRows<'_>, x: Q8Tokens<'_>, out: &mu
 fn span<F: Wide>(w: WeightRows<'_>, x: Q8Tokens<'_>, out: &mut Out<'_>) {
     let (n_rows, n_blocks) = (w.n_rows(), w.n_cols().div_ceil(32));
     let mut sums = [Sums([0.0; ROWS]); SPAN];
+    let tokens: [&[Q8Block]; SPAN] = std::array::from_fn(|t| if t < x.len() { x.row(t) } else { &[] });
+    let tokens = &tokens[..x.len()];
     // SAFETY: this function itself runs only where the CPU has the instructions.
     let mut ready = unsafe { F::zero() };
     for r in (0..n_rows).step_by(ROWS) {
@@ -178,7 +180,7 @@ fn span<F: Wide>(w: WeightRows<'_>, x: Q8Tokens<'_>, out: &mut Out<'_>) {
             unsafe { F::prepare(&block, n_blocks, &mut ready) };
             let len = ROWS * F::BYTES;
             let next = Next { from: rows.data, at: rows.data.len() + s * len, len };
-            meet::<F>(&ready, n_blocks, x, s, &next, &mut sums);
+            meet::<F>(&ready, n_blocks, tokens, s, &next, &mut sums);
         }
         for (t, sums) in sums[..x.len()].iter().enumerate() {
             match r - first {
@@ -192,40 +194,44 @@ fn span<F: Wide>(w: WeightRows<'_>, x: Q8Tokens<'_>, out: &mut Out<'_>) {
 /// Adds the products with super-block `s` of the tokens to `sums`.
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
 #[inline]
-fn meet<F: Wide>(block: &F::Ready, n_blocks: usize, x: Q8Tokens<'_>, s: usize, next: &Next<'_>, sums: &mut [Sums]) {
+fn meet<F: Wide>(
+    block: &F::Ready,
+    n_blocks: usize,
+    tokens: &[&[Q8Block]],
+    s: usize,
+    next: &Next<'_>,
+    sums: &mut [Sums],
+) {
     let mut t = 0;
-    while t < x.len() {
-        let n = match x.len() - t {
-            1 => tile::<F, 1>(block, n_blocks, x, t, s, sums),
-            2 => tile::<F, 2>(block, n_blocks, x, t, s, sums),
-            3 => tile::<F, 3>(block, n_blocks, x, t, s, sums),
-            4 => tile::<F, 4>(block, n_blocks, x, t, s, sums),
-            5 => tile::<F, 5>(block, n_blocks, x, t, s, sums),
-            6 => tile::<F, 6>(block, n_blocks, x, t, s, sums),
-            7 => tile::<F, 7>(block, n_blocks, x, t, s, sums),
-            _ => tile::<F, TOKENS>(block, n_blocks, x, t, s, sums),
+    while t < tokens.len() {
+        let (x, sums) = (&tokens[t..], &mut sums[t..]);
+        let n = match x.len() {
+            1 => tile::<F, 1>(block, n_blocks, x, s, sums),
+            2 => tile::<F, 2>(block, n_blocks, x, s, sums),
+            3 => tile::<F, 3>(block, n_blocks, x, s, sums),
+            4 => tile::<F, 4>(block, n_blocks, x, s, sums),
+            5 => tile::<F, 5>(block, n_blocks, x, s, sums),
+            6 => tile::<F, 6>(block, n_blocks, x, s, sums),
+            7 => tile::<F, 7>(block, n_blocks, x, s, sums),
+            _ => tile::<F, TOKENS>(block, n_blocks, x, s, sums),
         };
-        next.fetch(t..t + n, x.len());
+        next.fetch(t..t + n, tokens.len());
         t += n;
     }
 }
 
-/// Adds the products with tokens `t .. t + N`; returns `N`.
+/// Adds the products with the first `N` tokens to their sums; returns `N`.
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
 #[inline(never)]
 fn tile<F: Wide, const N: usize>(
     block: &F::Ready,
     n_blocks: usize,
-    x: Q8Tokens<'_>,
-    t: usize,
+    tokens: &[&[Q8Block]],
     s: usize,
     sums: &mut [Sums],
 ) -> usize {
-    let mut blocks = [&x.row(t)[s]; N];
-    for i in 1..N {
-        blocks[i] = &x.row(t + i)[s];
-    }
-    let sums: &mut [_; N] = sums[t..].first_chunk_mut().expect("sums of every token");
+    let blocks = super_block(tokens.first_chunk::<N>().expect("as many tokens"), s);
+    let sums: &mut [_; N] = sums.first_chunk_mut().expect("sums of every token");
     let mut acc = [_mm512_setzero_ps(); N];
     for i in 0..N {
         // SAFETY: sums are sixteen floats on a boundary of 64 bytes.
