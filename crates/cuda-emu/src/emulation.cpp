@@ -256,14 +256,14 @@ const u32 (*exchange(const u32 *words, int n))[MAX_WORDS] {
     return set;
 }
 
-void copy_async(void *to, const void *from) {
+void copy_async(void *to, const void *from, bool there) {
     if ((u64)to % 16 || (u64)from % 16) {
         block->error = "an asynchronous copy that is not on a boundary of 16 bytes";
         wait(State::Done);
     }
     Fiber &fiber = block->fibers[place.thread];
     memset(to, GARBAGE, 16);
-    fiber.copies.push_back({(u8 *)to, (const u8 *)from, fiber.group});
+    fiber.copies.push_back({(u8 *)to, there ? (const u8 *)from : nullptr, fiber.group});
 }
 
 void copy_async_commit() { block->fibers[place.thread].group++; }
@@ -271,7 +271,8 @@ void copy_async_commit() { block->fibers[place.thread].group++; }
 void copy_async_wait(int n) {
     Fiber &fiber = block->fibers[place.thread];
     while (!fiber.copies.empty() && fiber.copies.front().group < fiber.group - n) {
-        memcpy(fiber.copies.front().to, fiber.copies.front().from, 16);
+        const auto &copy = fiber.copies.front();
+        copy.from ? memcpy(copy.to, copy.from, 16) : memset(copy.to, 0, 16);
         fiber.copies.pop_front();
     }
 }

@@ -37,7 +37,7 @@ void barrier();
 // Waits for the lanes of the warp with `n` words of each in hand; returns those of lane 0, the others follow.
 const int MAX_WORDS = 12;
 const u32 (*exchange(const u32 *words, int n))[MAX_WORDS];
-void copy_async(void *to, const void *from);
+void copy_async(void *to, const void *from, bool there);
 void copy_async_commit();
 void copy_async_wait(int n);
 
@@ -259,6 +259,6 @@ DEVICE void load_matrices_transposed(u32 (&r)[4], const void *row) {
     emulation::load_matrices(r, row, thread_x() % 4 * 2, thread_x() % 32 / 4, 0, 1);
 }
 
-DEVICE void copy_async(void *to, const void *from) { emulation::copy_async(to, from); }
+DEVICE void copy_async(void *to, const void *from, bool there = true) { emulation::copy_async(to, from, there); }
 DEVICE void copy_async_commit() { emulation::copy_async_commit(); }
 template <int n> DEVICE void copy_async_wait() { emulation::copy_async_wait(n); }

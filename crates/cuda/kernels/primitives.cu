@@ -13,6 +13,7 @@ DEVICE u32 plain(f32 v) { return v == v ? bits(v) : 0x7fffffffu; }
 // x: [n_blocks, 32, 8] words, y: [n_blocks, 32, 48]. Grid: n_blocks.
 KERNEL(primitives, 32, u32 *y, const u32 *x) {
     SHARED(u32, copied, 128);
+    SHARED(u32, half_copied, 128);
     const u32 lane = thread_x();
     x += (block_x() * 32 + lane) * 8;
     y += (block_x() * 32 + lane) * 48;
@@ -39,6 +40,7 @@ KERNEL(primitives, 32, u32 *y, const u32 *x) {
     mma_f16(f, g, h);
     for (u32 i = 0; i < 4; i++) y[20 + i] = plain(f[i]);
     copy_async(copied + 4 * lane, x);
+    copy_async(half_copied + 4 * lane, x, lane % 2 == 1);
     copy_async_commit();
     copy_async_wait<0>();
     warp_barrier();
@@ -62,5 +64,5 @@ KERNEL(primitives, 32, u32 *y, const u32 *x) {
     y[41] = came[0];
     y[42] = bits(warp_sum((f32)count_bits(before)));
     y[43] = before >> lane & 1;
-    for (u32 i = 44; i < 48; i++) y[i] = 0;
+    for (u32 i = 0; i < 4; i++) y[44 + i] = half_copied[127 - 4 * lane - i];
 }

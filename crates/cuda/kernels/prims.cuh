@@ -167,9 +167,10 @@ DEVICE void load_matrices_transposed(u32 (&r)[4], const void *row) {
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)));
 }
 
-// Begins to copy 16 bytes from global to shared memory, both on a boundary of 16.
-DEVICE void copy_async(void *shared, const void *global) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+// Begins to copy 16 bytes from global to shared memory, both on a boundary of 16; where they are not there, zeros, and nothing is read.
+DEVICE void copy_async(void *shared, const void *global, bool there = true) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(there ? 16 : 0)
+                 : "memory");
 }
 
 // Ends a group of this thread's copies.

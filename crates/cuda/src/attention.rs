@@ -25,12 +25,16 @@ fn norm_rope_store_kernel(kv: KvType) -> &'static str {
     }
 }
 
-fn row_kernel(kv: KvType) -> &'static str {
-    match kv {
+/// The kernel that computes rows one by one, and how many heads that share a KV head it holds at once.
+fn row_kernel(kv: KvType, head_dim: usize) -> (&'static str, usize) {
+    let kernel = match kv {
+        KvType::F16 if head_dim <= 64 => return ("attention_decode_64", 8),
+        KvType::F16 if head_dim <= 128 => return ("attention_decode_128", 8),
         KvType::F32 => "attention_f32",
         KvType::F16 => "attention_f16",
         KvType::Q8_0 => "attention_q8_0",
-    }
+    };
+    (kernel, (2048 / head_dim).clamp(1, 16))
 }
 
 /// Tokens by heads that a block of `attention_prefill` computes.
@@ -151,9 +155,10 @@ pub(crate) fn attention(
         call.run(kernel, rows.tiles, (rows.many.rows, rows.many.n), rows.many.n_kv, rows.n_tiles, chunk)?;
     }
     if rows.few.n > 0 {
-        let chunk = chunk_of(heads, (2048 / head_dim).clamp(1, 16));
+        let (kernel, most) = row_kernel(kv_type, head_dim);
+        let chunk = chunk_of(heads, most);
         let few = (rows.few.rows, rows.few.n);
-        call.run(row_kernel(kv_type), rows.few.rows, few, rows.few.n_kv, rows.few.n, chunk)?;
+        call.run(kernel, rows.few.rows, few, rows.few.n_kv, rows.few.n, chunk)?;
     }
     Ok(())
 }

@@ -8,9 +8,10 @@ use sha2::{Digest, Sha256};
 use crate::nvrtc::{Nvrtc, NvrtcError};
 
 /// Sources of the kernels: a module each.
-pub(crate) const SOURCES: [(&str, &str); 11] = [
+pub(crate) const SOURCES: [(&str, &str); 12] = [
     ("attention.cu", include_str!("../kernels/attention.cu")),
     ("best.cu", include_str!("../kernels/best.cu")),
+    ("decode.cu", include_str!("../kernels/decode.cu")),
     ("experts.cu", include_str!("../kernels/experts.cu")),
     ("matmul_32.cu", include_str!("../kernels/matmul_32.cu")),
     ("matmul_k.cu", include_str!("../kernels/matmul_k.cu")),
@@ -23,7 +24,8 @@ pub(crate) const SOURCES: [(&str, &str); 11] = [
 ];
 
 /// What they include.
-const HEADERS: [(&str, &str); 8] = [
+const HEADERS: [(&str, &str); 9] = [
+    ("halves.cuh", include_str!("../kernels/halves.cuh")),
     ("heads.cuh", include_str!("../kernels/heads.cuh")),
     ("matmul.cuh", include_str!("../kernels/matmul.cuh")),
     ("matvec.cuh", include_str!("../kernels/matvec.cuh")),

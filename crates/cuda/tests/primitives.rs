@@ -73,6 +73,8 @@ fn the_emulation_does_what_the_manual_says() {
                 assert_eq!(y_l[12 + i], expected as u32, "mma_s8_k32, row {row}, column {column}");
             }
             (0..4).for_each(|i| assert_eq!(y_l[24 + i], x[31 - lane][3 - i], "copy_async"));
+            let there = |word: u32| if lane % 2 == 0 { word } else { 0 };
+            (0..4).for_each(|i| assert_eq!(y_l[44 + i], there(x[31 - lane][3 - i]), "copy_async of what is not there"));
             let alike =
                 (0..32).filter(|&other| x[other][3] % 4 == x_l[3] % 4).fold(0u32, |bits, other| bits | 1 << other);
             assert_eq!((y_l[30], y_l[31]), (alike, x_l[0].count_ones()), "lanes_alike, count_bits");
