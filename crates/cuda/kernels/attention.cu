@@ -221,29 +221,53 @@ ATTENTION(q8_0, KvQ80)
 #undef ATTENTION
 #undef PLACES
 
+// Parts whose values a thread of `attention_merge` asks for at once, so that it waits for memory once for all of them.
+#define MERGED_AT_ONCE 16
+
 // Puts the parts of every head of these rows together, in order; codes, scales as above. Grid: rows, n_head.
 KERNEL(attention_merge, 128, f32 *out, const f32 *parts, const u32 *rows, u32 n_head, u32 head_dim, u32 n_split, u32 *codes,
        f32x2 *scales) {
+    SHARED(f32, weights, 128);
+    SHARED(f32, scratch, 4);
+    const u32 t = thread_x(), part_size = 2 + head_dim;
     const u64 row = (u64)rows[block_x()] * n_head + block_y();
-    parts += ((u64)block_x() * n_head + block_y()) * n_split * (2 + head_dim);
+    parts += ((u64)block_x() * n_head + block_y()) * n_split * part_size;
     f32 largest = -INFINITY;
-    for (u32 s = 0; s < n_split; s++) largest = fmaxf(largest, parts[s * (2 + head_dim)]);
-    for (u32 d = thread_x(); d < head_dim; d += 128) {
-        f32 sum = 0, value = 0;
-        for (u32 s = 0; s < n_split; s++) {
-            const f32 *part = parts + s * (2 + head_dim);
-            // A part beyond the row's end has no weight, and what it holds is not looked at.
-            if (part[1] == 0) continue;
-            const f32 weight = expf(part[0] - largest);
-            sum += weight * part[1];
-            value += weight * part[2 + d];
+    for (u32 s = t; s < n_split; s += 128) largest = fmaxf(largest, parts[s * part_size]);
+    largest = warp_max(largest);
+    if (t % 32 == 0) scratch[t / 32] = largest;
+    barrier();
+    UNROLL for (u32 i = 0; i < 4; i++) largest = fmaxf(largest, scratch[i]);
+    barrier();
+    f32 sum = 0, values[2] = {0, 0};
+    for (u32 first = 0; first < n_split; first += 128) {
+        // A thread has the weight of a part. One beyond the row's end has none, and holds zeros.
+        const u32 s = least(first + t, n_split - 1);
+        const f32 share = parts[s * part_size + 1];
+        const f32 weight = first + t < n_split && share != 0 ? expf(parts[s * part_size] - largest) : 0;
+        weights[t] = weight;
+        sum += weight * share;
+        barrier();
+        UNROLL for (u32 far = 0; far < 2; far++) {
+            const u32 d = t + 128 * far;
+            if (d >= head_dim) break;
+            for (u32 i = 0; i < 128 && first + i < n_split; i += MERGED_AT_ONCE) {
+                f32 v[MERGED_AT_ONCE];
+                UNROLL for (u32 j = 0; j < MERGED_AT_ONCE; j++)
+                    v[j] = parts[least(first + i + j, n_split - 1) * part_size + 2 + d];
+                UNROLL for (u32 j = 0; j < MERGED_AT_ONCE; j++) values[far] += weights[i + j] * v[j];
+            }
         }
-        out[row * head_dim + d] = value / sum;
+        barrier();
     }
+    sum = block_sum<128>(sum, scratch);
+    UNROLL for (u32 far = 0; far < 2; far++)
+        if (t + 128 * far < head_dim) out[row * head_dim + t + 128 * far] = values[far] / sum;
     if (!codes) return;
     barrier();
     quantize_written<128>(codes, scales, out, row * head_dim, head_dim);
 }
+#undef MERGED_AT_ONCE
 #undef MAX_VALUES
 #undef MAX_HEADS
 #undef KV_BLOCK

@@ -47,12 +47,12 @@ fn chunk_of(heads: Heads, most: usize) -> usize {
 }
 
 /// Parts that keys and values are cut into, and KV blocks of each, so that blocks of threads, `n_beside` for every part, keep the
-/// device busy.
-fn split(device: &Device, n_kv: usize, n_beside: usize) -> (usize, usize) {
+/// device busy: `per_sm` for each multiprocessor.
+fn split(device: &Device, n_kv: usize, n_beside: usize, per_sm: usize) -> (usize, usize) {
     let n_blocks = n_kv.div_ceil(KV_BLOCK);
     // Rounded up by at most an eighth: launches stay the same for a while as contexts grow.
     let n_blocks = n_blocks.next_multiple_of((n_blocks.next_power_of_two() / 16).max(1));
-    let wanted = (4 * device.driver().description().n_sm as usize).div_ceil(n_beside);
+    let wanted = (per_sm * device.driver().description().n_sm as usize).div_ceil(n_beside);
     let per_split = n_blocks.div_ceil(wanted.clamp(1, n_blocks));
     (n_blocks.div_ceil(per_split), per_split)
 }
@@ -82,7 +82,9 @@ impl Call<'_> {
         chunk: usize,
     ) -> Result<()> {
         let Heads { n_head, n_head_kv, head_dim } = self.heads;
-        let (n_split, per_split) = split(self.device, n_kv, n_blocks * (n_head / chunk));
+        // As many of `attention_decode` as a multiprocessor holds: one more would begin when those are done.
+        let per_sm = if kernel.starts_with("attention_decode") { 3 } else { 4 };
+        let (n_split, per_split) = split(self.device, n_kv, n_blocks * (n_head / chunk), per_sm);
         if n_split > 1 {
             ensure(self.device, self.parts, (rows.1 * n_head * n_split * (2 + head_dim) * 4).next_power_of_two())?;
         }

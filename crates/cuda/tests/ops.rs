@@ -280,6 +280,52 @@ fn slots_are_sorted_by_expert_and_stay_in_order() {
     }
 }
 
+/// What is made of the parts of one head, `2 + head_dim` floats each.
+fn merged(parts: &[f32], n_split: usize, head_dim: usize) -> Vec<f32> {
+    let device = connect(Order::Shuffled(4));
+    let bytes: Vec<u8> = parts.iter().flat_map(|v| v.to_le_bytes()).collect();
+    let sizes = [4 * head_dim, bytes.len(), 4];
+    let [out_at, parts_at, rows_at] = sizes.map(|n| device.alloc(n).unwrap());
+    let numbers = [1, head_dim as u32, n_split as u32].map(Arg::U32);
+    let args = [&[out_at, parts_at, rows_at].map(Arg::Address)[..], &numbers, &[Arg::Address(0); 2]].concat();
+    let launch = Launch { kernel: "attention_merge", grid: [1, 1, 1], threads: 128, args };
+    let mut out = vec![0u8; sizes[0]];
+    // SAFETY: the addresses are of this device, and the kernel reads and writes no more than was allocated.
+    unsafe {
+        device.write(parts_at, &bytes).unwrap();
+        device.write(rows_at, &[0; 4]).unwrap();
+        device.run(&[launch], false).unwrap();
+        device.read(out_at, &mut out).unwrap();
+        [out_at, parts_at, rows_at].into_iter().zip(sizes).for_each(|(at, n)| device.free(at, n));
+    }
+    out.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
+}
+
+#[test]
+fn parts_of_attention_are_put_together() {
+    let mut rng = Rng(21);
+    for (n_split, head_dim) in [(2, 40), (7, 128), (128, 64), (131, 160), (300, 256)] {
+        let mut parts = rng.activations(n_split * (2 + head_dim));
+        for (s, part) in parts.chunks_exact_mut(2 + head_dim).enumerate() {
+            part[1] = part[1].abs() + 1.0;
+            // Every third is beyond the row's end.
+            if s % 3 == 1 {
+                (part[0], part[1]) = (f32::NEG_INFINITY, 0.0);
+                part[2..].fill(0.0);
+            }
+        }
+        let part =
+            |s: usize| parts[s * (2 + head_dim)..][..2 + head_dim].iter().map(|&v| f64::from(v)).collect::<Vec<_>>();
+        let largest = (0..n_split).map(|s| part(s)[0]).fold(f64::NEG_INFINITY, f64::max);
+        let weight = |s: usize| (part(s)[0] - largest).exp();
+        let sum: f64 = (0..n_split).map(|s| weight(s) * part(s)[1]).sum();
+        let expected: Vec<f32> = (0..head_dim)
+            .map(|d| ((0..n_split).map(|s| weight(s) * part(s)[2 + d]).sum::<f64>() / sum) as f32)
+            .collect();
+        assert_close(&merged(&parts, n_split, head_dim), &expected, 2e-6, &format!("{n_split} parts of {head_dim}"));
+    }
+}
+
 /// Attention of some sequences after rotation, step by step.
 fn attended<B: Backend>(b: &B, heads: Heads, kv_type: KvType, rope: &Rope, steps: &[(Batch, Vec<f32>)]) -> Vec<f32> {
     let shape = KvShape { n_layer: 2, n_head_kv: heads.n_head_kv, head_dim: heads.head_dim, kv_type };
