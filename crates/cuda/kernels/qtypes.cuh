@@ -32,16 +32,18 @@ DEVICE void words_of(u32 *to, const u8 *p) {
     to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
 }
 
-// Scale and min of sub-block `j` of a K-quant with 6-bit scales, whose 16 bytes are `meta`.
-DEVICE void k_scale(const u32x4 &meta, u32 j, f32 &scale, f32 &min) {
+// Scales and mins of the two sub-blocks of unit `u` of a K-quant with 6-bit scales, whose 16 bytes are `meta`.
+DEVICE void k_scales(const u32x4 &meta, u32 u, Sub (&s)[2]) {
     // Twelve bytes of scales: 0..4 and 4..8 hold the low six bits of scales and mins 0..4; the rest of 4..8 is spread over 8..12
-    // and the top two bits of the others.
-    const u32 shift = j % 4 * 8;
-    const u32 low_s = meta.y >> shift & 255, low_m = meta.z >> shift & 255, high = meta.w >> shift & 255;
-    const u32 s = j < 4 ? low_s & 63 : (high & 15) | (low_s >> 6) << 4;
-    const u32 m = j < 4 ? low_m & 63 : high >> 4 | (low_m >> 6) << 4;
-    scale = half_to_float((u16)meta.x) * (f32)s;
-    min = half_to_float((u16)(meta.x >> 16)) * (f32)m;
+    // and the top two bits of the others. A unit's two are neighbours, and taken out together.
+    const u32 shift = u % 2 * 16, low_s = meta.y >> shift, low_m = meta.z >> shift, high = meta.w >> shift;
+    const u32 scales = u < 2 ? low_s & 0x3f3f : (high & 0x0f0f) | (low_s >> 2 & 0x3030);
+    const u32 mins = u < 2 ? low_m & 0x3f3f : (high >> 4 & 0x0f0f) | (low_m >> 2 & 0x3030);
+    const f32 d = half_to_float((u16)meta.x), d_min = half_to_float((u16)(meta.x >> 16));
+    UNROLL for (u32 h = 0; h < 2; h++) {
+        s[h].scale[0] = s[h].scale[1] = d * (f32)(scales >> 8 * h & 255);
+        s[h].min = d_min * (f32)(mins >> 8 * h & 255);
+    }
 }
 
 // Planes: 128 bytes of codes, 16 of scales.
@@ -62,9 +64,8 @@ struct Q4K {
         const u32x4 meta = load16(w.p1 + block * 16);
         UNROLL for (int h = 0; h < 2; h++) {
             UNROLL for (int i = 0; i < 8; i++) s[h].codes[i] = q[i] >> 4 * h & 0x0f0f0f0fu;
-            k_scale(meta, unit % 4 * 2 + h, s[h].scale[0], s[h].min);
-            s[h].scale[1] = s[h].scale[0];
         }
+        k_scales(meta, unit % 4, s);
     }
 };
 
@@ -87,9 +88,8 @@ struct Q5K {
             const u32 bit = unit % 4 * 2 + h;
             UNROLL for (int i = 0; i < 8; i++)
                 s[h].codes[i] = (q[i] >> 4 * h & 0x0f0f0f0fu) | (fifth[i] >> bit & 0x01010101u) << 4;
-            k_scale(meta, bit, s[h].scale[0], s[h].min);
-            s[h].scale[1] = s[h].scale[0];
         }
+        k_scales(meta, unit % 4, s);
     }
 };
 
@@ -110,15 +110,17 @@ struct Q6K {
         words_of(high, w.p2 + block * 64 + at * 32);
         words_of(high + 4, w.p2 + block * 64 + at * 32 + 16);
         const f32 d = half_to_float(load2(w.p3 + block * 2));
+        // Those of both sub-blocks in one word each, of which `v` has a half.
+        const u32x2 scales = *(const u32x2 *)(w.p1 + block * 16 + 8 * at);
         UNROLL for (int h = 0; h < 2; h++) {
             const u32 shift = 2 * v + 4 * h;
             UNROLL for (int i = 0; i < 8; i++) {
                 const u32 code = (low[i] >> 4 * h & 0x0f0f0f0fu) | (high[i] >> shift & 0x03030303u) << 4;
                 s[h].codes[i] = sub_bytes(code, 0x20202020u);
             }
-            const i8 *scales = (const i8 *)w.p1 + block * 16 + 8 * at + 2 * v + 4 * h;
-            s[h].scale[0] = d * (f32)scales[0];
-            s[h].scale[1] = d * (f32)scales[1];
+            const u32 two = (h ? scales.y : scales.x) >> 16 * v;
+            s[h].scale[0] = d * (f32)(i8)two;
+            s[h].scale[1] = d * (f32)(i8)(two >> 8);
             s[h].min = 0;
         }
     }
@@ -152,11 +154,9 @@ DEVICE void nibbles(u32 *codes, const u8 *p) {
 
 // A bit for each of 32 weights, as bytes of 16 or 0.
 DEVICE void fifth_bits(u32 *codes, const u8 *p) {
-    const u32 all = (u32)load2(p) | (u32)load2(p + 2) << 16;
-    UNROLL for (int i = 0; i < 8; i++) {
-        const u32 four = all >> 4 * i;
-        codes[i] |= (four & 1) << 4 | (four >> 1 & 1) << 12 | (four >> 2 & 1) << 20 | (four >> 3 & 1) << 28;
-    }
+    const u32 all = *(const u32 *)p;
+    // A product with bits 0, 7, 14 and 21 puts bit i of four in place 8 i; no two meet.
+    UNROLL for (int i = 0; i < 8; i++) codes[i] |= ((all >> 4 * i & 15) * 0x00204081u & 0x01010101u) << 4;
 }
 
 // Planes: 32 bytes of codes, 2 of scale.
