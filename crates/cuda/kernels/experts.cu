@@ -14,20 +14,22 @@
         const f32x2 *scales, const Tile *tiles, const u32 *order, const u32 *ids, u32 n_slots, u32 n_rows, u32 n_cols,\
         u32 x_div, u32 lanes
 
+// Threads of a block: one slot's rows are all asked for in two turns; tiles have work to do meanwhile, and smaller blocks beside them.
+#define THREADS(T) (T == 1 ? 512 : 256)
+
 template <class Q, u32 T> DEVICE void gate_up(GATE_UP_ARGS) {
     SHARED(f32, values, 2 * T * ROWS);
     const Work work = work_of(tiles, order, ids, block_y(), T, n_slots);
     if (work.n == 0) return;
     const u32 first = block_x() * ROWS;
     const Inputs<T> x(work, x_div);
-    // Products of a tile, gate's and up's of a row in turns. Whole warps have one or none.
-    for (u32 product = thread_x() / lanes; product < 2 * ROWS; product += 512 / lanes) {
-        const u32 row = product / 2, is_up = product % 2;
-        const Planes w = is_up ? Planes{u0, u1, u2, u3} : Planes{g0, g1, g2, g3};
-        f32 sums[T];
-        const u64 row_of_all = (u64)work.expert * n_rows + first + row;
-        dot_rows<Q, T>(sums, w, row_of_all * (n_cols / Q::BLOCK), codes, scales, x, n_cols, lanes);
-        if (thread_x() % lanes == 0) UNROLL for (u32 i = 0; i < T; i++) values[(is_up * T + i) * ROWS + row] = sums[i];
+    const Planes both[2] = {{g0, g1, g2, g3}, {u0, u1, u2, u3}};
+    // Gate's and up's product of a row go together. Whole warps have one or none.
+    for (u32 row = thread_x() / lanes; row < ROWS; row += THREADS(T) / lanes) {
+        f32 sums[2][T];
+        const u64 begin = ((u64)work.expert * n_rows + first + row) * (n_cols / Q::BLOCK), block[2] = {begin, begin};
+        dot_rows<Q, T, 2>(sums, both, block, codes, scales, x, n_cols, lanes);
+        if (thread_x() % lanes == 0) UNROLL for (u32 i = 0; i < 2 * T; i++) values[i * ROWS + row] = sums[i / T][i % T];
     }
     barrier();
     const u32 i = thread_x() / (ROWS / 4), four = thread_x() % (ROWS / 4);
@@ -46,7 +48,7 @@ template <class Q, u32 T> DEVICE void gate_up(GATE_UP_ARGS) {
 #undef ROWS
 
 #define GATE_UP(name, Q, T)                                                                                           \
-    KERNEL(gate_up_##name##_##T, 512, GATE_UP_ARGS) {                                                                 \
+    KERNEL_BESIDE(gate_up_##name##_##T, THREADS(T), 2, GATE_UP_ARGS) {                                                \
         gate_up<Q, T>(gate, up, to_codes, to_scales, g0, g1, g2, g3, u0, u1, u2, u3, codes, scales, tiles, order, ids,\
                       n_slots, n_rows, n_cols, x_div, lanes);                                                         \
     }
@@ -54,13 +56,14 @@ template <class Q, u32 T> DEVICE void gate_up(GATE_UP_ARGS) {
 FOR_QUANTIZED(GATE_UPS)
 #undef GATE_UPS
 #undef GATE_UP
+#undef THREADS
 
 // Products of outputs with slots that a block of threads holds at most.
 #define PRODUCTS 256
 
 // parts[t, s] = w_id · x[t, s], s one of the k slots of token t and `id` its expert; out[t] = Σ_s weights[t, s] parts[t, s], in order
 // of slots, and where `sum` is not null that is added to it. w: [n_mat, n_rows, n_cols]; out, sum: [n_tokens, n_rows]. A block has
-// `per_block` of the rows, at most 256 / k. Grid: rows / per_block, tokens.
+// `per_block` of the rows, an even number, at most 256 / k. Grid: rows / per_block, tokens.
 #define DOWN_ARGS                                                                                                     \
     f32 *out, f32 *parts, PLANES, const u32 *codes, const f32x2 *scales, const u32 *ids, const f32 *weights, u32 k,   \
         u32 n_rows, u32 n_cols, u32 lanes, u32 per_block, f32 *sum
@@ -69,15 +72,21 @@ template <class Q> DEVICE void down(DOWN_ARGS) {
     SHARED(f32, values, PRODUCTS);
     const u32 first = block_x() * per_block, n = per_block * k;
     const u64 first_slot = (u64)block_y() * k;
-    for (u32 at = 0; at < n; at += 256 / lanes) {
-        const u32 product = at + thread_x() / lanes, slot = product % k, row = least(first + product / k, n_rows - 1);
+    const Planes both[2] = {PLANES_OF_ARGS, PLANES_OF_ARGS};
+    // Two rows of a slot go together: of pairs of rows, the slots stand side by side.
+    for (u32 at = 0; at < n / 2; at += 256 / lanes) {
+        const u32 pair = at + thread_x() / lanes, slot = pair % k, row = pair / k * 2;
         Inputs<1> x(Work{0, (u32)first_slot + slot, 1, 0}, 1);
-        f32 sums[1];
-        const u64 row_of_all = (u64)ids[first_slot + slot] * n_rows + row;
-        dot_rows<Q, 1>(sums, PLANES_OF_ARGS, row_of_all * (n_cols / Q::BLOCK), codes, scales, x, n_cols, lanes);
-        if (thread_x() % lanes != 0 || product >= n) continue;
-        values[product] = sums[0];
-        if (first + product / k < n_rows) parts[(first_slot + slot) * n_rows + row] = sums[0];
+        f32 sums[2][1];
+        const u64 expert = (u64)ids[first_slot + slot] * n_rows, per_row = n_cols / Q::BLOCK;
+        const u64 block[2] = {(expert + least(first + row, n_rows - 1)) * per_row,
+                              (expert + least(first + row + 1, n_rows - 1)) * per_row};
+        dot_rows<Q, 1, 2>(sums, both, block, codes, scales, x, n_cols, lanes);
+        if (thread_x() % lanes != 0 || pair >= n / 2) continue;
+        UNROLL for (u32 r = 0; r < 2; r++) {
+            values[(row + r) * k + slot] = sums[r][0];
+            if (first + row + r < n_rows) parts[(first_slot + slot) * n_rows + first + row + r] = sums[r][0];
+        }
     }
     barrier();
     const u32 row = first + thread_x();
@@ -91,7 +100,7 @@ template <class Q> DEVICE void down(DOWN_ARGS) {
 #undef PRODUCTS
 
 #define DOWN(name, Q)                                                                                                 \
-    KERNEL(down_##name, 256, DOWN_ARGS) {                                                                             \
+    KERNEL_BESIDE(down_##name, 256, 4, DOWN_ARGS) {                                                                   \
         down<Q>(out, parts, w0, w1, w2, w3, codes, scales, ids, weights, k, n_rows, n_cols, lanes, per_block, sum);   \
     }
 FOR_QUANTIZED(DOWN)

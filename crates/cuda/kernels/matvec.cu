@@ -3,27 +3,32 @@
 #include "route.cuh"
 
 // out[slot, at + r] = w_expert[r] · x[slot / x_div] for the slots of tile `block_y`, and where `sum` is not null that is added to it
-// too; w: [n_mat, n_rows, n_cols], x: codes [.., n_cols] and scales [.., n_cols / 32], out, sum: [n_slots, ld]. `lanes` lanes share a
-// row of w. Grid: rows / (128 / lanes), tiles.
+// too; w: [n_mat, n_rows, n_cols], x: codes [.., n_cols] and scales [.., n_cols / 32], out, sum: [n_slots, ld]. `lanes` lanes share two
+// rows of w. Grid: rows / (256 / lanes), tiles.
 #define MATVEC_ARGS                                                                                                   \
     f32 *out, PLANES, const u32 *codes, const f32x2 *scales, const Tile *tiles, const u32 *order, const u32 *ids,     \
         u32 n_slots, u32 n_rows, u32 n_cols, u32 x_div, u32 ld, u32 at, u32 lanes, f32 *sum
 
-// The rows of w from `row` / lanes on, one to each `lanes` threads.
+// The rows of w from `first_row` on, two to each `lanes` threads.
 template <class Q, u32 T>
 DEVICE void matvec(f32 *out, const Planes &w, const u32 *codes, const f32x2 *scales, const Work &work, u32 first_row, u32 n_rows, u32 n_cols,
                    u32 x_div, u32 ld, u32 at, u32 lanes, f32 *sum) {
-    const u32 row = first_row + thread_x() / lanes;
+    const u32 row = first_row + thread_x() / lanes * 2;
     const Inputs<T> x(work, x_div);
-    f32 sums[T];
-    const u64 row_of_all = (u64)work.expert * n_rows + least(row, n_rows - 1);
-    dot_rows<Q, T>(sums, w, row_of_all * (n_cols / Q::BLOCK), codes, scales, x, n_cols, lanes);
-    if (thread_x() % lanes != 0 || row >= n_rows) return;
+    f32 sums[2][T];
+    const u64 first = (u64)work.expert * n_rows, per_row = n_cols / Q::BLOCK;
+    const u64 block[2] = {(first + least(row, n_rows - 1)) * per_row, (first + least(row + 1, n_rows - 1)) * per_row};
+    const Planes both[2] = {w, w};
+    dot_rows<Q, T, 2>(sums, both, block, codes, scales, x, n_cols, lanes);
+    if (thread_x() % lanes != 0) return;
     UNROLL for (u32 i = 0; i < T; i++) {
         if (i >= work.n) break;
         const u64 to = (u64)work.slot(i) * ld + at + row;
-        out[to] = sums[i];
-        if (sum) sum[to] += sums[i];
+        UNROLL for (u32 r = 0; r < 2; r++) {
+            if (row + r >= n_rows) break;
+            out[to + r] = sums[r][i];
+            if (sum) sum[to + r] += sums[r][i];
+        }
     }
 }
 
@@ -31,7 +36,7 @@ DEVICE void matvec(f32 *out, const Planes &w, const u32 *codes, const f32x2 *sca
     KERNEL(matvec_##name##_##T, 128, MATVEC_ARGS) {                                                                   \
         const Work work = work_of(tiles, order, ids, block_y(), T, n_slots);                                          \
         if (work.n == 0) return;                                                                                      \
-        matvec<Q, T>(out, PLANES_OF_ARGS, codes, scales, work, block_x() * (128 / lanes), n_rows, n_cols, x_div, ld,  \
+        matvec<Q, T>(out, PLANES_OF_ARGS, codes, scales, work, block_x() * (256 / lanes), n_rows, n_cols, x_div, ld,  \
                      at, lanes, sum);                                                                                 \
     }
 #define MATVECS(name, Q) MATVEC(name, Q, 1) MATVEC(name, Q, 4) MATVEC(name, Q, 8)
@@ -46,7 +51,7 @@ FOR_QUANTIZED(MATVECS)
         const f32x2 *scales, u32 n_slots, u32 n_q, u32 n_kv, u32 n_cols, u32 lanes
 #define QKV(T)                                                                                                        \
     KERNEL(qkv_##T, 128, QKV_ARGS) {                                                                                  \
-        const u32 per_block = 128 / lanes, q_blocks = (n_q + per_block - 1) / per_block;                              \
+        const u32 per_block = 256 / lanes, q_blocks = (n_q + per_block - 1) / per_block;                              \
         const u32 kv_blocks = (n_kv + per_block - 1) / per_block, block = block_x();                                  \
         const Work work = work_of(0, 0, 0, block_y(), T, n_slots);                                                    \
         const bool of_q = block < q_blocks, of_v = block >= q_blocks + kv_blocks;                                     \

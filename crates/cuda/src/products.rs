@@ -178,7 +178,7 @@ pub(crate) fn qkv(device: &Device, out: &mut CudaTensor, w: [&CudaWeight; 3], x:
         _ => "qkv_8",
     };
     let lanes = lanes_of(n_cols);
-    let n_blocks = w.iter().map(|w| w.n_rows.div_ceil(128 / lanes)).sum();
+    let n_blocks = w.iter().map(|w| w.n_rows.div_ceil(256 / lanes)).sum();
     let (planes, types) = (w.map(CudaWeight::planes).concat(), w.map(|w| Arg::from(w.qtype.id())));
     let sizes = [rows.n_slots, w[0].n_rows, w[1].n_rows, n_cols, lanes].map(Arg::from);
     let args = [&[out.arg_mut()][..], &planes, &types, &x.q8()?, &sizes].concat();
@@ -213,7 +213,8 @@ pub(crate) fn gate_up(
     let places = [rows.tiles, rows.order, rows.ids];
     let sizes = [rows.n_slots, gate.n_rows, gate.n_cols, rows.x_div, lanes].map(Arg::from);
     let args = [&written[..], &q8, &gate.planes(), &up.planes(), &input, &places, &sizes].concat();
-    device.launch(kernel, 512, [gate.n_rows / 32, rows.n_tiles, 1], &args);
+    let threads = if rows.tile == 1 { 512 } else { 256 };
+    device.launch(kernel, threads, [gate.n_rows / 32, rows.n_tiles, 1], &args);
     Ok(())
 }
 
@@ -245,13 +246,13 @@ pub(crate) fn down(
     let (n_tokens, k) = (routing.ids.n_rows(), routing.ids.n_cols());
     s.down.set_rows(n_tokens)?;
     out.set_rows(n_tokens)?;
-    if groups.tile > 1 || w.qtype.is_float() || k > DOWN_PRODUCTS {
+    if groups.tile > 1 || w.qtype.is_float() || 2 * k > DOWN_PRODUCTS {
         matmul_experts(device, groups, &mut s.down, w, &routing.ids, &s.gate)?;
         weighted_sum(device, out, &s.down, &routing.weights);
         return Ok(());
     }
     let (kernel, lanes) = (per_type!(w.qtype, "down_", "").expect("a type that was uploaded"), lanes_of(w.n_cols));
-    let per_block = (256 / lanes / k).max(1);
+    let per_block = 2 * (256 / lanes / k).max(1);
     let input = s.gate.q8()?;
     let sizes = [k, w.n_rows, w.n_cols, lanes, per_block].map(Arg::from);
     let head = [&[out.arg_mut(), s.down.arg_mut()][..], &w.planes(), &input].concat();
@@ -318,7 +319,7 @@ fn product(
         true => ([&head[..], &[x.arg()], &places, &sizes, &[none]].concat(), 4),
         false => {
             let lanes = lanes_of(w.n_cols);
-            ([&head[..], &x.q8()?, &places, &sizes, &[lanes.into(), none]].concat(), 128 / lanes)
+            ([&head[..], &x.q8()?, &places, &sizes, &[lanes.into(), none]].concat(), 256 / lanes)
         }
     };
     let grid = [w.n_rows.div_ceil(per_block), rows.n_tiles, 1];
