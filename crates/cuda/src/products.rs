@@ -131,12 +131,21 @@ struct Rows {
     x_div: usize,
 }
 
-/// Rows of a tile of all of `n_slots`, where weights are floats or not.
-fn tile_of(n_slots: usize, floats: bool) -> usize {
+/// Slots up to which tensor cores do without work rather than be too few at it.
+const N_SLOTS_FEW: usize = 64;
+
+/// Rows of a tile of all of `n_slots`, for products with `w`.
+///
+/// A block of threads on tensor cores takes 128 rows of a matrix and goes along them in steps, each of which takes about as long as the
+/// memory to answer, 16 of them for 2,048 columns. Blocks that are fewer than multiprocessors leave most of the bandwidth unused
+/// meanwhile: reading weights from the second-level cache again for every eight slots is faster then.
+fn tile_of(device: &Device, n_slots: usize, w: &CudaWeight) -> usize {
+    let n_blocks = w.n_rows.div_ceil(128) * n_slots.div_ceil(64);
+    let is_idle = n_slots <= N_SLOTS_FEW && n_blocks < device.driver().description().n_sm as usize;
     match n_slots {
         0 | 1 => 1,
         2..=4 => 4,
-        n if floats || n < 16 => 8,
+        n if w.qtype.is_float() || n < 16 || is_idle => 8,
         n if n <= 32 => 32,
         _ => 64,
     }
@@ -144,9 +153,9 @@ fn tile_of(n_slots: usize, floats: bool) -> usize {
 
 impl Rows {
     /// All rows of `x`, with one matrix.
-    fn all(x: &CudaTensor, floats: bool) -> Rows {
+    fn all(device: &Device, x: &CudaTensor, w: &CudaWeight) -> Rows {
         let (none, n_slots) = (Arg::Address(0), x.n_rows());
-        let tile = tile_of(n_slots, floats);
+        let tile = tile_of(device, n_slots, w);
         Rows { tiles: none, order: none, ids: none, tile, n_tiles: n_slots.div_ceil(tile), n_slots, x_div: 1 }
     }
 
@@ -162,12 +171,12 @@ impl Rows {
 /// `out[:, at..at + n_rows of w] = x wᵀ`
 pub(crate) fn matmul(device: &Device, out: &mut CudaTensor, at: usize, w: &CudaWeight, x: &CudaTensor) -> Result<()> {
     let ld = out.n_cols();
-    product(device, out, (at, ld), w, x, &Rows::all(x, w.qtype.is_float()))
+    product(device, out, (at, ld), w, x, &Rows::all(device, x, w))
 }
 
 /// `out = [x qᵀ, x kᵀ, x vᵀ]` in one launch for a few rows of `x`; false where that is not to be had, and nothing is launched.
 pub(crate) fn qkv(device: &Device, out: &mut CudaTensor, w: [&CudaWeight; 3], x: &CudaTensor) -> Result<bool> {
-    let (rows, n_cols) = (Rows::all(x, false), w[0].n_cols);
+    let (rows, n_cols) = (Rows::all(device, x, w[0]), w[0].n_cols);
     if w.iter().any(|w| w.qtype.is_float()) || rows.tile > 8 {
         return Ok(false);
     }
@@ -197,7 +206,7 @@ pub(crate) fn gate_up(
     let FfnWeights { gate, up, .. } = w;
     let rows = || match experts {
         Some((groups, ids)) => Rows::of_experts(groups, ids, x, gate.n_cols),
-        None => Rows::all(x, gate.qtype.is_float()),
+        None => Rows::all(device, x, gate),
     };
     s.gate.set_rows(x.n_rows())?;
     s.up.set_rows(x.n_rows())?;

@@ -85,9 +85,8 @@ fn products_of_every_type_are_those_of_the_reference(cuda: Make) {
     for (qtype, n_cols) in
         QUANTIZED.iter().flat_map(|q| [(*q, 256), (*q, 768)]).chain(FLOATS.iter().flat_map(|q| [(*q, 40), (*q, 256)]))
     {
-        // From 16 on tensor cores take over, with tiles of 32 and then of 64.
-        for n_tokens in [1, 3, 9, 16, 17, 70] {
-            let n_rows = if n_tokens == 17 { 130 } else { 11 };
+        // From 16 on tensor cores take over, with tiles of 32 and then of 64, where there are rows enough for them.
+        for (n_tokens, n_rows) in [(1, 11), (3, 11), (9, 11), (16, 11), (16, 200), (17, 130), (40, 150), (70, 11)] {
             let w = weight(qtype, (1, n_rows, n_cols), &mut rng);
             let x = rng.activations(n_tokens * n_cols);
             let seen = if qtype.is_float() { x.clone() } else { rounded(&x) };
@@ -101,7 +100,8 @@ fn rows_of_32_weight_blocks_may_end_with_half_a_unit(cuda: Make) {
     let mut rng = Rng(2);
     for qtype in QUANTIZED.into_iter().filter(|q| q.block_len() == 32) {
         for (n_tokens, n_cols) in [(2, 96), (20, 32), (35, 96), (20, 160), (35, 224)] {
-            let w = weight(qtype, (1, 7, n_cols), &mut rng);
+            // Rows enough for tensor cores, where tokens are.
+            let w = weight(qtype, (1, if n_tokens < 16 { 7 } else { 129 }, n_cols), &mut rng);
             let x = rng.activations(n_tokens * n_cols);
             let what = format!("{qtype}, {n_cols} columns, {n_tokens} tokens");
             assert_close(&matmul(&cuda(), &w, &x), &matmul(&Reference, &w, &rounded(&x)), 2e-6, &what);
