@@ -129,7 +129,8 @@ template <u32 D> DEVICE void decode(DECODE_ARGS) {
     if (t == 0) largests[warp * DECODE_HEADS + g] = here.largest[0], sums[warp * DECODE_HEADS + g] = sum;
     barrier();
     const u64 first_part = ((u64)block_x() * n_head + first_head) * n_split + block_z();
-    put_together<D>(out, parts, (const f32 *)staged, largests, sums, (u64)token * n_head + first_head, first_part, head_dim, chunk, n_split);
+    put_together<D>(out, parts, (const f32 *)staged, largests, sums, (u64)token * n_head + first_head, first_part, head_dim, chunk,
+                    n_split);
     if (n_split > 1 || !codes) return;
     barrier();
     quantize_written<128>(codes, scales, out, ((u64)token * n_head + first_head) * head_dim, chunk * head_dim);
