@@ -117,13 +117,19 @@ DEVICE void attention(f32 *out, f32 *parts, const u32 *rows, const f32 *qkv, u8 
         f32 scores[MAX_HEADS / 2];
         UNROLL for (u32 i = 0; i < MAX_HEADS / 2; i++) scores[i] = 0;
         if (p < n_here) {
-            for (u32 at = 0; at < head_dim; at += 8) {
-                f32 k[8];
-                Kv::read8(k, keys, head_dim, p, at);
+            // Keys are taken 32 values at a time.
+            for (u32 at = 0; at < head_dim; at += 32) {
+                const u32 n_eights = least(4u, (head_dim - at) / 8);
+                f32 k[4][8];
+                UNROLL for (u32 e = 0; e < 4; e++)
+                    if (e < n_eights) Kv::read8(k[e], keys, head_dim, p, at + 8 * e);
                 UNROLL for (u32 i = 0; i < MAX_HEADS / 2; i++) {
                     const u32 h = 2 * i + t / KV_BLOCK;
                     if (h >= chunk) break;
-                    UNROLL for (u32 j = 0; j < 8; j++) scores[i] += k[j] * q[h * head_dim + at + j];
+                    UNROLL for (u32 e = 0; e < 4; e++) {
+                        if (e >= n_eights) break;
+                        UNROLL for (u32 j = 0; j < 8; j++) scores[i] += k[e][j] * q[h * head_dim + at + 8 * e + j];
+                    }
                 }
             }
         }
@@ -156,12 +162,15 @@ DEVICE void attention(f32 *out, f32 *parts, const u32 *rows, const f32 *qkv, u8 
         if (beside < n_beside || head_dim > 128) {
             UNROLL for (u32 far = 0; far < 2; far++) {
                 if (d + 128 * far >= head_dim) break;
-                for (u32 row = 0; row < n_here; row++) {
-                    const f32 v = Kv::at(vals, head_dim, row, d + 128 * far);
+                // Values of eight rows are asked for at a time, and memory answers all in the time of one. Rows past the last are that
+                // one, and have no weight.
+                for (u32 row = 0; row < n_here; row += 8) {
+                    f32 v[8];
+                    UNROLL for (u32 j = 0; j < 8; j++) v[j] = Kv::at(vals, head_dim, least(row + j, n_here - 1), d + 128 * far);
                     UNROLL for (u32 i = 0; i < MAX_HEADS; i++) {
                         const u32 h = i * n_beside + (head_dim > 128 ? 0 : beside);
                         if (h >= chunk) break;
-                        values[far][i] += weights[h * KV_BLOCK + row] * v;
+                        UNROLL for (u32 j = 0; j < 8; j++) values[far][i] += weights[h * KV_BLOCK + row + j] * v[j];
                     }
                 }
             }
