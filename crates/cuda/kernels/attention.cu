@@ -250,12 +250,13 @@ KERNEL(attention_merge, 128, f32 *out, const f32 *parts, const u32 *rows, u32 n_
     barrier();
     f32 sum = 0, values[2] = {0, 0};
     for (u32 first = 0; first < n_split; first += 128) {
-        // A thread has the weight of a part. One beyond the row's end has none, and holds zeros.
+        // A thread has the weight of a part. One beyond the row's end has none, which -1 stands for, and what it holds is not looked at:
+        // other rows of a tile may have seen values there that are no numbers.
         const u32 s = least(first + t, n_split - 1);
         const f32 share = parts[s * part_size + 1];
-        const f32 weight = first + t < n_split && share != 0 ? expf(parts[s * part_size] - largest) : 0;
-        weights[t] = weight;
-        sum += weight * share;
+        const bool is_there = first + t < n_split && share != 0;
+        weights[t] = is_there ? expf(parts[s * part_size] - largest) : -1;
+        if (is_there) sum += weights[t] * share;
         barrier();
         UNROLL for (u32 far = 0; far < 2; far++) {
             const u32 d = t + 128 * far;
@@ -264,7 +265,8 @@ KERNEL(attention_merge, 128, f32 *out, const f32 *parts, const u32 *rows, u32 n_
                 f32 v[MERGED_AT_ONCE];
                 UNROLL for (u32 j = 0; j < MERGED_AT_ONCE; j++)
                     v[j] = parts[least(first + i + j, n_split - 1) * part_size + 2 + d];
-                UNROLL for (u32 j = 0; j < MERGED_AT_ONCE; j++) values[far] += weights[i + j] * v[j];
+                UNROLL for (u32 j = 0; j < MERGED_AT_ONCE; j++)
+                    if (weights[i + j] != -1) values[far] += weights[i + j] * v[j];
             }
         }
         barrier();
