@@ -1,10 +1,8 @@
 //! `apr --gpu` as a process, from the search for the driver to the end of the server: on a stand-in for NVIDIA's driver that runs
 //! kernels on the emulation and complains of what the driver would not allow. Kernels are compiled as for a GPU, by NVRTC.
 
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::TcpStream;
 use std::path::PathBuf;
-use std::process::{Child, Command};
+use std::process::Command;
 use std::sync::OnceLock;
 
 use apr_cuda::compile::Toolchain;
@@ -13,6 +11,10 @@ use serde_json::Value;
 
 #[path = "support/apr.rs"]
 mod apr;
+#[path = "support/server.rs"]
+mod server;
+
+use server::{listening_child, post, rest, signal};
 
 /// A machine that has a GPU, by its environment; none where nothing compiles kernels.
 struct Machine {
@@ -112,41 +114,16 @@ fn a_gpu_that_is_lost_ends_the_answer_with_what_was_said_before() {
     assert!(done.out.len() > 5, "{done:?}");
 }
 
-fn post(addr: &str, body: &str) -> String {
-    let mut stream = TcpStream::connect(addr).unwrap();
-    let head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length:";
-    stream.write_all(format!("{head} {}\r\n\r\n{body}", body.len()).as_bytes()).unwrap();
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).unwrap();
-    answer
-}
-
-/// A server that listens, where, and what it says from then on.
-fn serving(mut command: Command) -> (Child, String, BufReader<std::process::ChildStderr>) {
-    let mut child = command.spawn().unwrap();
-    let mut err = BufReader::new(child.stderr.take().unwrap());
-    let mut line = String::new();
-    while !line.starts_with("listening on http://") {
-        line.clear();
-        assert!(err.read_line(&mut line).unwrap() > 0, "it says where it listens");
-    }
-    let addr = line.trim().strip_prefix("listening on http://").unwrap().to_string();
-    (child, addr, err)
-}
-
 const SERVE: [&str; 5] = ["--gpu", "--port", "0", "--ctx", "512"];
 
 #[test]
 fn it_serves_many_at_once_and_leaves_nothing_behind() {
     let Some(machine) = machine() else { return };
-    let (mut child, addr, mut err) = serving(machine.command(&[&["serve", "run", &apr::tiny()], &SERVE[..]].concat()));
+    let mut command = machine.command(&[&["serve", "run", &apr::tiny()], &SERVE[..]].concat());
+    let (mut child, err, addr) = listening_child(command.spawn().unwrap());
     let ask = |seed: u32| {
-        post(
-            &addr,
-            &format!(
-                r#"{{"prompt":"Hello","max_tokens":9,"ignore_eos":true,"temperature":1,"top_k":20,"seed":{seed}}}"#
-            ),
-        )
+        let sampling = format!(r#""temperature":1,"top_k":20,"seed":{seed}"#);
+        rest(post(&addr, &format!(r#"{{"prompt":"Hello","max_tokens":9,"ignore_eos":true,{sampling}}}"#)))
     };
     std::thread::scope(|scope| {
         let answers: Vec<_> = (0..3).map(|seed| scope.spawn(move || ask(seed))).collect();
@@ -155,10 +132,9 @@ fn it_serves_many_at_once_and_leaves_nothing_behind() {
             assert!(answer.contains(r#""completion_tokens":9"#), "{answer}");
         }
     });
-    assert!(Command::new("kill").arg(child.id().to_string()).status().unwrap().success());
+    signal(&child, "TERM");
     assert_eq!(child.wait().unwrap().code(), Some(0));
-    let mut said = String::new();
-    err.read_to_string(&mut said).unwrap();
+    let said = rest(err);
     assert!(!said.contains("emulated driver:"), "{said}");
 }
 
@@ -167,14 +143,13 @@ fn a_server_whose_gpu_is_lost_says_so_and_ends() {
     let Some(machine) = machine() else { return };
     let mut command = machine.command(&[&["serve", "run", &apr::tiny()], &SERVE[..]].concat());
     command.env("EMULATED_GPU_LAUNCHES", "600");
-    let (mut child, addr, mut err) = serving(command);
-    let answer = post(&addr, r#"{"prompt":"Hello","max_tokens":200,"ignore_eos":true}"#);
+    let (mut child, err, addr) = listening_child(command.spawn().unwrap());
+    let answer = rest(post(&addr, r#"{"prompt":"Hello","max_tokens":200,"ignore_eos":true}"#));
     let body: Value = serde_json::from_str(answer.split("\r\n\r\n").nth(1).unwrap()).unwrap();
     assert!(answer.starts_with("HTTP/1.1 500"), "{answer}");
     assert!(body["error"]["message"].as_str().unwrap().starts_with("Emulated GPU failed: an illegal memory"), "{body}");
     assert_eq!(child.wait().unwrap().code(), Some(1));
-    let mut said = String::new();
-    err.read_to_string(&mut said).unwrap();
+    let said = rest(err);
     assert!(said.contains("error: Emulated GPU failed") && said.contains("Start the server again"), "{said}");
     assert!(!said.contains("emulated driver:"), "{said}");
 }

@@ -2,10 +2,14 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::process::{Child, Command};
+use std::process::Child;
 
 #[path = "support/apr.rs"]
 mod apr;
+#[path = "support/server.rs"]
+mod server;
+
+use server::{listening_child, post, rest, signal};
 
 fn serve(args: &[&str]) -> Child {
     let model = apr::tiny();
@@ -16,35 +20,6 @@ fn serve(args: &[&str]) -> Child {
 /// A server that listens, and where.
 fn listening(args: &[&str]) -> (Child, BufReader<std::process::ChildStderr>, String) {
     listening_child(serve(args))
-}
-
-fn listening_child(mut child: Child) -> (Child, BufReader<std::process::ChildStderr>, String) {
-    let mut err = BufReader::new(child.stderr.take().unwrap());
-    let mut line = String::new();
-    while !line.starts_with("listening on ") {
-        line.clear();
-        assert!(err.read_line(&mut line).unwrap() > 0, "it says where it listens");
-    }
-    let addr = line.trim().strip_prefix("listening on http://").unwrap().to_string();
-    (child, err, addr)
-}
-
-fn post(addr: &str, body: &str) -> TcpStream {
-    let mut stream = TcpStream::connect(addr).unwrap();
-    let head =
-        format!("POST /v1/completions HTTP/1.1\r\nhost: {addr}\r\nconnection: close\r\ncontent-length: {}", body.len());
-    stream.write_all(format!("{head}\r\n\r\n{body}").as_bytes()).unwrap();
-    stream
-}
-
-fn signal(child: &Child, name: &str) {
-    assert!(Command::new("kill").args(["-s", name, &child.id().to_string()]).status().unwrap().success());
-}
-
-fn rest(mut from: impl Read) -> String {
-    let mut text = String::new();
-    from.read_to_string(&mut text).unwrap();
-    text
 }
 
 /// Lines of stderr up to one that holds `word`, the last.
