@@ -30,6 +30,7 @@ pub(crate) fn quantize_block(x: &[f32], out: &mut Q8Block) {
     let amax = |x: &[f32]| x.iter().fold(0.0f32, |a, v| a.max(v.abs()));
     let Some(d) = super_scale(amax(x)) else { return };
     out.d = d;
+    let mut magnitudes = [0; 8];
     for (j, x) in x.chunks(32).enumerate() {
         out.scales[j] = sub_scale(amax(x), d);
         if out.scales[j] == 0 {
@@ -40,9 +41,10 @@ pub(crate) fn quantize_block(x: &[f32], out: &mut Q8Block) {
             let code = (v * inverse).round_ties_even().clamp(-MAX_CODE, MAX_CODE) as i8;
             out.codes[32 * j + c] = code;
             out.half_sums[2 * j + c / 16] += i16::from(code);
+            magnitudes[j] += i16::from(code.abs());
         }
     }
-    out.derive();
+    out.derive(&magnitudes);
 }
 
 pub(crate) fn matmul_q8(w: WeightRows<'_>, x: Q8Tokens<'_>, out: &mut Out<'_>, scratch: &mut PanelScratch) {

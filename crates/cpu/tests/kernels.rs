@@ -286,6 +286,28 @@ fn random_bytes(qtype: GgmlType, n_blocks: usize, fill: Option<u8>, rng: &mut Rn
     bytes
 }
 
+/// Eleven tokens: all of the largest code, of one sign, of the other, by turns; the largest code and zero by turns; of so many of
+/// them that a block's sum with codes of four bits just fits 16 bits or does not, in either sign; and three of random numbers.
+fn extreme_activations(n_cols: usize, rng: &mut Rng) -> Vec<f32> {
+    // Where the first of 256 columns is 508 and others are up to 127, sub-scales are 8 and codes what the columns are.
+    let edge = |last: f32| {
+        move |c: usize| match (c % 256, c % 32) {
+            (0, _) => 508.0f32.copysign(last),
+            (1..32, _) => 0.0,
+            (_, 0..17) => 127f32.copysign(last),
+            (_, 17) => last,
+            _ => 0.0,
+        }
+    };
+    let mut x = vec![3.5; n_cols];
+    x.extend((0..n_cols).map(|_| -3.5));
+    x.extend((0..n_cols).map(|c| if c % 2 == 0 { -3.5 } else { 3.5 }));
+    x.extend((0..n_cols).map(|c| if c % 2 == 0 { 0.0 } else { 3.5 }));
+    [25.0, 26.0, -25.0, -26.0].into_iter().for_each(|last| x.extend((0..n_cols).map(edge(last))));
+    x.extend((0..3 * n_cols).map(|_| rng.activation()));
+    x
+}
+
 #[test]
 fn extreme_codes_and_scales_do_not_saturate() {
     let mut rng = Rng(5);
@@ -294,14 +316,15 @@ fn extreme_codes_and_scales_do_not_saturate() {
         for qtype in quantized() {
             for &n_cols in widths(qtype) {
                 for fill in [None, None, Some(0xff), Some(0x00), Some(0x80), Some(0x7f)] {
-                    let n_rows = 9;
+                    let n_rows = 17;
                     let bytes = random_bytes(qtype, n_rows * n_cols / qtype.block_len(), fill, &mut rng);
                     let w = WeightRows::new(qtype, &bytes, n_cols);
-                    let mut x = vec![3.5f32; 6 * n_cols];
-                    x[n_cols..2 * n_cols].fill(-3.5);
-                    x[2 * n_cols..3 * n_cols].iter_mut().step_by(2).for_each(|v| *v = -3.5);
-                    x[3 * n_cols..].iter_mut().for_each(|v| *v = rng.activation());
-                    for tokens in [&[0u32, 1, 2, 3, 4, 5][..], &[0], &[1], &[2]] {
+                    let x = extreme_activations(n_cols, &mut rng);
+                    // The last alone is ordinary; nine of it with the first make tiles with and without an extreme token.
+                    let beside = [10, 10, 10, 10, 10, 10, 10, 10, 10, 0];
+                    let alone = (0..11).map(|t| vec![t]);
+                    for tokens in alone.chain([(0..6).collect(), (0..11).collect(), beside.to_vec()]) {
+                        let tokens = &tokens[..];
                         let want = product(scalar, w, &x, tokens);
                         let got = product(k, w, &x, tokens);
                         assert!(want.iter().all(|v| v.is_finite()));

@@ -37,6 +37,7 @@ fn quantize_block(x: &[f32; SUPER], out: &mut Q8Block) {
     *out = Q8Block::ZERO;
     let Some(d) = super_scale(amax.into_iter().fold(0.0, f32::max)) else { return };
     out.d = d;
+    let mut magnitudes = [0; 8];
     for j in 0..8 {
         out.scales[j] = sub_scale(amax[j], d);
         if out.scales[j] == 0 {
@@ -57,8 +58,11 @@ fn quantize_block(x: &[f32; SUPER], out: &mut Q8Block) {
         let sums = _mm256_add_epi64(sums, _mm256_bsrli_epi128::<8>(sums));
         out.half_sums[2 * j] = (_mm256_extract_epi32::<0>(sums) - 16 * 128) as i16;
         out.half_sums[2 * j + 1] = (_mm256_extract_epi32::<4>(sums) - 16 * 128) as i16;
+        let sums = _mm256_sad_epu8(_mm256_abs_epi8(v), _mm256_setzero_si256());
+        let sums = _mm_add_epi64(_mm256_castsi256_si128(sums), _mm256_extracti128_si256::<1>(sums));
+        magnitudes[j] = _mm_cvtsi128_si32(_mm_add_epi64(sums, _mm_bsrli_si128::<8>(sums))) as i16;
     }
-    out.derive();
+    out.derive(&magnitudes);
 }
 
 #[target_feature(enable = "avx2")]

@@ -33,6 +33,11 @@ pub struct Q8Block {
     pub(crate) block_sum: [f32; 8],
     /// Scale of the super-block; NaN where an input was not finite, so that every output that depends on it is NaN.
     pub(crate) d: f32,
+    /// `scales[j] · sums[j]`, where it is `narrow`.
+    pub(crate) scaled_sums: [i16; 8],
+    /// Whether `scaled_sums` fit 16 bits, and with any codes of four bits also the sum of the products of any 32 columns. It takes
+    /// columns of nearly one sign to be wider.
+    pub(crate) narrow: bool,
 }
 
 impl Q8Block {
@@ -46,6 +51,8 @@ impl Q8Block {
         block_d: [0.0; 8],
         block_sum: [0.0; 8],
         d: 0.0,
+        scaled_sums: [0; 8],
+        narrow: true,
     };
 
     /// The block that makes NaN of every product it takes part in.
@@ -57,14 +64,19 @@ impl Q8Block {
         b
     };
 
-    /// Fills the derived fields from `d`, `scales` and `half_sums`.
+    /// Fills the derived fields from `d`, `scales`, `half_sums`, and the sums of the magnitudes of every 32 codes.
     #[inline(always)]
-    pub(crate) fn derive(&mut self) {
+    pub(crate) fn derive(&mut self, magnitudes: &[i16; 8]) {
         for j in 0..8 {
             self.scale_pairs[j] = [self.scales[j]; 2];
             self.sums[j] = self.half_sums[2 * j] + self.half_sums[2 * j + 1];
             self.block_d[j] = self.d * f32::from(self.scales[j]);
             self.block_sum[j] = self.block_d[j] * f32::from(self.sums[j]);
+            let scaled_sum = i32::from(self.scales[j]) * i32::from(self.sums[j]);
+            self.scaled_sums[j] = scaled_sum as i16;
+            // The larger of the sums of positive and of negative codes, twice.
+            let larger = magnitudes[j] + self.sums[j].abs();
+            self.narrow &= scaled_sum.abs() <= i32::from(i16::MAX) && larger <= 2 * (i16::MAX / 15);
         }
     }
 

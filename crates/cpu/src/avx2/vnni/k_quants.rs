@@ -11,11 +11,11 @@ use crate::kernels::Q8Block;
 /// # Safety of its functions
 /// As for [`SuperBlock`].
 trait Scales {
-    /// The scales of blocks `2 k` and `2 k + 1`.
-    unsafe fn scales(&self, k: usize) -> [__m512i; 2];
+    /// The scales of blocks `2 k` and `2 k + 1`, a pair of 16-bit numbers.
+    unsafe fn scales(&self, k: usize) -> __m512i;
 
-    /// The minima of blocks `2 i` and `2 i + 1`, a pair of 16-bit numbers.
-    unsafe fn mins(&self, i: usize) -> __m512i;
+    /// The minima of these blocks, likewise.
+    unsafe fn mins(&self, k: usize) -> __m512i;
 
     /// What scales and minima are worth.
     unsafe fn floats(&self) -> [__m512; 2];
@@ -32,7 +32,7 @@ struct Packed {
 
 /// All of them taken out.
 struct Unpacked {
-    scales: [[__m512i; 2]; 4],
+    scales: [__m512i; 4],
     mins: [__m512i; 4],
     floats: [__m512; 2],
 }
@@ -54,7 +54,7 @@ impl<const FIVE: bool, const BYTES: usize> Wide for K45<FIVE, BYTES> {
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
     unsafe fn zero() -> Ready {
         let zero = _mm512_setzero_si512();
-        let scales = Unpacked { scales: [[zero; 2]; 4], mins: [zero; 4], floats: [_mm512_setzero_ps(); 2] };
+        let scales = Unpacked { scales: [zero; 4], mins: [zero; 4], floats: [_mm512_setzero_ps(); 2] };
         Ready { scales, bytes: Transposed([[zero; 4]; CHUNKS]) }
     }
 
@@ -109,9 +109,20 @@ fn add<B: SuperBlock, S: Scales, const FIVE: bool, const N: usize>(
     x: &[&Q8Block; N],
     acc: &mut [__m512; N],
 ) {
-    // SAFETY: this function itself runs only where the CPU has the instructions.
-    let (sum, [d, m]) = unsafe { (sums::<B, S, FIVE, N>(b, of, x), of.floats()) };
-    let min = minima(of, x);
+    let mut narrow = true;
+    for t in 0..N {
+        narrow &= x[t].narrow;
+    }
+    // For all tokens at once: a choice for every one of them would cost more than it saves.
+    let sum = match narrow && !FIVE {
+        // SAFETY: this function itself runs only where the CPU has the instructions.
+        true => unsafe { sums::<B, S, FIVE, true, N>(b, of, x) },
+        // SAFETY: as above.
+        false => unsafe { sums::<B, S, FIVE, false, N>(b, of, x) },
+    };
+    let min = if narrow { minima::<S, true, N>(of, x) } else { minima::<S, false, N>(of, x) };
+    // SAFETY: as above.
+    let [d, m] = unsafe { of.floats() };
     for t in 0..N {
         let of_token = _mm512_set1_ps(x[t].d);
         acc[t] = _mm512_add_ps(acc[t], _mm512_mul_ps(_mm512_cvtepi32_ps(sum[t]), _mm512_mul_ps(d, of_token)));
@@ -122,7 +133,7 @@ fn add<B: SuperBlock, S: Scales, const FIVE: bool, const N: usize>(
 /// The integer sums of a super-block with each token.
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
 #[inline]
-unsafe fn sums<B: SuperBlock, S: Scales, const FIVE: bool, const N: usize>(
+unsafe fn sums<B: SuperBlock, S: Scales, const FIVE: bool, const NARROW: bool, const N: usize>(
     b: &B,
     of: &S,
     x: &[&Q8Block; N],
@@ -155,14 +166,25 @@ unsafe fn sums<B: SuperBlock, S: Scales, const FIVE: bool, const N: usize>(
         // SAFETY: as above.
         let scales = unsafe { of.scales(k) };
         for t in 0..N {
-            for odd in 0..2 {
-                // Scales have six bits and sub-scales of tokens as many: a product fills no more than the lower half.
-                let scale = _mm512_mullo_epi16(scales[odd], spread(&x[t].scale_pairs, 2 * k + odd));
-                sum[t] = _mm512_add_epi32(sum[t], _mm512_mullo_epi32(y[odd][t], scale));
-            }
+            // Scales have six bits and sub-scales of tokens as many.
+            let scales = _mm512_mullo_epi16(scales, spread(&x[t].scales, k));
+            sum[t] = add_scaled::<NARROW>(sum[t], [y[0][t], y[1][t]], scales);
         }
     }
     sum
+}
+
+/// `sum` plus the sums of two blocks, each times its scale of a pair; sums that are `NARROW` fit 16 bits.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+#[inline]
+fn add_scaled<const NARROW: bool>(sum: __m512i, y: [__m512i; 2], scales: __m512i) -> __m512i {
+    if NARROW {
+        let y = _mm512_mask_blend_epi16(0xaaaa_aaaa, y[0], _mm512_slli_epi32::<16>(y[1]));
+        return _mm512_dpwssd_epi32(sum, y, scales);
+    }
+    let scales = [_mm512_and_si512(scales, _mm512_set1_epi32(0xffff)), _mm512_srli_epi32::<16>(scales)];
+    let sum = _mm512_add_epi32(sum, _mm512_mullo_epi32(y[0], scales[0]));
+    _mm512_add_epi32(sum, _mm512_mullo_epi32(y[1], scales[1]))
 }
 
 /// The codes of blocks `2 k` and `2 k + 1` from the bytes that hold their first four bits, and the fifth.
@@ -186,14 +208,19 @@ fn codes<const FIVE: bool>(q: __m512i, high: __m512i, k: usize) -> [__m512i; 2] 
 /// The integer sums of the minima with each token.
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
 #[inline]
-fn minima<S: Scales, const N: usize>(of: &S, x: &[&Q8Block; N]) -> [__m512i; N] {
+fn minima<S: Scales, const NARROW: bool, const N: usize>(of: &S, x: &[&Q8Block; N]) -> [__m512i; N] {
     let mut min = [_mm512_setzero_si512(); N];
-    for i in 0..4 {
+    for k in 0..4 {
         // SAFETY: this function itself runs only where the CPU has the instructions.
-        let m = unsafe { of.mins(i) };
+        let m = unsafe { of.mins(k) };
         for t in 0..N {
-            let m = _mm512_mullo_epi16(m, spread(&x[t].scales, i));
-            min[t] = _mm512_dpwssd_epi32(min[t], m, spread(&x[t].sums, i));
+            min[t] = match NARROW {
+                true => _mm512_dpwssd_epi32(min[t], m, spread(&x[t].scaled_sums, k)),
+                false => {
+                    let m = _mm512_mullo_epi16(m, spread(&x[t].scales, k));
+                    _mm512_dpwssd_epi32(min[t], m, spread(&x[t].sums, k))
+                }
+            };
         }
     }
     min
@@ -216,16 +243,14 @@ fn packed([floats, a, b, c]: [__m512i; 4]) -> Packed {
 impl Scales for Packed {
     #[target_feature(enable = "avx2,avx512f,avx512bw")]
     #[inline]
-    unsafe fn scales(&self, k: usize) -> [__m512i; 2] {
-        let byte = _mm512_set1_epi32(0xff);
-        let v = _mm512_srlv_epi32(self.scales[k / 2], _mm512_set1_epi32(16 * (k % 2) as i32));
-        [_mm512_and_si512(v, byte), _mm512_and_si512(_mm512_srli_epi32::<8>(v), byte)]
+    unsafe fn scales(&self, k: usize) -> __m512i {
+        byte_pairs(self.scales[k / 2], k % 2)
     }
 
     #[target_feature(enable = "avx2,avx512f,avx512bw")]
     #[inline]
-    unsafe fn mins(&self, i: usize) -> __m512i {
-        byte_pairs(self.mins[i / 2], i % 2)
+    unsafe fn mins(&self, k: usize) -> __m512i {
+        byte_pairs(self.mins[k / 2], k % 2)
     }
 
     #[target_feature(enable = "avx512f")]
@@ -238,14 +263,14 @@ impl Scales for Packed {
 impl Scales for Unpacked {
     #[target_feature(enable = "avx512f")]
     #[inline]
-    unsafe fn scales(&self, k: usize) -> [__m512i; 2] {
+    unsafe fn scales(&self, k: usize) -> __m512i {
         self.scales[k]
     }
 
     #[target_feature(enable = "avx512f")]
     #[inline]
-    unsafe fn mins(&self, i: usize) -> __m512i {
-        self.mins[i]
+    unsafe fn mins(&self, k: usize) -> __m512i {
+        self.mins[k]
     }
 
     #[target_feature(enable = "avx512f")]
