@@ -75,11 +75,6 @@ struct Rows<'a> {
     row_bytes: usize,
 }
 
-/// Sums of sixteen rows, on a boundary of their size: no load or store of them touches two lines of the cache.
-#[repr(align(64))]
-#[derive(Clone, Copy)]
-struct Sums([f32; ROWS]);
-
 /// A super-block in the file's layout.
 struct Raw<'a, F> {
     rows: Rows<'a>,
@@ -164,7 +159,7 @@ fn few<F: Straight, const N: usize>(w: WeightRows<'_>, x: Q8Tokens<'_>, out: &mu
 #[inline(never)]
 fn span<F: Wide>(w: WeightRows<'_>, x: Q8Tokens<'_>, out: &mut Out<'_>) {
     let (n_rows, n_blocks) = (w.n_rows(), w.n_cols().div_ceil(32));
-    let mut sums = [Sums([0.0; ROWS]); SPAN];
+    let mut sums = [_mm512_setzero_ps(); SPAN];
     let tokens: [&[Q8Block]; SPAN] = std::array::from_fn(|t| if t < x.len() { x.row(t) } else { &[] });
     let tokens = &tokens[..x.len()];
     // SAFETY: this function itself runs only where the CPU has the instructions.
@@ -172,7 +167,7 @@ fn span<F: Wide>(w: WeightRows<'_>, x: Q8Tokens<'_>, out: &mut Out<'_>) {
     for r in (0..n_rows).step_by(ROWS) {
         let first = r.min(n_rows - ROWS);
         let rows = Rows::new(w.rows(first..first + ROWS));
-        sums[..x.len()].fill(Sums([0.0; ROWS]));
+        sums[..x.len()].fill(_mm512_setzero_ps());
         for s in 0..w.row_bytes().div_ceil(F::BYTES) {
             let block = Raw::<F> { rows, at: s * F::BYTES, ahead: 0, format: PhantomData };
             let n_blocks = n_blocks.min(8 * s + 8) - 8 * s;
@@ -184,8 +179,8 @@ fn span<F: Wide>(w: WeightRows<'_>, x: Q8Tokens<'_>, out: &mut Out<'_>) {
         }
         for (t, sums) in sums[..x.len()].iter().enumerate() {
             match r - first {
-                0 => out.put(x.out_row(t), r, &sums.0),
-                n => out.put(x.out_row(t), r, &sums.0[n..]),
+                0 => out.put(x.out_row(t), r, &store(*sums)),
+                n => out.put(x.out_row(t), r, &store(*sums)[n..]),
             }
         }
     }
@@ -200,7 +195,7 @@ fn meet<F: Wide>(
     tokens: &[&[Q8Block]],
     s: usize,
     next: &Next<'_>,
-    sums: &mut [Sums],
+    sums: &mut [__m512],
 ) {
     let mut t = 0;
     while t < tokens.len() {
@@ -228,20 +223,13 @@ fn tile<F: Wide, const N: usize>(
     n_blocks: usize,
     tokens: &[&[Q8Block]],
     s: usize,
-    sums: &mut [Sums],
+    sums: &mut [__m512],
 ) -> usize {
     let blocks = super_block(tokens.first_chunk::<N>().expect("as many tokens"), s);
-    let sums: &mut [_; N] = sums.first_chunk_mut().expect("sums of every token");
-    let mut acc = [_mm512_setzero_ps(); N];
-    for i in 0..N {
-        // SAFETY: sums are sixteen floats on a boundary of 64 bytes.
-        acc[i] = unsafe { _mm512_load_ps(sums[i].0.as_ptr()) };
-    }
+    // They stay where they lie until the products are there: registers are needed for these.
+    let sums = sums.first_chunk_mut().expect("sums of every token");
     // SAFETY: this function itself runs only where the CPU has the instructions.
-    unsafe { F::add(block, n_blocks, &blocks, &mut acc) };
-    for i in 0..N {
-        sums[i].0 = store(acc[i]);
-    }
+    unsafe { F::add(block, n_blocks, &blocks, sums) };
     N
 }
 
