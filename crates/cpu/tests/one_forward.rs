@@ -6,6 +6,7 @@ mod runs;
 use apr_core::backend::KvType;
 use apr_core::backend::reference::Reference;
 use apr_core::probe::Recorder;
+use apr_core::stage::Stage;
 use apr_cpu::CpuBackend;
 use apr_cpu::kernels::{Isa, Kernels};
 use runs::{Run, relative_rms};
@@ -146,12 +147,26 @@ fn fused_and_unfused_agree() {
     }
 }
 
+/// Where a router hardly prefers one expert to another, rounding may choose, and the row goes through other weights from there on:
+/// such rows are few, and all others agree.
 #[test]
 fn instruction_sets_agree() {
     let tokens = prompt(40, 9);
-    let scalar = whole(cpu(Isa::Scalar, 2), &tokens, &mut none());
+    let run = |isa| {
+        let mut routed = Recorder::of(&[Stage::MoeRouterIndices]);
+        (whole(cpu(isa, 2), &tokens, &mut routed), routed)
+    };
+    let (scalar, expected) = run(Isa::Scalar);
     for isa in isas() {
-        let error = relative_rms(&whole(cpu(isa, 2), &tokens, &mut none()), &scalar);
+        let (logits, routed) = run(isa);
+        let differs = |row: &usize| routed.seen.iter().any(|(at, seen)| seen.row(*row) != expected.seen[at].row(*row));
+        let others: Vec<usize> = (0..tokens.len()).filter(differs).collect();
+        assert!(others.len() <= 2, "{isa}: other experts in rows {others:?}");
+        let of_row = |logits: &[f32], row: usize| logits[row * 2048..(row + 1) * 2048].to_vec();
+        let same = |logits: &[f32]| -> Vec<f32> {
+            (0..tokens.len()).filter(|row| !others.contains(row)).flat_map(|row| of_row(logits, row)).collect()
+        };
+        let error = relative_rms(&same(&logits), &same(&scalar));
         assert!(error <= 2e-2, "{isa}: relative RMS {error:e}");
     }
 }
