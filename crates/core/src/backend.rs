@@ -58,7 +58,8 @@ pub type Result<T> = std::result::Result<T, BackendError>;
 pub enum Precision {
     /// Activations stay 32-bit floats.
     F32,
-    /// Activations are 8-bit integers with a scale per 32 where weights are quantized.
+    /// Activations are 8-bit integers with a scale per 32 where weights are quantized, and 16-bit integers with a scale per head in
+    /// attention where keys and values are not 32-bit floats.
     Int8,
 }
 

@@ -78,14 +78,25 @@ fn a_fault_shows_in_its_own_stage_only() {
 }
 
 #[test]
-fn rounding_shows_in_products_with_quantized_weights_only() {
+fn rounding_shows_in_attention_and_products_with_quantized_weights_only() {
     let plain = recorded();
     let mut seen = Recorder::all();
     let mut run = Run::new(Rounded(Reference), TINY, KvType::F16, |_| {});
     run.step_fed(&TOKENS, false, &mut Recorded(plain.clone()), &mut seen);
     for (key, recording) in fed_stages(&plain) {
         use Stage::*;
-        let rounds = matches!(key.1, QkvMatmul | AttnOut | MoeExpertGate | MoeExpertUp | MoeExpertOut | LmHead);
+        let rounds = matches!(
+            key.1,
+            QkvMatmul
+                | AttnScores
+                | AttnSoftmax
+                | Attention
+                | AttnOut
+                | MoeExpertGate
+                | MoeExpertUp
+                | MoeExpertOut
+                | LmHead
+        );
         let error = relative_rms(&seen.seen[key].values, &recording.values);
         assert_eq!(error > 0.0, rounds, "{}: {error:e}", key.1.tensor_name(key.0));
         assert!(error < 0.01, "{}: {error:e}", key.1.tensor_name(key.0));

@@ -11,6 +11,7 @@ use apr_core::backend::{Backend, Heads, KV_BLOCK, KvShape, KvType};
 use apr_core::batch::{Batch, Row, Wants};
 use apr_core::probe::NoProbe;
 use apr_cpu::CpuBackend;
+use apr_cpu::float::codes::{Coded, Product};
 use apr_cpu::float::{FloatKernels, Gemm, Softmax};
 use apr_cpu::kernels::{Isa, Kernels};
 use apr_cpu::kv::{KvCache, Part};
@@ -32,19 +33,20 @@ fn main() {
         isas.iter().map(|&isa| Kernels::for_isa(isa).unwrap_or_else(|| panic!("this CPU lacks {isa}"))).collect();
     // Two vectors of eight floats a cycle.
     let peak = 16.0 * peak::clock_hz() / 1e9;
-    println!("one thread, from cache; 16 multiply-adds a cycle are {peak:.1} GFMA/s");
+    println!("one thread, from cache; 16 multiply-adds a cycle are {peak:.1} GMAC/s");
     for (m, n, k) in [(128, 64, 128), (128, 128, 64), (8, 64, 128), (8, 128, 64)] {
-        for halves in [true, false] {
-            print!("{m:3} x {n:3} x {k:3} {}:", if halves { "f16" } else { "f32" });
+        for in_integers in [true, false] {
+            print!("{m:3} x {n:3} x {k:3} {}:", if in_integers { "i16" } else { "f32" });
             for kernels in &tables {
-                let rate = product(kernels.float(), m, n, k, halves);
-                print!("  {} {rate:.1} GFMA/s, {:.0} %", kernels.isa(), 100.0 * rate / peak);
+                let rate = product(kernels.float(), m, n, k, in_integers);
+                print!("  {} {rate:.1} GMAC/s, {:.0} %", kernels.isa(), 100.0 * rate / peak);
             }
             println!();
         }
     }
     for kernels in &tables {
         row_by_row(kernels);
+        coding(kernels);
     }
     println!("{N_THREADS} threads, {N_LAYER} layers");
     for kv_type in [KvType::F16, KvType::Q8_0] {
@@ -74,18 +76,48 @@ fn values(n: usize) -> Vec<f32> {
     (0..n).map(|i| (i as f32 * 0.37).sin()).collect()
 }
 
-/// 10⁹ multiply-adds per second of a product from cache.
-fn product(f: &FloatKernels, m: usize, n: usize, k: usize, halves: bool) -> f64 {
+/// 10⁹ multiply-adds per second of a product from cache, in 16-bit integers or in floats.
+fn product(f: &FloatKernels, m: usize, n: usize, k: usize, in_integers: bool) -> f64 {
     let (a, b, mut c) = (values(m * k), values(k * n), vec![0.0; m * n]);
-    let b_halves: Vec<u16> = b.iter().map(|&v| half::f16::from_f32(v).to_bits()).collect();
+    let pairs = |x: &[f32]| x.chunks_exact(2).map(|x| [(1e3 * x[0]) as i16, (1e3 * x[1]) as i16]).collect::<Vec<_>>();
+    let (a_pairs, b_pairs, of_a) = (pairs(&a), pairs(&b), vec![1e-3; m]);
     let repeats = 30_000_000 / (m * n * k);
     let seconds = median_seconds(&mut [()], |_| {
         for _ in 0..repeats {
-            let g = Gemm { m, n, k: 0..k, a: black_box(&a), lda: k, ldb: n, c: &mut c, ldc: n, add: false, ahead: &[] };
-            if halves { f.gemm_halves(g, &b_halves) } else { f.gemm(g, &b) }
+            let (a, a_pairs, c) = (black_box(&a), black_box(&a_pairs), &mut c);
+            if in_integers {
+                let (n_pairs, of_a, b, ahead) = (k / 2, &of_a, &b_pairs, &[]);
+                f.weigh(Product { m, n, n_pairs, a: a_pairs, lda: n_pairs, of_a, b, ldb: n, c, ldc: n, ahead });
+            } else {
+                f.gemm(Gemm { m, n, k: 0..k, a, lda: k, ldb: n, c, ldc: n, add: false, ahead: &[] }, &b);
+            }
         }
     });
     (repeats * m * n * k) as f64 / seconds[0] / 1e9
+}
+
+/// What makes codes of an 8-bit tile of keys and values, of queries and of weights, in nanoseconds.
+fn coding(k: &Kernels) {
+    let (f, d) = (k.float(), HEADS.head_dim);
+    let (bytes, scales): (Vec<i8>, _) =
+        ((0..d * KV_BLOCK).map(|i| (i * 37) as i8).collect(), values(d * KV_BLOCK / 32));
+    let (mut pairs, mut units) = (vec![[0; 2]; d / 2 * KV_BLOCK], [0.0; KV_BLOCK]);
+    let (queries, weights) = (values(8 * d), values(8 * KV_BLOCK).iter().map(|v| v.abs()).collect::<Vec<_>>());
+    let mut timed = |run: &mut dyn FnMut(Coded<'_>)| {
+        let seconds = median_seconds(&mut [()], |_| {
+            (0..2000).for_each(|_| run(Coded { pairs: black_box(&mut pairs), scales: &mut units }));
+        });
+        1e9 * seconds[0] / 2000.0
+    };
+    let (mut codes, mut of_weights) = (vec![[0; 2]; 8 * KV_BLOCK / 2], [0.0; 8]);
+    println!(
+        "{}, ns: codes of a q8_0 tile of keys {:.0}, of values {:.0}; of 8 queries {:.0}, of their weights {:.0}",
+        k.isa(),
+        timed(&mut |to| f.widen_keys(black_box(&bytes), &scales, to)),
+        timed(&mut |to| f.widen_values(black_box(&bytes), &scales, to)),
+        timed(&mut |to| f.code_queries(black_box(&queries), &mut to.pairs[..4 * d], &mut to.scales[..8])),
+        timed(&mut |to| f.code_weights(black_box(&weights), to.scales, &mut codes, &mut of_weights)),
+    );
 }
 
 /// What is done row by row, in nanoseconds for a row.

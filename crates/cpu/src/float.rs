@@ -9,10 +9,17 @@ use std::ops::Range;
 use apr_core::backend::KV_BLOCK;
 use apr_core::stats::RowStats;
 
+use codes::{Coded, Pair, Product};
+
 /// The float loops of one width of vectors.
 pub struct FloatKernels {
     gemm: unsafe fn(Gemm<'_>, &[f32]),
-    gemm_halves: unsafe fn(Gemm<'_>, &[u16]),
+    score: unsafe fn(Product<'_>, &[f32]),
+    weigh: unsafe fn(Product<'_>),
+    code_queries: unsafe fn(&[f32], &mut [Pair], &mut [f32]),
+    widen_keys: unsafe fn(&[i8], &[f32], Coded<'_>),
+    widen_values: unsafe fn(&[i8], &[f32], Coded<'_>),
+    code_weights: CodeWeights,
     softmax: unsafe fn(Softmax<'_>),
     swiglu: unsafe fn(&mut [f32], &[f32]),
     normalise: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
@@ -20,9 +27,10 @@ pub struct FloatKernels {
     row_stats: unsafe fn(&[f32]) -> RowStats,
     tops: unsafe fn(&[f32], &mut [u32]),
     widen: unsafe fn(&[u16], &mut [f32]),
-    scale_keys: unsafe fn(&[i8], &[f32], &mut [f32]),
-    scale_values: unsafe fn(&[i8], &[f32], &mut [f32]),
 }
+
+/// Codes of weights; the shapes have been checked.
+type CodeWeights = unsafe fn(&[f32], &[f32; KV_BLOCK], &mut [Pair], &mut [f32]);
 
 /// Codes of 8 bits that share a scale.
 pub const SHARED: usize = 32;
@@ -81,11 +89,52 @@ impl FloatKernels {
         unsafe { (self.gemm)(g, b) }
     }
 
-    /// [`gemm`](Self::gemm) with the same result, where `b` has half floats, given as their bits.
-    pub fn gemm_halves(&self, g: Gemm<'_>, b: &[u16]) {
-        g.check(b.len());
+    /// `c = a b`: see [`Product`]. `of_b` `[n]` is what a unit of each column of `b` is worth.
+    pub fn score(&self, p: Product<'_>, of_b: &[f32]) {
+        p.check();
+        assert_eq!(p.n, of_b.len());
         // SAFETY: as in `gemm`.
-        unsafe { (self.gemm_halves)(g, b) }
+        unsafe { (self.score)(p, of_b) }
+    }
+
+    /// `c = c + a b`: see [`Product`]. A unit of `b` is worth 1.
+    pub fn weigh(&self, p: Product<'_>) {
+        p.check();
+        // SAFETY: as in `gemm`.
+        unsafe { (self.weigh)(p) }
+    }
+
+    /// Codes of queries `x` `[n, d]`, `pairs` being `[n, d / 2]`, and what a unit of each row is worth. See [`codes`].
+    pub fn code_queries(&self, x: &[f32], pairs: &mut [Pair], scales: &mut [f32]) {
+        assert!(x.len() == 2 * pairs.len() && (x.len() / scales.len().max(1)).is_multiple_of(2));
+        assert!(x.len().is_multiple_of(scales.len().max(1)));
+        // SAFETY: the table is handed out only where the CPU has its ISA.
+        unsafe { (self.code_queries)(x, pairs, scales) }
+    }
+
+    /// Codes of a tile of keys whose 8-bit codes `[d, KV_BLOCK]` have the scales `[d / SHARED, KV_BLOCK]`: [`SHARED`] codes of a column
+    /// have one. See [`codes`].
+    pub fn widen_keys(&self, codes: &[i8], scales: &[f32], to: Coded<'_>) {
+        assert!(codes.len() == 2 * to.pairs.len() && codes.len() == SHARED * scales.len());
+        assert!(scales.len().is_multiple_of(KV_BLOCK));
+        // SAFETY: the table is handed out only where the CPU has its ISA.
+        unsafe { (self.widen_keys)(codes, scales, to) }
+    }
+
+    /// The same of a tile of values whose codes are `[KV_BLOCK, d]` and scales `[KV_BLOCK, d / SHARED]`.
+    pub fn widen_values(&self, codes: &[i8], scales: &[f32], to: Coded<'_>) {
+        assert!(codes.len() == 2 * to.pairs.len() && codes.len() == SHARED * scales.len());
+        assert!(scales.len().is_multiple_of(KV_BLOCK));
+        // SAFETY: the table is handed out only where the CPU has its ISA.
+        unsafe { (self.widen_values)(codes, scales, to) }
+    }
+
+    /// Codes of weights `[n, KV_BLOCK]` times what their positions' values are worth, and what a unit of each row is worth. None is
+    /// negative. See [`codes`].
+    pub fn code_weights(&self, weights: &[f32], of_values: &[f32; KV_BLOCK], pairs: &mut [Pair], scales: &mut [f32]) {
+        assert!(weights.len() == 2 * pairs.len() && weights.len() == scales.len() * KV_BLOCK);
+        // SAFETY: the table is handed out only where the CPU has its ISA.
+        unsafe { (self.code_weights)(weights, of_values, pairs, scales) }
     }
 
     /// See [`Softmax`]. A row of which nothing can be compared has weights of NaN, or 0 where it is minus infinity.
@@ -126,22 +175,6 @@ impl FloatKernels {
         unsafe { (self.widen)(halves, out) }
     }
 
-    /// Codes `[n, KV_BLOCK]` times their scales `[n / SHARED, KV_BLOCK]`: [`SHARED`] codes of a column have one.
-    pub fn scale_keys(&self, codes: &[i8], scales: &[f32], out: &mut [f32]) {
-        assert!(
-            codes.len() == out.len() && codes.len() == SHARED * scales.len() && scales.len().is_multiple_of(KV_BLOCK)
-        );
-        // SAFETY: the table is handed out only where the CPU has its ISA.
-        unsafe { (self.scale_keys)(codes, scales, out) }
-    }
-
-    /// `out[i] = codes[i] * scales[i / SHARED]`
-    pub fn scale_values(&self, codes: &[i8], scales: &[f32], out: &mut [f32]) {
-        assert!(codes.len() == out.len() && codes.len() == SHARED * scales.len());
-        // SAFETY: the table is handed out only where the CPU has its ISA.
-        unsafe { (self.scale_values)(codes, scales, out) }
-    }
-
     /// What [`RowStats::of`] gives, but for the order of its sums, which is the same on every ISA.
     pub fn row_stats(&self, values: &[f32]) -> RowStats {
         // SAFETY: the table is handed out only where the CPU has its ISA.
@@ -157,7 +190,12 @@ impl FloatKernels {
 
 pub(crate) static SCALAR: FloatKernels = FloatKernels {
     gemm: body::gemm,
-    gemm_halves: body::gemm_halves,
+    score: codes::score,
+    weigh: codes::weigh,
+    code_queries: codes::code_queries,
+    widen_keys: codes::widen_keys,
+    widen_values: codes::widen_values,
+    code_weights: codes::code_weights,
     softmax: body::softmax,
     swiglu: body::swiglu,
     normalise: body::normalise,
@@ -165,8 +203,6 @@ pub(crate) static SCALAR: FloatKernels = FloatKernels {
     row_stats: body::row_stats,
     tops: body::tops,
     widen: body::widen,
-    scale_keys: body::scale_keys,
-    scale_values: body::scale_values,
 };
 
 /// `TABLE`, of functions compiled for `$features` with loops over `$vector`. The module that it is written in has the products.
@@ -174,14 +210,18 @@ pub(crate) static SCALAR: FloatKernels = FloatKernels {
 macro_rules! table {
     ($features:literal, $vector:ty) => {
         table! { $features, $vector:
+            codes {
+                code_queries(x: &[f32], pairs: &mut [Pair], scales: &mut [f32]) -> ();
+                widen_keys(codes: &[i8], scales: &[f32], to: Coded<'_>) -> ();
+                widen_values(codes: &[i8], scales: &[f32], to: Coded<'_>) -> ();
+                code_weights(weights: &[f32], of_values: &[f32; KV_BLOCK], pairs: &mut [Pair], scales: &mut [f32]) -> ();
+            }
             loops {
                 softmax(s: Softmax<'_>) -> ();
                 swiglu(gate: &mut [f32], up: &[f32]) -> ();
                 normalise(x: &[f32], w: &[f32], eps: f32, out: &mut [f32]) -> ();
                 axpby(y: &mut [f32], a: f32, x: &[f32], b: f32) -> ();
                 widen(halves: &[u16], out: &mut [f32]) -> ();
-                scale_keys(codes: &[i8], scales: &[f32], out: &mut [f32]) -> ();
-                scale_values(codes: &[i8], scales: &[f32], out: &mut [f32]) -> ();
             }
             portable {
                 row_stats(values: &[f32]) -> RowStats;
@@ -190,10 +230,20 @@ macro_rules! table {
         }
     };
     ($features:literal, $vector:ty:
+        codes { $($code:ident($($code_arg:ident: $code_kind:ty),*) -> $code_out:ty;)+ }
         loops { $($loop:ident($($arg:ident: $kind:ty),*) -> $out:ty;)+ }
         portable { $($body:ident($($body_arg:ident: $body_kind:ty),*) -> $body_out:ty;)+ }
     ) => {
-        pub(crate) static TABLE: FloatKernels = FloatKernels { gemm, gemm_halves, $($loop,)+ $($body),+ };
+        pub(crate) static TABLE: FloatKernels =
+            FloatKernels { gemm, score, weigh, $($code,)+ $($loop,)+ $($body),+ };
+
+        $(
+            #[target_feature(enable = $features)]
+            fn $code($($code_arg: $code_kind),*) -> $code_out {
+                // SAFETY: this function itself runs only where the CPU has the vector's instructions.
+                unsafe { code_loops::$code::<$vector>($($code_arg),*) }
+            }
+        )+
 
         $(
             #[target_feature(enable = $features)]
@@ -217,6 +267,9 @@ pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
 #[cfg(target_arch = "x86_64")]
+mod code_loops;
+pub mod codes;
+#[cfg(target_arch = "x86_64")]
 mod loops;
 #[cfg(target_arch = "x86_64")]
 mod vector;
@@ -227,7 +280,7 @@ mod body {
 
     use apr_core::backend::{Best, KV_BLOCK};
 
-    use super::{Gemm, RowStats, SHARED, Softmax};
+    use super::{Gemm, RowStats, Softmax};
 
     const LANES: usize = 8;
     pub type Lanes = [f32; LANES];
@@ -244,17 +297,12 @@ mod body {
 
     #[inline(always)]
     pub fn gemm(mut g: Gemm<'_>, b: &[f32]) {
-        gemm_columns::<false, _>(&mut g, b, |b| b, 0);
-    }
-
-    #[inline(always)]
-    pub fn gemm_halves(mut g: Gemm<'_>, b: &[u16]) {
-        gemm_columns::<false, _>(&mut g, b, |b| f16::from_bits(b).to_f32(), 0);
+        gemm_columns::<false>(&mut g, b, 0);
     }
 
     /// Columns `from ..` of the product.
     #[inline(always)]
-    pub fn gemm_columns<const FMA: bool, T: Copy>(g: &mut Gemm<'_>, b: &[T], float: impl Fn(T) -> f32, from: usize) {
+    pub fn gemm_columns<const FMA: bool>(g: &mut Gemm<'_>, b: &[f32], from: usize) {
         if from == g.n {
             return;
         }
@@ -266,7 +314,7 @@ mod body {
             for p in g.k.clone() {
                 let x = g.a[i * g.lda + p];
                 for (c, &b) in c.iter_mut().zip(&b[p * g.ldb + from..]) {
-                    *c = mul_add::<FMA>(x, float(b), *c);
+                    *c = mul_add::<FMA>(x, b, *c);
                 }
             }
         }
@@ -382,19 +430,6 @@ mod body {
         out.iter_mut().zip(halves).for_each(|(o, h)| *o = f16::from_bits(*h).to_f32());
     }
 
-    pub fn scale_keys(codes: &[i8], scales: &[f32], out: &mut [f32]) {
-        for (row, (codes, out)) in codes.chunks_exact(KV_BLOCK).zip(out.chunks_exact_mut(KV_BLOCK)).enumerate() {
-            let scales = &scales[row / SHARED * KV_BLOCK..][..KV_BLOCK];
-            out.iter_mut().zip(codes).zip(scales).for_each(|((o, c), d)| *o = f32::from(*c) * d);
-        }
-    }
-
-    pub fn scale_values(codes: &[i8], scales: &[f32], out: &mut [f32]) {
-        for ((codes, out), d) in codes.chunks_exact(SHARED).zip(out.chunks_exact_mut(SHARED)).zip(scales) {
-            out.iter_mut().zip(codes).for_each(|(o, c)| *o = f32::from(*c) * d);
-        }
-    }
-
     #[inline(always)]
     pub fn tops(values: &[f32], tops: &mut [u32]) {
         Best::tops(values, tops);
@@ -507,25 +542,6 @@ mod tests {
     }
 
     #[test]
-    fn half_floats_give_the_same_product_widened_before_or_on_the_way() {
-        for t in tables() {
-            for (m, n, k) in [(1, 64, 128), (8, 128, 64), (5, 37, 3), (9, 16, 7), (64, 40, 150)] {
-                let (a, b) = (values(m * k, 1), values(k * n, 2));
-                let halves: Vec<u16> = b.iter().map(|v| half::f16::from_f32(*v).to_bits()).collect();
-                let (mut wide, mut c, mut d) = (vec![0.0; k * n], vec![f32::NAN; m * n], vec![f32::NAN; m * n]);
-                t.widen(&halves, &mut wide);
-                assert!(wide.iter().zip(&b).all(|(w, b)| (w - b).abs() < 5e-4), "within the type's precision");
-                t.gemm(Gemm { m, n, k: 0..k, a: &a, lda: k, ldb: n, c: &mut c, ldc: n, add: false, ahead: &[] }, &wide);
-                t.gemm_halves(
-                    Gemm { m, n, k: 0..k, a: &a, lda: k, ldb: n, c: &mut d, ldc: n, add: false, ahead: &[] },
-                    &halves,
-                );
-                assert_eq!(c, d, "{m} by {n} by {k}");
-            }
-        }
-    }
-
-    #[test]
     fn a_tile_of_softmax_equals_the_exponential() {
         for t in tables() {
             for n_seen in [1, 7, 8, 64, 61] {
@@ -605,21 +621,6 @@ mod tests {
             let (max, total) = (&mut max[2..], &mut total[2..]);
             t.softmax(Softmax { scores: &mut all, scale: 1.0, max, total, sum: &mut sum[2..] });
             assert!(max[0] == -200.0 && total[0].is_nan(), "NaN of an earlier tile stays");
-        }
-    }
-
-    #[test]
-    fn codes_are_multiplied_with_their_scales() {
-        for t in tables() {
-            let codes: Vec<i8> = (0..2 * SHARED * KV_BLOCK).map(|i| (i * 37) as i8).collect();
-            let (scales, mut out) = (values(2 * KV_BLOCK, 7), vec![f32::NAN; codes.len()]);
-            t.scale_keys(&codes, &scales, &mut out);
-            for (i, &got) in out.iter().enumerate() {
-                let scale = scales[i / KV_BLOCK / SHARED * KV_BLOCK + i % KV_BLOCK];
-                assert_eq!(got, f32::from(codes[i]) * scale, "key code {i}");
-            }
-            t.scale_values(&codes, &scales, &mut out);
-            assert!((0..out.len()).all(|i| out[i] == f32::from(codes[i]) * scales[i / SHARED]), "value codes");
         }
     }
 

@@ -1,17 +1,21 @@
 //! The KV cache of the CPU backend: blocks of [`KV_BLOCK`] positions, contiguous per layer and KV head.
 //!
 //! A tile holds the keys of one head in one block transposed, `[head_dim, KV_BLOCK]`, and its values as `[KV_BLOCK, head_dim]`, so that
-//! both products of attention run along rows without sums across lanes. Types are f32, f16, or 8-bit integers with an f16 scale per 32
-//! values along the head.
+//! both products of attention run along rows without sums across lanes. Types are:
+//!
+//! - f32.
+//! - f16: 16 bits a value. They are no half floats, but the integers that attention multiplies ([`codes`]), which are as precise, in
+//!   pairs of neighbouring rows. Behind the integers of a tile lies a scale for every position.
+//! - q8_0: 8-bit integers with an f16 scale per 32 values along the head, made such integers of when they are read.
 
 use std::ops::Range;
 
 use apr_core::backend::{BackendError, KV_BLOCK, KvShape, KvType, Result};
 use bytemuck::Zeroable;
 use half::f16;
-use half::slice::HalfFloatSliceExt;
 
 use crate::float::FloatKernels;
+use crate::float::codes::{self, Coded, Pair};
 use crate::lines::{Line, Lines};
 
 /// Keys and values of all sequences.
@@ -20,10 +24,20 @@ pub struct KvCache {
     blocks: Vec<Box<[Line]>>,
 }
 
-/// One head's keys or values in one block, as floats.
+/// One head's keys or values in one block.
+#[derive(Clone, Copy)]
+pub enum Tile<'a> {
+    /// Keys `[head_dim, KV_BLOCK]` or values `[KV_BLOCK, head_dim]`.
+    Floats(&'a [f32]),
+    /// The same, of half as many rows of pairs, and what a unit of each position's codes is worth.
+    Codes(&'a [Pair], &'a [f32; KV_BLOCK]),
+}
+
+/// Room for a tile that is not stored as it is multiplied.
 #[derive(Default)]
-pub struct Tile {
-    values: Lines,
+pub struct Room {
+    pairs: Lines,
+    units: Lines,
     scales: Vec<f32>,
 }
 
@@ -49,7 +63,7 @@ impl KvCache {
 
     /// Makes room for blocks `0..n_blocks`, zeroed.
     pub fn reserve(&mut self, n_blocks: usize) -> Result<()> {
-        let n_lines = self.shape.block_bytes().div_ceil(size_of::<Line>());
+        let n_lines = self.block_bytes().div_ceil(size_of::<Line>());
         while self.blocks.len() < n_blocks {
             let mut block = Vec::new();
             block.try_reserve_exact(n_lines).map_err(|_| BackendError::OutOfMemory {
@@ -62,20 +76,26 @@ impl KvCache {
         Ok(())
     }
 
+    /// Bytes of a block with its scales.
+    pub fn block_bytes(&self) -> usize {
+        2 * self.shape.n_layer * self.shape.n_head_kv * self.tile_bytes()
+    }
+
     /// The bytes of a block.
     pub fn block(&self, block: u32) -> &[u8] {
-        &bytemuck::cast_slice(&self.blocks[block as usize])[..self.shape.block_bytes()]
+        &bytemuck::cast_slice(&self.blocks[block as usize])[..self.block_bytes()]
     }
 
     /// The bytes of a block.
     pub fn block_mut(&mut self, block: u32) -> &mut [u8] {
-        let n = self.shape.block_bytes();
+        let n = self.block_bytes();
         &mut bytemuck::cast_slice_mut(&mut self.blocks[block as usize])[..n]
     }
 
     /// Bytes of one head's keys or values in a block.
     fn tile_bytes(&self) -> usize {
-        KV_BLOCK * self.shape.kv_type.bytes(self.shape.head_dim)
+        let units = if self.shape.kv_type == KvType::F16 { UNITS_BYTES } else { 0 };
+        KV_BLOCK * self.shape.kv_type.bytes(self.shape.head_dim) + units
     }
 
     /// Where a tile lies in its block.
@@ -96,11 +116,23 @@ impl KvCache {
                 (0..n).for_each(|i| tile[at(i)] = x[i]);
             }
             KvType::F16 => {
-                let tile: &mut [u16] = bytemuck::cast_slice_mut(tile);
-                let mut rounded = [f16::ZERO; 1024];
-                let rounded = &mut rounded[..n];
-                rounded.convert_from_f32_slice(x);
-                (0..n).for_each(|i| tile[at(i)] = rounded[i].to_bits());
+                let (tile, units) = tile.split_at_mut(2 * n * KV_BLOCK);
+                let tile: &mut [Pair] = bytemuck::cast_slice_mut(tile);
+                let mut codes = [0; 1024];
+                let codes = &mut codes[..n];
+                let unit = match part {
+                    Part::Key => {
+                        let unit = codes::code_key(x, codes);
+                        codes.as_chunks().0.iter().enumerate().for_each(|(i, pair)| tile[i * KV_BLOCK + slot] = *pair);
+                        unit
+                    }
+                    Part::Value => {
+                        let unit = codes::code_value(x, codes);
+                        codes.iter().enumerate().for_each(|(i, c)| tile[slot / 2 * n + i][slot % 2] = *c);
+                        unit
+                    }
+                };
+                bytemuck::cast_slice_mut(units)[slot] = unit;
             }
             KvType::Q8_0 => {
                 let (codes, scales) = tile.split_at_mut(n * KV_BLOCK);
@@ -126,14 +158,7 @@ impl KvCache {
         &self.block(block)[self.tile_range(il, part, head)]
     }
 
-    /// The keys `[head_dim, KV_BLOCK]` or values `[KV_BLOCK, head_dim]` of a head in a block, as half floats' bits; `None` where they
-    /// are stored otherwise.
-    pub fn halves(&self, block: u32, il: usize, part: Part, head: usize) -> Option<&[u16]> {
-        let tile = self.tile_of(block, il, part, head);
-        (self.shape.kv_type == KvType::F16).then(|| bytemuck::cast_slice(tile))
-    }
-
-    /// The keys `[head_dim, KV_BLOCK]` or values `[KV_BLOCK, head_dim]` of a head in a block, as floats.
+    /// A head's keys or values in a block, as attention multiplies them.
     pub fn tile<'a>(
         &'a self,
         f: &FloatKernels,
@@ -141,26 +166,60 @@ impl KvCache {
         il: usize,
         part: Part,
         head: usize,
-        scratch: &'a mut Tile,
-    ) -> &'a [f32] {
+        room: &'a mut Room,
+    ) -> Tile<'a> {
         let tile = self.tile_of(block, il, part, head);
-        let n = self.shape.head_dim;
-        scratch.values.resize(n * KV_BLOCK);
         match self.shape.kv_type {
-            KvType::F32 => return bytemuck::cast_slice(tile),
-            KvType::F16 => f.widen(bytemuck::cast_slice(tile), &mut scratch.values),
+            KvType::F32 => Tile::Floats(bytemuck::cast_slice(tile)),
+            KvType::F16 => {
+                let (codes, units) = tile.split_at(tile.len() - UNITS_BYTES);
+                let units: &[f32] = bytemuck::cast_slice(units);
+                Tile::Codes(bytemuck::cast_slice(codes), units.first_chunk().expect("a scale per position"))
+            }
             KvType::Q8_0 => {
-                let (codes, scales) = tile.split_at(n * KV_BLOCK);
-                scratch.scales.resize(scales.len() / 2, 0.0);
-                f.widen(bytemuck::cast_slice(scales), &mut scratch.scales);
-                let codes: &[i8] = bytemuck::cast_slice(codes);
+                let (codes, scales) = tile.split_at(self.shape.head_dim * KV_BLOCK);
+                room.pairs.resize(codes.len() / 2);
+                room.units.resize(KV_BLOCK);
+                room.scales.resize(scales.len() / 2, 0.0);
+                f.widen(bytemuck::cast_slice(scales), &mut room.scales);
+                let codes = bytemuck::cast_slice(codes);
+                let units = room.units.first_chunk_mut().expect("a scale per position");
+                let to = Coded { pairs: bytemuck::cast_slice_mut(&mut room.pairs), scales: units };
                 match part {
-                    Part::Key => f.scale_keys(codes, &scratch.scales, &mut scratch.values),
-                    Part::Value => f.scale_values(codes, &scratch.scales, &mut scratch.values),
+                    Part::Key => f.widen_keys(codes, &room.scales, to),
+                    Part::Value => f.widen_values(codes, &room.scales, to),
                 }
+                Tile::Codes(bytemuck::cast_slice(&room.pairs), room.units.first_chunk().expect("a scale per position"))
             }
         }
-        &scratch.values
+    }
+}
+
+/// Bytes of what the positions of a tile are scaled with.
+const UNITS_BYTES: usize = KV_BLOCK * size_of::<f32>();
+
+impl Tile<'_> {
+    /// Entry `i` of the key or value at position `slot` of the block.
+    pub fn get(&self, part: Part, slot: usize, i: usize) -> f32 {
+        let at = |n_rows_in_one: usize| match part {
+            Part::Key => (i / n_rows_in_one * KV_BLOCK + slot, i % n_rows_in_one),
+            Part::Value => {
+                let d = self.len() * n_rows_in_one / KV_BLOCK;
+                (slot / n_rows_in_one * d + i, slot % n_rows_in_one)
+            }
+        };
+        match self {
+            Tile::Floats(x) => x[at(1).0],
+            Tile::Codes(pairs, units) => f32::from(pairs[at(2).0][at(2).1]) * units[slot],
+        }
+    }
+
+    /// Floats or pairs.
+    fn len(&self) -> usize {
+        match self {
+            Tile::Floats(x) => x.len(),
+            Tile::Codes(x, _) => x.len(),
+        }
     }
 }
 
@@ -172,19 +231,20 @@ mod tests {
     #[test]
     fn what_is_stored_is_read_back_within_the_type() {
         let f = Kernels::detect().float();
-        for (kv_type, bound) in [(KvType::F32, 0.0), (KvType::F16, 5e-4), (KvType::Q8_0, 4e-3)] {
+        for (kv_type, bound) in [(KvType::F32, 0.0), (KvType::F16, 7e-5), (KvType::Q8_0, 4e-3)] {
             let mut kv = KvCache::new(KvShape { n_layer: 2, n_head_kv: 3, head_dim: 64, kv_type });
             kv.reserve(2).unwrap();
             let x: Vec<f32> = (0..64).map(|i| ((i * 37) % 64) as f32 / 32.0 - 1.0).collect();
             for part in [Part::Key, Part::Value] {
                 kv.store(1, 5, 1, part, 2, &x);
-                let (mut scratch, mut other) = (Tile::default(), Tile::default());
-                let tile = kv.tile(f, 1, 1, part, 2, &mut scratch);
+                let (mut room, mut other) = (Room::default(), Room::default());
+                let tile = kv.tile(f, 1, 1, part, 2, &mut room);
                 for (i, x) in x.iter().enumerate() {
-                    let got = if part == Part::Key { tile[i * KV_BLOCK + 5] } else { tile[5 * 64 + i] };
+                    let got = tile.get(part, 5, i);
                     assert!((got - x).abs() <= bound * 1.01, "{kv_type} {part:?} {i}: {got} {x}");
                 }
-                assert!(kv.tile(f, 1, 1, part, 1, &mut other).iter().all(|&v| v == 0.0), "other heads are untouched");
+                let tile = kv.tile(f, 1, 1, part, 1, &mut other);
+                assert!((0..64).all(|i| tile.get(part, 5, i) == 0.0), "other heads are untouched");
             }
         }
     }

@@ -248,7 +248,7 @@ impl Backend for CpuBackend {
     }
 
     fn kv_restore(&self, kv: &mut KvCache, block: u32, saved: &[u8]) -> Result<()> {
-        check_restore(kv.shape().block_bytes(), saved.len())?;
+        check_restore(kv.block_bytes(), saved.len())?;
         kv.block_mut(block).copy_from_slice(saved);
         Ok(())
     }

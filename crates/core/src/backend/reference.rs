@@ -33,9 +33,18 @@ pub struct HostIds {
 
 /// Keys and values as the floats that the cache's type can hold.
 pub struct HostKv {
-    shape: KvShape,
+    pub(super) shape: KvShape,
+    pub(super) rounding: Rounding,
     /// One per block: `[n_layer, 2 (key, value), n_head_kv, KV_BLOCK, head_dim]`
     blocks: Vec<Vec<f32>>,
+}
+
+/// What keys, values and weights are before they are multiplied.
+pub(super) struct Rounding {
+    /// Rounds a head's key (`part` 0) or value (1) to what is stored.
+    pub part: fn(KvType, usize, &mut [f32]),
+    /// Rounds the softmax of a query over a block's positions, given the values that they meet.
+    pub weights: fn(KvType, &mut [f32], &[&[f32]]),
 }
 
 impl HostTensor {
@@ -176,7 +185,8 @@ impl Backend for Reference {
     }
 
     fn kv_cache(&self, shape: KvShape) -> HostKv {
-        HostKv { shape, blocks: Vec::new() }
+        let rounding = Rounding { part: |kv_type, _, x| round_kv(kv_type, x), weights: |_, _, _| {} };
+        HostKv { shape, rounding, blocks: Vec::new() }
     }
 
     fn kv_reserve(&self, kv: &mut HostKv, n_blocks: usize) -> Result<()> {
@@ -291,10 +301,13 @@ impl Backend for Reference {
                     all_softmax.data[at..at + n].copy_from_slice(&scores);
                 }
                 let mut sum = vec![0f64; heads.head_dim];
-                for (p, &weight) in scores.iter().enumerate() {
-                    let (b, slot) = place(p);
-                    let v = &kv.blocks[b][kv.at(il, 1, head_kv, slot)];
-                    sum.iter_mut().zip(v).for_each(|(s, &v)| *s += f64::from(weight) * f64::from(v));
+                for (first, weights) in (0..n).step_by(KV_BLOCK).zip(scores.chunks_mut(KV_BLOCK)) {
+                    let value = |slot| &kv.blocks[place(first).0][kv.at(il, 1, head_kv, slot)];
+                    let values: Vec<&[f32]> = (0..weights.len()).map(value).collect();
+                    (kv.rounding.weights)(kv.shape.kv_type, weights, &values);
+                    for (&weight, v) in weights.iter().zip(values) {
+                        sum.iter_mut().zip(v).for_each(|(s, &v)| *s += f64::from(weight) * f64::from(v));
+                    }
                 }
                 let o = &mut out.data[i * out.n_cols + h * heads.head_dim..][..heads.head_dim];
                 o.iter_mut().zip(sum).for_each(|(o, s)| *o = s as f32);
@@ -386,7 +399,7 @@ fn store_kv(kv: &mut HostKv, qkv: &HostTensor, il: usize, heads: Heads, batch: &
                 let at = kv.at(il, part, h, slot);
                 let to = &mut kv.blocks[block as usize][at];
                 to.copy_from_slice(head);
-                round_kv(kv.shape.kv_type, to);
+                (kv.rounding.part)(kv.shape.kv_type, part, to);
             }
         }
     }

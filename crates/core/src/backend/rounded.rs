@@ -1,17 +1,44 @@
 //! A backend that rounds activations where others declare that they do, and is otherwise the backend it wraps. Around the reference it
 //! makes the error that a precision must have, which is the noise that comparisons judge by.
 
-use super::decorator::delegate;
-use super::{Backend, Precision, Result, WeightData};
+use super::decorator::{Through, delegate};
+use super::reference::{HostKv, Rounding, round_kv};
+use super::{Backend, Heads, KvType, Precision, Result, WeightData};
+use crate::batch::Batch;
+use crate::probe::Probe;
 use crate::stage::Stage;
 
-/// `B` with the inputs of quantized weights rounded as [`Precision::Int8`] says.
+/// `B` with the inputs of quantized weights, queries, keys, values and their weights rounded as [`Precision::Int8`] says.
 pub struct Rounded<B>(pub B);
 
-impl<B: Backend<Weight = WeightData>> Backend for Rounded<B> {
+impl<B: Backend<Weight = WeightData, KvCache = HostKv>> Backend for Rounded<B> {
     delegate!(types);
     delegate!(plain);
-    delegate!(attention);
+
+    fn attention<P: Probe<Self>>(
+        &self,
+        out: &mut Self::Tensor,
+        qkv: &Self::Tensor,
+        kv: &mut HostKv,
+        il: usize,
+        heads: Heads,
+        batch: &Batch,
+        probe: &mut P,
+    ) -> Result<()> {
+        let mut probe = Through { outer: self, probe };
+        if kv.shape.kv_type == KvType::F32 {
+            return self.0.attention(out, qkv, kv, il, heads, batch, &mut probe);
+        }
+        kv.rounding = Rounding { part: round_part, weights: round_weights };
+        let (mut values, n) = (Vec::new(), heads.n_qkv());
+        self.0.read(qkv, &mut values)?;
+        for row in values.chunks_exact_mut(n) {
+            row[heads.q()].chunks_exact_mut(heads.head_dim).for_each(round_query);
+        }
+        let mut rounded = self.0.tensor(n, &[]);
+        self.0.write(&mut rounded, &values)?;
+        self.0.attention(out, &rounded, kv, il, heads, batch, &mut probe)
+    }
 
     fn precision(&self) -> Precision {
         Precision::Int8
@@ -36,7 +63,7 @@ impl<B: Backend<Weight = WeightData>> Backend for Rounded<B> {
     }
 }
 
-impl<B: Backend<Weight = WeightData>> Rounded<B> {
+impl<B: Backend<Weight = WeightData, KvCache = HostKv>> Rounded<B> {
     /// `x` as a product with `w` sees it.
     fn rounded(&self, x: &B::Tensor, w: &WeightData) -> Result<B::Tensor> {
         let mut values = Vec::new();
@@ -73,5 +100,50 @@ pub fn round_int8(x: &mut [f32]) {
                 x.iter_mut().for_each(|v| *v = (*v / scale).round_ties_even().clamp(-MAX_CODE, MAX_CODE) * scale);
             }
         }
+    }
+}
+
+/// The length of a query in 16-bit codes.
+const QUERY_LENGTH: f32 = 31_000.0;
+/// The length in codes that no key exceeds.
+const KEY_LENGTH: f32 = 65_400.0;
+/// The largest code of a value.
+const LARGEST_VALUE: f32 = 16_383.0;
+/// What the codes of a block's weights amount to at most.
+const WEIGHTS: f32 = 131_000.0;
+
+/// Rounds a query to codes of 16 bits.
+fn round_query(x: &mut [f32]) {
+    let length = x.iter().map(|v| v * v).sum::<f32>().sqrt();
+    round_to(x, length / QUERY_LENGTH);
+}
+
+/// Rounds a key (`part` 0) or value (1) to what a cache of this type holds, and attention multiplies, in codes of 16 bits. Of the type
+/// f16 only their number of bits is left.
+fn round_part(kv_type: KvType, part: usize, x: &mut [f32]) {
+    if kv_type == KvType::Q8_0 {
+        round_kv(kv_type, x);
+    }
+    let largest = x.iter().fold(0f32, |m, v| m.max(v.abs()));
+    let code = if part == 0 { (KEY_LENGTH / (x.len() as f32).sqrt()).min(f32::from(i16::MAX)) } else { LARGEST_VALUE };
+    round_to(x, largest / code);
+}
+
+/// Rounds what the values of a block are weighted with, each times the unit of its value.
+fn round_weights(_: KvType, weights: &mut [f32], values: &[&[f32]]) {
+    let of_value = |v: &&[f32]| v.iter().fold(0f32, |m, v| m.max(v.abs())) / LARGEST_VALUE;
+    let units: Vec<f32> = values.iter().map(of_value).collect();
+    let mut x: Vec<f32> = weights.iter().zip(&units).map(|(w, unit)| w * unit).collect();
+    let (largest, sum) = (x.iter().copied().fold(0f32, f32::max), x.iter().sum::<f32>());
+    round_to(&mut x, (largest / f32::from(i16::MAX)).max(sum / WEIGHTS));
+    for ((weight, x), unit) in weights.iter_mut().zip(x).zip(units) {
+        *weight = if unit > 0.0 { x / unit } else { *weight };
+    }
+}
+
+/// Rounds to multiples of `unit`.
+fn round_to(x: &mut [f32], unit: f32) {
+    if unit > 0.0 {
+        x.iter_mut().for_each(|v| *v = (*v / unit).round_ties_even() * unit);
     }
 }

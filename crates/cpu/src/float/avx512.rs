@@ -2,36 +2,42 @@
 
 use std::arch::x86_64::__m512;
 
+use apr_core::backend::KV_BLOCK;
 use apr_core::stats::RowStats;
 
+use super::code_loops::{self, Score, Weigh, strips};
+use super::codes::{self, Coded, Pair, Product};
 use super::loops::{self, Ahead, tile};
-use super::vector::{Element, Vector};
+use super::vector::Vector;
 use super::{FloatKernels, Gemm, Softmax, body};
 
-table! { "avx2,fma,f16c,avx512f,avx512bw,avx512vl", __m512 }
+table! { "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni", __m512 }
 
 const LANES: usize = <__m512 as Vector>::LANES;
 
 /// Vectors of columns that the last few rows are multiplied with together: one would wait for its own sums.
 const WIDE: usize = 4;
 
-/// See [`Gemm`]; the caller has checked its bounds.
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl")]
-fn gemm(g: Gemm<'_>, b: &[f32]) {
-    product(g, b, |b| b);
+/// See [`FloatKernels::score`](super::FloatKernels::score); the caller has checked its bounds.
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+fn score(mut p: Product<'_>, of_b: &[f32]) {
+    // SAFETY: this function itself runs only where the CPU has the instructions.
+    let from = unsafe { strips::<__m512, _, 8, 1>(&mut p, Score(of_b)) };
+    codes::columns(&mut p, from, |c, x, of_a, j| *c = x * (of_a * of_b[j]));
 }
 
-/// See [`Gemm`]; the caller has checked its bounds.
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl")]
-fn gemm_halves(g: Gemm<'_>, b: &[u16]) {
-    product(g, b, |b| half::f16::from_bits(b).to_f32());
+/// See [`FloatKernels::weigh`](super::FloatKernels::weigh); the caller has checked its bounds.
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+fn weigh(mut p: Product<'_>) {
+    // SAFETY: as above.
+    let from = unsafe { strips::<__m512, _, 8, 1>(&mut p, Weigh) };
+    codes::columns(&mut p, from, |c, x, of_a, _| *c += x * of_a);
 }
 
-/// Tiles are of eight rows and one vector of columns: all operands but the latter are floats that a multiply-add takes from
+/// See [`Gemm`]; the caller has checked its bounds. Tiles are of eight rows and one vector of columns: all operands but the latter are floats that a multiply-add takes from
 /// memory, so that there is hardly an instruction beside the multiply-adds.
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl")]
-#[inline]
-fn product<T: Element>(mut g: Gemm<'_>, b: &[T], float: impl Fn(T) -> f32) {
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+fn gemm(mut g: Gemm<'_>, b: &[f32]) {
     let (n_wide, in_tiles) = (g.n / LANES * LANES, g.m / 4 * 4);
     let mut ahead = Ahead::new(g.ahead, n_wide / LANES * in_tiles.div_ceil(8).max(1) * g.k.len());
     for j in (0..n_wide).step_by(LANES) {
@@ -40,8 +46,8 @@ fn product<T: Element>(mut g: Gemm<'_>, b: &[T], float: impl Fn(T) -> f32) {
             // SAFETY: the rows are fewer than `m`, and the columns fewer than `n`.
             i += unsafe {
                 match in_tiles - i {
-                    4 => columns::<T, 4, 1>(&mut g, b, (i, j), &mut ahead),
-                    _ => columns::<T, 8, 1>(&mut g, b, (i, j), &mut ahead),
+                    4 => columns::<4, 1>(&mut g, b, (i, j), &mut ahead),
+                    _ => columns::<8, 1>(&mut g, b, (i, j), &mut ahead),
                 }
             };
         }
@@ -53,34 +59,34 @@ fn product<T: Element>(mut g: Gemm<'_>, b: &[T], float: impl Fn(T) -> f32) {
         unsafe {
             if j + WIDE * LANES <= n_wide {
                 match g.m - in_tiles {
-                    1 => columns::<T, 1, WIDE>(&mut g, b, at, &mut ahead),
-                    2 => columns::<T, 2, WIDE>(&mut g, b, at, &mut ahead),
-                    _ => columns::<T, 3, WIDE>(&mut g, b, at, &mut ahead),
+                    1 => columns::<1, WIDE>(&mut g, b, at, &mut ahead),
+                    2 => columns::<2, WIDE>(&mut g, b, at, &mut ahead),
+                    _ => columns::<3, WIDE>(&mut g, b, at, &mut ahead),
                 };
                 j += WIDE * LANES;
             } else {
                 match g.m - in_tiles {
-                    1 => columns::<T, 1, 1>(&mut g, b, at, &mut ahead),
-                    2 => columns::<T, 2, 1>(&mut g, b, at, &mut ahead),
-                    _ => columns::<T, 3, 1>(&mut g, b, at, &mut ahead),
+                    1 => columns::<1, 1>(&mut g, b, at, &mut ahead),
+                    2 => columns::<2, 1>(&mut g, b, at, &mut ahead),
+                    _ => columns::<3, 1>(&mut g, b, at, &mut ahead),
                 };
                 j += LANES;
             }
         }
     }
-    body::gemm_columns::<true, _>(&mut g, b, float, n_wide);
+    body::gemm_columns::<true>(&mut g, b, n_wide);
 }
 
 /// [`tile`] of all of `k`.
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
 #[inline]
-unsafe fn columns<T: Element, const R: usize, const C: usize>(
+unsafe fn columns<const R: usize, const C: usize>(
     g: &mut Gemm<'_>,
-    b: &[T],
+    b: &[f32],
     (i, j): (usize, usize),
     ahead: &mut Ahead<'_>,
 ) -> usize {
     let (k, ldb) = (g.k.clone(), g.ldb);
     // SAFETY: the caller's promise.
-    unsafe { tile::<__m512, T, R, C>(g, (b[k.start * ldb + j..].as_ptr(), ldb), (i, j), k, ahead) }
+    unsafe { tile::<__m512, R, C>(g, (b[k.start * ldb + j..].as_ptr(), ldb), (i, j), k, ahead) }
 }

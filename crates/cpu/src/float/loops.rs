@@ -9,8 +9,8 @@ use std::ops::Range;
 
 use apr_core::backend::KV_BLOCK;
 
-use super::vector::{Element, Vector};
-use super::{Gemm, SHARED, Softmax, body};
+use super::vector::Vector;
+use super::{Gemm, Softmax, body};
 
 /// The most lanes that a vector has.
 const MAX_LANES: usize = 16;
@@ -26,6 +26,16 @@ impl<'a> Ahead<'a> {
     pub(super) fn new(bytes: &'a [u8], n_steps: usize) -> Ahead<'a> {
         Ahead { rest: bytes, step: bytes.len().div_ceil(n_steps.max(1)) }
     }
+
+    /// Where to fetch with the first of the next `n` rows, and how much further with each of the others. Where nothing is left to
+    /// fetch, `at_hand` stands in: an address outside the process' memory costs a walk through page tables.
+    #[inline(always)]
+    pub(super) fn next(&mut self, n: usize, at_hand: *const u8) -> (*const u8, usize) {
+        let n_bytes = self.step * n;
+        let next = if self.rest.len() < n_bytes { (at_hand, 0) } else { (self.rest.as_ptr(), self.step) };
+        self.rest = &self.rest[n_bytes.min(self.rest.len())..];
+        next
+    }
 }
 
 /// The columns `k` of `R` rows from `i` on by `C` vectors of columns from `j` on, in registers; returns `R`. `b` points to
@@ -34,20 +44,16 @@ impl<'a> Ahead<'a> {
 /// # Safety
 /// The rows and columns are within the product's, whose bounds have been checked, and `b` has what is said.
 #[inline(always)]
-pub(super) unsafe fn tile<V: Vector, T: Element, const R: usize, const C: usize>(
+pub(super) unsafe fn tile<V: Vector, const R: usize, const C: usize>(
     g: &mut Gemm<'_>,
-    (b, ldb): (*const T, usize),
+    (b, ldb): (*const f32, usize),
     (i, j): (usize, usize),
     k: Range<usize>,
     ahead: &mut Ahead<'_>,
 ) -> usize {
     let (a, c, n) = (g.a[i * g.lda + k.start..].as_ptr(), g.c[i * g.ldc + j..].as_mut_ptr(), k.len());
     let (lda, ldc, add) = (g.lda, g.ldc, g.add || k.start > g.k.start);
-    // Where nothing is left to fetch, what is there stands in: an address outside the process' memory costs a walk through
-    // page tables.
-    let n_ahead = ahead.step * n;
-    let (next, step) = if ahead.rest.len() < n_ahead { (a.cast(), 0) } else { (ahead.rest.as_ptr(), ahead.step) };
-    ahead.rest = &ahead.rest[n_ahead.min(ahead.rest.len())..];
+    let (next, step) = ahead.next(n, a.cast());
     // SAFETY: the caller's promise: `a` has `R` rows of `n` columns, `lda` apart, `b` has `n` rows, and `c` has `R` rows.
     unsafe {
         let mut acc = [[V::splat(0.0); C]; R];
@@ -62,7 +68,7 @@ pub(super) unsafe fn tile<V: Vector, T: Element, const R: usize, const C: usize>
             _mm_prefetch::<_MM_HINT_T0>(next.wrapping_add(step * p).cast());
             let mut of_b = [V::splat(0.0); C];
             for v in 0..C {
-                of_b[v] = T::load::<V>(b.add(p * ldb + V::LANES * v));
+                of_b[v] = V::load(b.add(p * ldb + V::LANES * v));
             }
             for r in 0..R {
                 let x = V::splat(*a.add(r * lda + p));
@@ -106,7 +112,7 @@ unsafe fn exp_below_88<V: Vector>(x: V) -> V {
 
 /// A vector of what fills none, and `rest` in the other lanes.
 #[inline(always)]
-unsafe fn padded<V: Vector>(tail: &[f32], rest: f32) -> V {
+pub(super) unsafe fn padded<V: Vector>(tail: &[f32], rest: f32) -> V {
     let mut lanes = [rest; MAX_LANES];
     lanes[..tail.len()].copy_from_slice(tail);
     // SAFETY: no vector has more lanes.
@@ -249,31 +255,4 @@ pub(super) unsafe fn widen<V: Vector>(halves: &[u16], out: &mut [f32]) {
         unsafe { V::load_halves(h.as_ptr()).store(o.as_mut_ptr()) };
     }
     body::widen(rest, to.into_remainder());
-}
-
-#[inline(always)]
-pub(super) unsafe fn scale_keys<V: Vector>(codes: &[i8], scales: &[f32], out: &mut [f32]) {
-    let groups = codes.chunks_exact(SHARED * KV_BLOCK).zip(out.chunks_exact_mut(SHARED * KV_BLOCK));
-    for ((codes, out), scales) in groups.zip(scales.chunks_exact(KV_BLOCK)) {
-        for j in (0..KV_BLOCK).step_by(V::LANES) {
-            // SAFETY: the caller's promise; every row has as many elements from `j` on as a vector.
-            unsafe {
-                let scale = V::load(scales[j..].as_ptr());
-                for (codes, out) in codes.chunks_exact(KV_BLOCK).zip(out.chunks_exact_mut(KV_BLOCK)) {
-                    V::load_bytes(codes[j..].as_ptr()).mul(scale).store(out[j..].as_mut_ptr());
-                }
-            }
-        }
-    }
-}
-
-#[inline(always)]
-pub(super) unsafe fn scale_values<V: Vector>(codes: &[i8], scales: &[f32], out: &mut [f32]) {
-    let groups = codes.chunks_exact(SHARED).zip(out.chunks_exact_mut(SHARED));
-    for ((codes, out), &scale) in groups.zip(scales) {
-        for (codes, out) in codes.chunks_exact(V::LANES).zip(out.chunks_exact_mut(V::LANES)) {
-            // SAFETY: the caller's promise; a chunk has as many elements as a vector.
-            unsafe { V::load_bytes(codes.as_ptr()).mul(V::splat(scale)).store(out.as_mut_ptr()) };
-        }
-    }
 }

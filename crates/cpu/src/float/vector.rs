@@ -1,8 +1,10 @@
 //! Vectors of floats, and the operations that the loops of x86-64 are made of: eight lanes with AVX2, sixteen with AVX-512.
 
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 use super::body;
+use super::codes::Pair;
 
 /// A vector of floats.
 ///
@@ -11,6 +13,9 @@ use super::body;
 /// function that is compiled for such a CPU.
 pub(super) trait Vector: Copy {
     const LANES: usize;
+
+    /// As many 32-bit integers, or pairs of 16-bit ones.
+    type Ints: Copy;
 
     unsafe fn load(from: *const f32) -> Self;
     /// Half floats, given as their bits.
@@ -38,28 +43,17 @@ pub(super) trait Vector: Copy {
     /// The largest lane. There is no NaN among them.
     unsafe fn largest_lane(self) -> f32;
     unsafe fn sum_of_lanes(self) -> f32;
-}
-
-/// Elements of the right-hand side of a product. Unsafe as [`Vector`] is.
-pub(super) trait Element: Copy {
-    unsafe fn load<V: Vector>(from: *const Self) -> V;
-}
-
-impl Element for f32 {
-    #[inline(always)]
-    unsafe fn load<V: Vector>(from: *const f32) -> V {
-        // SAFETY: the caller's promise.
-        unsafe { V::load(from) }
-    }
-}
-
-/// The bits of a half float.
-impl Element for u16 {
-    #[inline(always)]
-    unsafe fn load<V: Vector>(from: *const u16) -> V {
-        // SAFETY: the caller's promise.
-        unsafe { V::load_halves(from) }
-    }
+    /// `self`, and 0 where a lane of `weight` is 0.
+    unsafe fn where_not_zero(self, weight: Self) -> Self;
+    /// Lanes as the nearest integers, each beside the same lane of `next`. They fit 16 bits.
+    unsafe fn store_pairs(self, next: Self, to: *mut Pair);
+    /// Lanes as the nearest integers, one after another. They fit 16 bits.
+    unsafe fn store_codes(self, to: *mut i16);
+    unsafe fn no_ints() -> Self::Ints;
+    unsafe fn load_pairs(from: *const Pair) -> Self::Ints;
+    /// `sum` plus both products of each pair of `a` with pair `k` of `b`.
+    unsafe fn add_dots(sum: Self::Ints, a: Self::Ints, b: *const Pair, k: usize) -> Self::Ints;
+    unsafe fn from_ints(ints: Self::Ints) -> Self;
 }
 
 /// Operations of [`Vector`] that are one intrinsic each.
@@ -77,6 +71,8 @@ macro_rules! intrinsics {
 
 impl Vector for __m256 {
     const LANES: usize = 8;
+
+    type Ints = __m256i;
 
     #[target_feature(enable = "avx2,fma,f16c")]
     #[inline]
@@ -152,46 +148,99 @@ impl Vector for __m256 {
         let v = _mm_add_ps(v, _mm_movehl_ps(v, v));
         _mm_cvtss_f32(_mm_add_ss(v, _mm_movehdup_ps(v)))
     }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline]
+    unsafe fn where_not_zero(self, weight: __m256) -> __m256 {
+        _mm256_and_ps(self, _mm256_cmp_ps::<_CMP_NEQ_UQ>(weight, _mm256_setzero_ps()))
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline]
+    unsafe fn store_pairs(self, next: __m256, to: *mut Pair) {
+        let next = _mm256_slli_epi32::<16>(_mm256_cvtps_epi32(next));
+        let pairs = _mm256_blend_epi16::<0b1010_1010>(_mm256_cvtps_epi32(self), next);
+        // SAFETY: the caller's promise.
+        unsafe { _mm256_storeu_si256(to.cast(), pairs) }
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline]
+    unsafe fn store_codes(self, to: *mut i16) {
+        let ints = _mm256_cvtps_epi32(self);
+        let codes = _mm_packs_epi32(_mm256_castsi256_si128(ints), _mm256_extracti128_si256::<1>(ints));
+        // SAFETY: the caller's promise.
+        unsafe { _mm_storeu_si128(to.cast(), codes) }
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline]
+    unsafe fn no_ints() -> __m256i {
+        _mm256_setzero_si256()
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline]
+    unsafe fn load_pairs(from: *const Pair) -> __m256i {
+        // SAFETY: the caller's promise.
+        unsafe { _mm256_loadu_si256(from.cast()) }
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline]
+    unsafe fn add_dots(sum: __m256i, a: __m256i, b: *const Pair, k: usize) -> __m256i {
+        // SAFETY: the caller's promise.
+        let b = _mm256_set1_epi32(unsafe { b.add(k).cast::<i32>().read_unaligned() });
+        _mm256_add_epi32(sum, _mm256_madd_epi16(a, b))
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline]
+    unsafe fn from_ints(ints: __m256i) -> __m256 {
+        _mm256_cvtepi32_ps(ints)
+    }
 }
 
 impl Vector for __m512 {
     const LANES: usize = 16;
 
-    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl")]
+    type Ints = __m512i;
+
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
     #[inline]
     unsafe fn load(from: *const f32) -> __m512 {
         // SAFETY: the caller's promise.
         unsafe { _mm512_loadu_ps(from) }
     }
 
-    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl")]
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
     #[inline]
     unsafe fn load_halves(from: *const u16) -> __m512 {
         // SAFETY: the caller's promise.
         _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(from.cast()) })
     }
 
-    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl")]
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
     #[inline]
     unsafe fn load_bytes(from: *const i8) -> __m512 {
         // SAFETY: the caller's promise.
         _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(unsafe { _mm_loadu_si128(from.cast()) }))
     }
 
-    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl")]
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
     #[inline]
     unsafe fn store(self, to: *mut f32) {
         // SAFETY: the caller's promise.
         unsafe { _mm512_storeu_ps(to, self) }
     }
 
-    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl")]
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
     #[inline]
     unsafe fn splat(v: f32) -> __m512 {
         _mm512_set1_ps(v)
     }
 
-    intrinsics! { "avx2,fma,f16c,avx512f,avx512bw,avx512vl":
+    intrinsics! { "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni":
         add(other) = _mm512_add_ps;
         sub(other) = _mm512_sub_ps;
         mul(other) = _mm512_mul_ps;
@@ -201,13 +250,13 @@ impl Vector for __m512 {
         max(other) = _mm512_max_ps;
     }
 
-    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl")]
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
     #[inline]
     unsafe fn or_nan_of(self, other: __m512) -> __m512 {
         _mm512_mask_mov_ps(self, _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(other, other), other)
     }
 
-    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl")]
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
     #[inline]
     unsafe fn scale_by_power(self, x: __m512, n: __m512, _: __m512) -> __m512 {
         // Not less than: NaN is kept.
@@ -215,7 +264,7 @@ impl Vector for __m512 {
         _mm512_maskz_scalef_ps(kept, self, n)
     }
 
-    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl")]
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
     #[inline]
     unsafe fn largest_lane(self) -> f32 {
         let (low, high) = halves(self);
@@ -223,16 +272,76 @@ impl Vector for __m512 {
         unsafe { _mm256_max_ps(low, high).largest_lane() }
     }
 
-    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl")]
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
     #[inline]
     unsafe fn sum_of_lanes(self) -> f32 {
         let (low, high) = halves(self);
         // SAFETY: the CPU has AVX2 too.
         unsafe { _mm256_add_ps(low, high).sum_of_lanes() }
     }
+
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+    #[inline]
+    unsafe fn where_not_zero(self, weight: __m512) -> __m512 {
+        _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_NEQ_UQ>(weight, _mm512_setzero_ps()), self)
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+    #[inline]
+    unsafe fn store_pairs(self, next: __m512, to: *mut Pair) {
+        let next = _mm512_slli_epi32::<16>(_mm512_cvtps_epi32(next));
+        let pairs = _mm512_mask_blend_epi16(0xaaaa_aaaa, _mm512_cvtps_epi32(self), next);
+        // SAFETY: the caller's promise.
+        unsafe { _mm512_storeu_si512(to.cast(), pairs) }
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+    #[inline]
+    unsafe fn store_codes(self, to: *mut i16) {
+        let codes = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(self));
+        // SAFETY: the caller's promise.
+        unsafe { _mm256_storeu_si256(to.cast(), codes) }
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+    #[inline]
+    unsafe fn no_ints() -> __m512i {
+        _mm512_setzero_si512()
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+    #[inline]
+    unsafe fn load_pairs(from: *const Pair) -> __m512i {
+        // SAFETY: the caller's promise.
+        unsafe { _mm512_loadu_si512(from.cast()) }
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+    #[inline]
+    unsafe fn add_dots(mut sum: __m512i, a: __m512i, b: *const Pair, k: usize) -> __m512i {
+        // The compiler would take the intrinsic apart into a multiplication and an addition.
+        // SAFETY: the caller's promise; nothing is written but the sum.
+        unsafe {
+            asm!(
+                "vpdpwssd {sum}, {a}, dword ptr [{b} + 4*{k}]{{1to16}}",
+                sum = inout(zmm_reg) sum,
+                a = in(zmm_reg) a,
+                b = in(reg) b,
+                k = in(reg) k,
+                options(pure, readonly, nostack, preserves_flags)
+            );
+        }
+        sum
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+    #[inline]
+    unsafe fn from_ints(ints: __m512i) -> __m512 {
+        _mm512_cvtepi32_ps(ints)
+    }
 }
 
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
 #[inline]
 fn halves(v: __m512) -> (__m256, __m256) {
     (_mm512_castps512_ps256(v), _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(v))))

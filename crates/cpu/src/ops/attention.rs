@@ -10,12 +10,13 @@
 use std::ops::Range;
 use std::sync::Mutex;
 
-use apr_core::backend::{Heads, KV_BLOCK};
+use apr_core::backend::{Heads, KV_BLOCK, KvType};
 use apr_core::batch::Batch;
 
+use crate::float::codes::Product;
 use crate::float::{FloatKernels, Gemm, Softmax};
 use crate::kernels::SharedOut;
-use crate::kv::{KvCache, Part, Tile};
+use crate::kv::{KvCache, Part, Room, Tile};
 use crate::lines::Lines;
 use crate::pool::Pool;
 
@@ -31,16 +32,28 @@ const SPAN_TILES: usize = 8;
 /// Buffers of one thread.
 #[derive(Default)]
 pub struct Scratch {
-    key: Tile,
-    value: Tile,
+    /// A tile of keys, and then of values.
+    tile: Room,
     /// `[n_q, head_dim]`, `n_q` being rows times query heads per KV head
     q: Lines,
     /// `[n_q, KV_BLOCK]`
     scores: Lines,
+    codes: Codes,
     /// One span.
     span: Merged,
     /// The spans so far.
     row: Merged,
+}
+
+/// What is multiplied in integers, and what a unit of each row or position is worth.
+#[derive(Default)]
+struct Codes {
+    /// `[n_q, head_dim / 2]` pairs
+    q: Lines,
+    of_q: Vec<f32>,
+    /// `[n_q, KV_BLOCK / 2]` pairs
+    weights: Lines,
+    of_weights: Vec<f32>,
 }
 
 /// Per query the softmax over some positions, not yet normalised.
@@ -239,21 +252,6 @@ impl Merged {
     }
 }
 
-/// A tile of keys or values.
-enum Operand<'a> {
-    Halves(&'a [u16]),
-    Floats(&'a [f32]),
-}
-
-impl Operand<'_> {
-    fn multiply(&self, f: &FloatKernels, g: Gemm<'_>) {
-        match self {
-            Operand::Halves(b) => f.gemm_halves(g, b),
-            Operand::Floats(b) => f.gemm(g, b),
-        }
-    }
-}
-
 /// What a task works on: the query heads of KV head `head` in `rows`.
 struct Task<'a> {
     f: &'a FloatKernels,
@@ -287,6 +285,19 @@ impl<'a> Task<'a> {
         for (i, q) in self.rows.clone().zip(s.q.chunks_exact_mut(self.group * d)) {
             q.copy_from_slice(&self.layer.qkv[i * self.layer.heads.n_qkv()..][self.cols()]);
         }
+        if self.in_integers() {
+            let c = &mut s.codes;
+            c.q.resize(n_q * d / 2);
+            c.of_q.resize(n_q, 0.0);
+            c.weights.resize(n_q * KV_BLOCK / 2);
+            c.of_weights.resize(n_q, 0.0);
+            self.f.code_queries(&s.q, bytemuck::cast_slice_mut(&mut c.q), &mut c.of_q);
+        }
+    }
+
+    /// Whether keys and values are multiplied as integers of 16 bits, which have at least the precision of what the cache holds.
+    fn in_integers(&self) -> bool {
+        self.layer.kv.shape().kv_type != KvType::F32
     }
 
     /// Attends to the `span`-th span of the sequence, as far as the rows see.
@@ -313,12 +324,7 @@ impl<'a> Task<'a> {
         let first = rows.partition_point(|r| (r.position as usize) < t * KV_BLOCK);
         let (from, n_q) = (first * self.group, rows.len() * self.group);
         let seen = |row: usize| (rows[row].position as usize + 1 - t * KV_BLOCK).min(KV_BLOCK);
-        let n = seen(rows.len() - 1).next_multiple_of(COLUMNS);
-        let (a, c) = (&s.q[from * d..], &mut s.scores[from * KV_BLOCK..]);
-        let ahead = self.bytes(block, Part::Value, self.head);
-        let m = n_q - from;
-        let by_keys = Gemm { m, n, k: 0..d, a, lda: d, ldb: KV_BLOCK, c, ldc: KV_BLOCK, add: false, ahead };
-        self.operand(block, Part::Key, &mut s.key).multiply(self.f, by_keys);
+        self.score(s, from..n_q, seen(rows.len() - 1).next_multiple_of(COLUMNS), block);
         for q in from..n_q {
             s.scores[q * KV_BLOCK..(q + 1) * KV_BLOCK][seen(q / self.group)..].fill(f32::NEG_INFINITY);
         }
@@ -329,12 +335,31 @@ impl<'a> Task<'a> {
             total: &mut s.span.total[from..],
             sum: &mut s.span.sum[from * d..],
         });
-        self.weigh_values(s, first..rows.len(), &seen, block, next);
+        self.weigh(s, first..rows.len(), &seen, block, next);
     }
 
-    /// Adds the weights of `rows` times a tile's values, of which row `i` sees the first `seen(i)`. No row touches values that it
-    /// does not see, as zero times infinity is no zero: what all see goes first, the rest row by row.
-    fn weigh_values(
+    /// The scores of queries `q` with the first `n` keys of a tile. Its values are fetched into the cache.
+    fn score(&self, s: &mut Scratch, q: Range<usize>, n: usize, block: u32) {
+        let (d, m, ldc) = (self.layer.heads.head_dim, q.len(), KV_BLOCK);
+        let c = &mut s.scores[q.start * KV_BLOCK..];
+        let ahead = self.bytes(block, Part::Value, self.head);
+        match self.tile(block, Part::Key, &mut s.tile) {
+            Tile::Floats(keys) => {
+                let a = &s.q[q.start * d..];
+                self.f.gemm(Gemm { m, n, k: 0..d, a, lda: d, ldb: KV_BLOCK, c, ldc, add: false, ahead }, keys);
+            }
+            Tile::Codes(b, units) => {
+                let (n_pairs, of_a) = (d / 2, &s.codes.of_q[q.clone()]);
+                let a = &bytemuck::cast_slice(&s.codes.q)[q.start * n_pairs..];
+                let p = Product { m, n, n_pairs, a, lda: n_pairs, of_a, b, ldb: KV_BLOCK, c, ldc, ahead };
+                self.f.score(p, &units[..n]);
+            }
+        }
+    }
+
+    /// Adds the weights of `rows` times a tile's values, of which row `i` sees the first `seen(i)`. The keys of the `next` block and
+    /// head are fetched into the cache.
+    fn weigh(
         &self,
         s: &mut Scratch,
         rows: Range<usize>,
@@ -342,17 +367,31 @@ impl<'a> Task<'a> {
         block: u32,
         next: (u32, usize),
     ) {
-        let d = self.layer.heads.head_dim;
-        let all = seen(rows.start);
-        let later = rows.clone().filter(|&row| seen(row) > all).map(|row| (row..row + 1, all..seen(row)));
-        let values = self.operand(block, Part::Value, &mut s.value);
+        let (d, q) = (self.layer.heads.head_dim, rows.start * self.group..rows.end * self.group);
         let mut ahead = self.bytes(next.0, Part::Key, next.1);
-        for (rows, k) in std::iter::once((rows.clone(), 0..all)).chain(later) {
-            let (m, q) = (rows.len() * self.group, rows.start * self.group);
-            let (a, c) = (&s.scores[q * KV_BLOCK..], &mut s.span.sum[q * d..]);
-            let by_values = Gemm { m, n: d, k, a, lda: KV_BLOCK, ldb: d, c, ldc: d, add: true, ahead };
-            values.multiply(self.f, by_values);
-            ahead = &[];
+        match self.tile(block, Part::Value, &mut s.tile) {
+            // No row touches values that it does not see, as zero times infinity is no zero: what all see goes first, the rest row by
+            // row.
+            Tile::Floats(values) => {
+                let all = seen(rows.start);
+                let later = rows.clone().filter(|&row| seen(row) > all).map(|row| (row..row + 1, all..seen(row)));
+                for (rows, k) in std::iter::once((rows.clone(), 0..all)).chain(later) {
+                    let (m, q) = (rows.len() * self.group, rows.start * self.group);
+                    let (a, c) = (&s.scores[q * KV_BLOCK..], &mut s.span.sum[q * d..]);
+                    self.f.gemm(Gemm { m, n: d, k, a, lda: KV_BLOCK, ldb: d, c, ldc: d, add: true, ahead }, values);
+                    ahead = &[];
+                }
+            }
+            // What a row does not see has weight 0, which adds nothing.
+            Tile::Codes(b, units) => {
+                let n_pairs = KV_BLOCK / 2;
+                let weights = &s.scores[q.start * KV_BLOCK..q.end * KV_BLOCK];
+                let a = &mut bytemuck::cast_slice_mut(&mut s.codes.weights)[q.start * n_pairs..q.end * n_pairs];
+                let of_a = &mut s.codes.of_weights[q.clone()];
+                self.f.code_weights(weights, units, a, of_a);
+                let (c, m) = (&mut s.span.sum[q.start * d..], q.len());
+                self.f.weigh(Product { m, n: d, n_pairs, a, lda: n_pairs, of_a, b, ldb: d, c, ldc: d, ahead });
+            }
         }
     }
 
@@ -361,13 +400,9 @@ impl<'a> Task<'a> {
         self.layer.kv.tile_of(block, self.layer.il, part, head)
     }
 
-    /// A tile of the head's keys or values. Half floats are widened by the products.
-    fn operand<'t>(&'t self, block: u32, part: Part, scratch: &'t mut Tile) -> Operand<'t> {
-        let Layer { kv, il, .. } = self.layer;
-        match kv.halves(block, il, part, self.head) {
-            Some(b) => Operand::Halves(b),
-            None => Operand::Floats(kv.tile(self.f, block, il, part, self.head, scratch)),
-        }
+    /// A tile of the head's keys or values.
+    fn tile<'t>(&'t self, block: u32, part: Part, room: &'t mut Room) -> Tile<'t> {
+        self.layer.kv.tile(self.f, block, self.layer.il, part, self.head, room)
     }
 
     /// Writes the normalised results of the task's rows.
