@@ -232,8 +232,8 @@ fn contexts_that_no_memory_holds_are_refused() {
         ])
     };
     with_ctx("2000").answer();
-    // 256 bytes of keys and values per position.
-    with_ctx("4000000000").fails(4, &["--ctx 4000000000", "1024000000000 bytes", "available", "would fit"]);
+    // 256 bytes of keys and values per position, and 8 of their scales.
+    with_ctx("4000000000").fails(4, &["--ctx 4000000000", "1056000000000 bytes", "available", "would fit"]);
 }
 
 #[test]

@@ -124,7 +124,7 @@ pub struct KvShape {
 }
 
 impl KvShape {
-    /// Bytes of one block of [`KV_BLOCK`] positions, all layers.
+    /// Bytes of the values of one block of [`KV_BLOCK`] positions, all layers.
     pub fn block_bytes(&self) -> usize {
         2 * self.n_layer * self.n_head_kv * KV_BLOCK * self.kv_type.bytes(self.head_dim)
     }
@@ -347,6 +347,11 @@ pub trait Backend: Sized {
             Best::of(&row, &mut out[i * k..(i + 1) * k]);
         }
         Ok(())
+    }
+
+    /// Bytes that a KV block of this shape takes: its values, and what the backend keeps beside them.
+    fn kv_block_bytes(&self, shape: &KvShape) -> usize {
+        shape.block_bytes()
     }
 
     /// An empty KV cache.

@@ -77,8 +77,8 @@ impl KvCache {
     }
 
     /// Bytes of a block with its scales.
-    pub fn block_bytes(&self) -> usize {
-        2 * self.shape.n_layer * self.shape.n_head_kv * self.tile_bytes()
+    pub(crate) fn block_bytes(&self) -> usize {
+        block_bytes(&self.shape)
     }
 
     /// The bytes of a block.
@@ -92,16 +92,11 @@ impl KvCache {
         &mut bytemuck::cast_slice_mut(&mut self.blocks[block as usize])[..n]
     }
 
-    /// Bytes of one head's keys or values in a block.
-    fn tile_bytes(&self) -> usize {
-        let units = if self.shape.kv_type == KvType::F16 { UNITS_BYTES } else { 0 };
-        KV_BLOCK * self.shape.kv_type.bytes(self.shape.head_dim) + units
-    }
-
     /// Where a tile lies in its block.
     fn tile_range(&self, il: usize, part: Part, head: usize) -> Range<usize> {
-        let at = ((il * self.shape.n_head_kv + head) * 2 + part as usize) * self.tile_bytes();
-        at..at + self.tile_bytes()
+        let n = tile_bytes(&self.shape);
+        let at = ((il * self.shape.n_head_kv + head) * 2 + part as usize) * n;
+        at..at + n
     }
 
     /// Stores one position's key or value of a head.
@@ -197,6 +192,17 @@ impl KvCache {
 
 /// Bytes of what the positions of a tile are scaled with.
 const UNITS_BYTES: usize = KV_BLOCK * size_of::<f32>();
+
+/// Bytes of a block with its scales.
+pub fn block_bytes(shape: &KvShape) -> usize {
+    2 * shape.n_layer * shape.n_head_kv * tile_bytes(shape)
+}
+
+/// Bytes of one head's keys or values in a block.
+fn tile_bytes(shape: &KvShape) -> usize {
+    let units = if shape.kv_type == KvType::F16 { UNITS_BYTES } else { 0 };
+    KV_BLOCK * shape.kv_type.bytes(shape.head_dim) + units
+}
 
 impl Tile<'_> {
     /// Entry `i` of the key or value at position `slot` of the block.

@@ -234,6 +234,10 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
+    fn kv_block_bytes(&self, shape: &KvShape) -> usize {
+        kv::block_bytes(shape)
+    }
+
     fn kv_cache(&self, shape: KvShape) -> KvCache {
         KvCache::new(shape)
     }

@@ -71,7 +71,7 @@ impl Plan {
             available_bytes,
             ..Plan::default()
         };
-        plan.with_kv(kv_shape(h, kv_type), available_bytes)
+        plan.with_kv(apr_cpu::kv::block_bytes(&kv_shape(h, kv_type)), available_bytes)
     }
 
     fn on_gpu(gpu: GpuPlan, kv: KvShape, n_ctx: usize, n_parallel: usize) -> Plan {
@@ -80,12 +80,12 @@ impl Plan {
         let plan =
             Plan { n_ctx, n_parallel, weight_bytes, buffer_bytes, available_bytes, gpu: Some(gpu), ..Plan::default() };
         // What is left beside weights and a step's buffers.
-        plan.with_kv(kv, Some(gpu.free_bytes - weight_bytes - buffer_bytes))
+        plan.with_kv(kv.block_bytes(), Some(gpu.free_bytes - weight_bytes - buffer_bytes))
     }
 
-    /// With keys and values, for which there is so much room.
-    fn with_kv(self, kv: KvShape, room: Option<u64>) -> Plan {
-        let block_bytes = kv.block_bytes() as u64;
+    /// With keys and values, whose blocks take `block_bytes` and for which there is so much room.
+    fn with_kv(self, block_bytes: usize, room: Option<u64>) -> Plan {
+        let block_bytes = block_bytes as u64;
         let n_block = n_kv_block(block_bytes, self.n_ctx, self.n_parallel, room);
         Plan {
             context_bytes: block_bytes.saturating_mul(n_blocks(self.n_ctx) as u64),

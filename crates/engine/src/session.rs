@@ -402,7 +402,7 @@ where
     }
 
     fn available_bytes(&self) -> Option<u64> {
-        let unused = self.blocks.free.len() as u64 * self.kv_shape.block_bytes() as u64;
+        let unused = self.blocks.free.len() as u64 * self.backend.kv_block_bytes(&self.kv_shape) as u64;
         Some(self.backend.free_bytes().or_else(memory::available)? + unused)
     }
 
@@ -534,11 +534,11 @@ where
     }
 
     fn kv_bytes_of(&self, n_tokens: usize) -> u64 {
-        (n_tokens.div_ceil(KV_BLOCK) as u64).saturating_mul(self.kv_shape.block_bytes() as u64)
+        (n_tokens.div_ceil(KV_BLOCK) as u64).saturating_mul(self.backend.kv_block_bytes(&self.kv_shape) as u64)
     }
 
     fn kv_bytes(&self) -> usize {
-        self.n_kv_blocks() * self.kv_shape.block_bytes()
+        self.n_kv_blocks() * self.backend.kv_block_bytes(&self.kv_shape)
     }
 
     fn n_kv_blocks(&self) -> usize {

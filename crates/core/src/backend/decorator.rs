@@ -110,6 +110,9 @@ macro_rules! delegate {
         fn shape(&self, t: &Self::Tensor) -> (usize, usize) {
             self.0.shape(t)
         }
+        fn kv_block_bytes(&self, shape: &$crate::backend::KvShape) -> usize {
+            self.0.kv_block_bytes(shape)
+        }
         fn kv_cache(&self, shape: $crate::backend::KvShape) -> Self::KvCache {
             self.0.kv_cache(shape)
         }
