@@ -58,8 +58,8 @@ pub type Result<T> = std::result::Result<T, BackendError>;
 pub enum Precision {
     /// Activations stay 32-bit floats.
     F32,
-    /// Activations are 8-bit integers with a scale per 32 where weights are quantized, and 16-bit integers with a scale per head in
-    /// attention where keys and values are not 32-bit floats.
+    /// Activations are 8-bit integers with a scale per 32 where weights are quantized, and have 16 bits in attention where keys and
+    /// values are not 32-bit floats: integers with a scale per head, or half floats.
     Int8,
 }
 
@@ -265,7 +265,7 @@ pub trait Backend: Sized {
     /// Keys and values of all sequences, in blocks.
     type KvCache;
 
-    /// Precision of activations in products with quantized weights.
+    /// Precision of activations in products with quantized weights, and in attention.
     fn precision(&self) -> Precision;
 
     /// Whether a row's values are the same, bit for bit, whatever other rows are in its step. Where they are not, sums are in another

@@ -1,4 +1,4 @@
-//! Float loops of the CPU backend: the small matrix product of attention, exponentials, norms.
+//! Float loops of the CPU backend: the small matrix products of attention, of floats and of 16-bit integers, exponentials, norms.
 //!
 //! One table per width of vectors: portable bodies, which are also inlined into functions that enable an ISA's features where
 //! compilers make good code of them, and for the others loops over the ISA's vectors. Every sum has an order of its own that
@@ -475,11 +475,13 @@ mod tests {
     use super::*;
     use crate::kernels::{Isa, Kernels};
 
-    fn tables() -> impl Iterator<Item = &'static FloatKernels> {
+    /// The tables of every instruction set of this CPU.
+    pub(super) fn tables() -> impl Iterator<Item = &'static FloatKernels> {
         Isa::ALL.into_iter().filter_map(Kernels::for_isa).map(Kernels::float)
     }
 
-    fn values(n: usize, seed: u32) -> Vec<f32> {
+    /// Values between -1 and 1, the same each time.
+    pub(super) fn values(n: usize, seed: u32) -> Vec<f32> {
         let mut state = seed;
         let mut next = || {
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);

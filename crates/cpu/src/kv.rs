@@ -4,8 +4,8 @@
 //! both products of attention run along rows without sums across lanes. Types are:
 //!
 //! - f32.
-//! - f16: 16 bits a value. They are no half floats, but the integers that attention multiplies ([`codes`]), which are as precise, in
-//!   pairs of neighbouring rows. Behind the integers of a tile lies a scale for every position.
+//! - f16: 16 bits a value. They are no half floats, but the integers that attention multiplies ([`codes`], which says how precise
+//!   they are), in pairs of neighbouring rows. Behind the integers of a tile lies a scale for every position.
 //! - q8_0: 8-bit integers with an f16 scale per 32 values along the head, made such integers of when they are read.
 
 use std::ops::Range;
@@ -53,6 +53,10 @@ impl KvCache {
         assert!(
             shape.kv_type != KvType::Q8_0 || shape.head_dim.is_multiple_of(32),
             "8-bit KV needs heads of whole blocks of 32"
+        );
+        assert!(
+            shape.head_dim.is_multiple_of(2) && shape.head_dim <= 1024,
+            "heads have an even number of columns to 1,024"
         );
         KvCache { shape, blocks: Vec::new() }
     }

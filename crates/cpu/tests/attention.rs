@@ -72,7 +72,9 @@ fn error(expected: &[f64], got: &[f64]) -> f64 {
 /// Integers of 16 bits add less to attention than half floats would, with products and sums of no error at all.
 #[test]
 fn sixteen_bits_are_more_precise_than_half_floats() {
-    for (head_dim, n_head, gain) in [(32, 2, 1.0), (64, 3, 2.0), (128, 8, 1.0), (128, 2, 3.0), (24, 1, 1.0)] {
+    for (head_dim, n_head, gain) in
+        [(32, 2, 1.0), (64, 3, 2.0), (128, 8, 1.0), (128, 2, 3.0), (24, 1, 1.0), (256, 4, 1.0)]
+    {
         let heads = Heads { n_head, n_head_kv: 1, head_dim };
         let qkv = values(heads, gain);
         let expected = exact(heads, &qkv, |v| v);
@@ -89,6 +91,26 @@ fn sixteen_bits_are_more_precise_than_half_floats() {
                 let (q8_0, bound) = (of(KvType::Q8_0), 0.01 * f64::from(gain));
                 assert!(q8_0 < bound, "{isa}, {head_dim} columns: q8_0 {q8_0:.2e}");
             }
+        }
+    }
+}
+
+/// A column of keys that is larger than all others takes bits from them, which half floats, with exponents of their own, keep.
+#[test]
+fn a_column_of_keys_that_stands_out_costs_little() {
+    let heads = Heads { n_head: 4, n_head_kv: 1, head_dim: 128 };
+    for (of_key, of_query) in [(10.0, 1.0), (30.0, 1.0), (100.0, 0.01)] {
+        let mut qkv = values(heads, 1.0);
+        for row in qkv.chunks_exact_mut(heads.n_qkv()) {
+            row[heads.k()][5] *= of_key;
+            row[heads.q()].chunks_exact_mut(heads.head_dim).for_each(|q| q[5] *= of_query);
+        }
+        let expected = exact(heads, &qkv, |v| v);
+        let of_halves = error(&expected, &exact(heads, &qkv, |v| half::f16::from_f32(v).to_f32()));
+        for isa in Isa::ALL.into_iter().filter(|&isa| Kernels::for_isa(isa).is_some()) {
+            let f16 = error(&expected, &computed(isa, KvType::F16, heads, &qkv));
+            println!("{isa}, a column times {of_key}, {of_query}: f16 {f16:.2e} (half floats {of_halves:.2e})");
+            assert!(f16 < 1e-3, "{isa}, a column times {of_key}: {f16:.2e}, half floats {of_halves:.2e}");
         }
     }
 }

@@ -251,6 +251,10 @@ impl<B: Backend> Backend for Fed<'_, B> {
         ids.with_mut(|ids| self.inner.write_ids(ids, values))
     }
 
+    fn kv_block_bytes(&self, shape: &KvShape) -> usize {
+        self.inner.kv_block_bytes(shape)
+    }
+
     fn kv_cache(&self, shape: KvShape) -> B::KvCache {
         self.inner.kv_cache(shape)
     }

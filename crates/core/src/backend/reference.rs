@@ -44,7 +44,7 @@ pub(super) struct Rounding {
     /// Rounds a head's key (`part` 0) or value (1) to what is stored.
     pub part: fn(KvType, usize, &mut [f32]),
     /// Rounds the softmax of a query over a block's positions, given the values that they meet.
-    pub weights: fn(KvType, &mut [f32], &[&[f32]]),
+    pub weights: fn(&mut [f32], &[&[f32]]),
 }
 
 impl HostTensor {
@@ -185,7 +185,7 @@ impl Backend for Reference {
     }
 
     fn kv_cache(&self, shape: KvShape) -> HostKv {
-        let rounding = Rounding { part: |kv_type, _, x| round_kv(kv_type, x), weights: |_, _, _| {} };
+        let rounding = Rounding { part: |kv_type, _, x| round_kv(kv_type, x), weights: |_, _| {} };
         HostKv { shape, rounding, blocks: Vec::new() }
     }
 
@@ -304,7 +304,7 @@ impl Backend for Reference {
                 for (first, weights) in (0..n).step_by(KV_BLOCK).zip(scores.chunks_mut(KV_BLOCK)) {
                     let value = |slot| &kv.blocks[place(first).0][kv.at(il, 1, head_kv, slot)];
                     let values: Vec<&[f32]> = (0..weights.len()).map(value).collect();
-                    (kv.rounding.weights)(kv.shape.kv_type, weights, &values);
+                    (kv.rounding.weights)(weights, &values);
                     for (&weight, v) in weights.iter().zip(values) {
                         sum.iter_mut().zip(v).for_each(|(s, &v)| *s += f64::from(weight) * f64::from(v));
                     }

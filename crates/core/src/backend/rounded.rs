@@ -1,5 +1,6 @@
 //! A backend that rounds activations where others declare that they do, and is otherwise the backend it wraps. Around the reference it
-//! makes the error that a precision must have, which is the noise that comparisons judge by.
+//! makes the error that a precision must have, which is the noise that comparisons judge by. In attention it is that of the CPU: a GPU, which
+//! multiplies half floats, is judged by it as well.
 
 use super::decorator::{Through, delegate};
 use super::reference::{HostKv, Rounding, round_kv};
@@ -103,14 +104,22 @@ pub fn round_int8(x: &mut [f32]) {
     }
 }
 
-/// The length of a query in 16-bit codes.
-const QUERY_LENGTH: f32 = 31_000.0;
-/// The length in codes that no key exceeds.
-const KEY_LENGTH: f32 = 65_400.0;
+/// The length of a query in 16-bit codes: none of them is larger.
+pub const QUERY_LENGTH: f32 = 31_000.0;
+
+/// The length in codes that no key exceeds before they are rounded: its product with [`QUERY_LENGTH`] is below 2³¹, rounding of both
+/// included.
+pub const KEY_LENGTH: f32 = 63_000.0;
+
 /// The largest code of a value.
-const LARGEST_VALUE: f32 = 16_383.0;
-/// What the codes of a block's weights amount to at most.
-const WEIGHTS: f32 = 131_000.0;
+pub const LARGEST_VALUE: f32 = 16_383.0;
+
+/// The largest code of all.
+pub const LARGEST: f32 = 32_767.0;
+
+/// What the codes of a block's weights may amount to before they are rounded: with half a code more for each of its positions and
+/// [`LARGEST_VALUE`] it is below 2³¹.
+pub const WEIGHTS: f32 = 131_000.0;
 
 /// Rounds a query to codes of 16 bits.
 fn round_query(x: &mut [f32]) {
@@ -125,17 +134,21 @@ fn round_part(kv_type: KvType, part: usize, x: &mut [f32]) {
         round_kv(kv_type, x);
     }
     let largest = x.iter().fold(0f32, |m, v| m.max(v.abs()));
-    let code = if part == 0 { (KEY_LENGTH / (x.len() as f32).sqrt()).min(f32::from(i16::MAX)) } else { LARGEST_VALUE };
-    round_to(x, largest / code);
+    let length = match kv_type {
+        // The longest of so many columns.
+        KvType::Q8_0 => largest * (x.len() as f32).sqrt(),
+        _ => x.iter().map(|v| v * v).sum::<f32>().sqrt(),
+    };
+    round_to(x, if part == 0 { (length / KEY_LENGTH).max(largest / LARGEST) } else { largest / LARGEST_VALUE });
 }
 
 /// Rounds what the values of a block are weighted with, each times the unit of its value.
-fn round_weights(_: KvType, weights: &mut [f32], values: &[&[f32]]) {
+fn round_weights(weights: &mut [f32], values: &[&[f32]]) {
     let of_value = |v: &&[f32]| v.iter().fold(0f32, |m, v| m.max(v.abs())) / LARGEST_VALUE;
     let units: Vec<f32> = values.iter().map(of_value).collect();
     let mut x: Vec<f32> = weights.iter().zip(&units).map(|(w, unit)| w * unit).collect();
     let (largest, sum) = (x.iter().copied().fold(0f32, f32::max), x.iter().sum::<f32>());
-    round_to(&mut x, (largest / f32::from(i16::MAX)).max(sum / WEIGHTS));
+    round_to(&mut x, (largest / LARGEST).max(sum / WEIGHTS));
     for ((weight, x), unit) in weights.iter_mut().zip(x).zip(units) {
         *weight = if unit > 0.0 { x / unit } else { *weight };
     }

@@ -34,8 +34,8 @@ fn weigh(mut p: Product<'_>) {
     codes::columns(&mut p, from, |c, x, of_a, _| *c += x * of_a);
 }
 
-/// See [`Gemm`]; the caller has checked its bounds. Tiles are of eight rows and one vector of columns: all operands but the latter are floats that a multiply-add takes from
-/// memory, so that there is hardly an instruction beside the multiply-adds.
+/// See [`Gemm`]; the caller has checked its bounds. Tiles are of eight rows and one vector of columns: all operands but the latter are
+/// floats that a multiply-add takes from memory, so that there is hardly an instruction beside the multiply-adds.
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
 fn gemm(mut g: Gemm<'_>, b: &[f32]) {
     let (n_wide, in_tiles) = (g.n / LANES * LANES, g.m / 4 * 4);

@@ -1,12 +1,15 @@
 //! Attention's products in 16-bit integers: codes of queries, keys, values and weights, and the portable loops.
 //!
 //! A multiply-add of two pairs of 16-bit integers takes no longer than one of floats, so a product of integers takes half the time.
-//! Rows are scaled so that a code has eleven significant bits in the root mean square or more, as many as a half float, and that no
-//! sum overflows, whatever the values:
+//! Rows are scaled so that no sum overflows, whatever the values:
 //!
-//! - Queries are scaled to a length of [`LENGTH`], and keys to a largest code so small that no key is longer than [`LONGEST_KEY`].
-//!   No sum of products of two of them, nor a part of it, is larger than the product of their lengths (Cauchy and Schwarz).
-//! - Values are scaled to a largest code of [`LARGEST_VALUE`], and the weights that meet them to a sum of no more than [`SUM`].
+//! - Queries are scaled to a length of [`QUERY_LENGTH`], and keys to one of at most [`KEY_LENGTH`]. No sum of products of two of them, nor a
+//!   part of it, is larger than the product of their lengths (Cauchy and Schwarz). Where the length of a key is not known, as that of
+//!   8-bit ones, its largest code is so small that no key is longer.
+//! - Values are scaled to a largest code of [`LARGEST_VALUE`], and the weights that meet them to a sum of no more than [`WEIGHTS`].
+//!
+//! Heads of 128 columns of like size have eleven significant bits in the root mean square or more, as many as half floats. Wider heads
+//! have fewer, and small columns beside large ones, where each half float has its own exponent.
 //!
 //! Every position of keys and values has a scale of its own, so that its codes depend on no other. A weight is multiplied with the
 //! scale of its value before it is made a code. Sums of integers are exact, so it makes no difference in what order they are made, and
@@ -14,29 +17,13 @@
 //! same bits.
 
 use apr_core::backend::KV_BLOCK;
+use apr_core::backend::rounded::{KEY_LENGTH, LARGEST, LARGEST_VALUE, QUERY_LENGTH, WEIGHTS};
 
 use super::SHARED;
 use super::body::ROUND;
 
 /// Two codes of neighbouring columns (queries, weights) or rows (keys, values).
 pub type Pair = [i16; 2];
-
-/// The length of a query in codes: none of them is larger.
-pub const LENGTH: f32 = 31_000.0;
-
-/// What the length of a key in codes is at most before they are rounded: its product with [`LENGTH`] is below 2³¹, rounding of both
-/// included.
-pub const LONGEST_KEY: f32 = 65_400.0;
-
-/// The largest code of a value.
-pub const LARGEST_VALUE: f32 = 16_383.0;
-
-/// The largest code of all.
-pub const LARGEST: f32 = 32_767.0;
-
-/// What the codes of a tile's weights may amount to before they are rounded: with half a code more for each of a tile's positions
-/// and [`LARGEST_VALUE`] it is below 2³¹.
-pub const SUM: f32 = 131_000.0;
 
 /// Lengths and sizes below it count as this, so that nothing is divided by zero.
 pub const TINY: f32 = 1e-15;
@@ -99,7 +86,7 @@ pub(super) fn code_queries(x: &[f32], pairs: &mut [Pair], scales: &mut [f32]) {
 #[inline(always)]
 pub(super) fn unit_of_query(squares: f32) -> f32 {
     // Not less than: NaN is kept.
-    (if squares < TINY * TINY { TINY } else { squares.sqrt() }) * (1.0 / LENGTH)
+    (if squares < TINY * TINY { TINY } else { squares.sqrt() }) * (1.0 / QUERY_LENGTH)
 }
 
 /// Sums are made in so many lanes.
@@ -119,25 +106,26 @@ fn code(x: f32) -> i16 {
 
 /// Codes of a position's key, and what a unit of them is worth: NaN where a value is not finite.
 pub fn code_key(x: &[f32], codes: &mut [i16]) -> f32 {
-    code_position(x, largest_of_key(x.len()), codes)
+    let length = x.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>().sqrt() as f32;
+    code_position(x, (length * (1.0 / KEY_LENGTH)).max(largest(x.iter().copied()) * (1.0 / LARGEST)), codes)
 }
 
 /// Codes of a position's value, and what a unit of them is worth: NaN where one is not finite.
 pub fn code_value(x: &[f32], codes: &mut [i16]) -> f32 {
-    code_position(x, LARGEST_VALUE, codes)
+    code_position(x, largest(x.iter().copied()) * (1.0 / LARGEST_VALUE), codes)
 }
 
-fn code_position(x: &[f32], largest_code: f32, codes: &mut [i16]) -> f32 {
-    let largest = largest(x.iter().copied());
-    let (inverse, unit) = of_largest(if largest.is_finite() { largest } else { f32::NAN }, largest_code);
+fn code_position(x: &[f32], unit: f32, codes: &mut [i16]) -> f32 {
+    let unit = if unit.is_finite() { unit.max(TINY * (1.0 / KEY_LENGTH)) } else { f32::NAN };
+    let inverse = 1.0 / unit;
     codes.iter_mut().zip(x).for_each(|(c, v)| *c = code(v * inverse));
     unit
 }
 
-/// The largest code of a key of `d` columns.
+/// The largest code of a key of `d` columns of which no more is known: however many are as large, none is too long.
 #[inline(always)]
 pub(super) fn largest_of_key(d: usize) -> f32 {
-    (LONGEST_KEY / (d as f32).sqrt()).min(LARGEST)
+    (KEY_LENGTH / (d as f32).sqrt()).min(LARGEST)
 }
 
 /// The largest magnitude, or NaN where there is one.
@@ -222,7 +210,7 @@ pub(super) fn code_weights(weights: &[f32], of_values: &[f32; KV_BLOCK], pairs: 
 /// What a unit of a row's weights is worth, given the largest of them and their sum.
 #[inline(always)]
 pub(super) fn unit_of_weights(largest: f32, sum: f32) -> f32 {
-    let unit = (largest * (1.0 / LARGEST)).max(sum * (1.0 / SUM)).max(TINY * TINY);
+    let unit = (largest * (1.0 / LARGEST)).max(sum * (1.0 / WEIGHTS)).max(TINY * TINY);
     if sum.is_nan() { sum } else { unit }
 }
 
@@ -255,23 +243,11 @@ pub(super) fn columns(p: &mut Product<'_>, from: usize, put: impl Fn(&mut f32, f
 mod tests {
     use super::*;
     use crate::float::FloatKernels;
+    use crate::float::tests::{tables, values};
     use crate::kernels::{Isa, Kernels};
-
-    fn tables() -> impl Iterator<Item = &'static FloatKernels> {
-        Isa::ALL.into_iter().filter_map(Kernels::for_isa).map(Kernels::float)
-    }
 
     fn scalar() -> &'static FloatKernels {
         Kernels::for_isa(Isa::Scalar).unwrap().float()
-    }
-
-    fn values(n: usize, seed: u32) -> Vec<f32> {
-        let mut state = seed;
-        let mut next = || {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            (state >> 8) as f32 / (1 << 23) as f32 - 1.0
-        };
-        (0..n).map(|_| next()).collect()
     }
 
     fn bits(x: &[f32]) -> Vec<u32> {
@@ -292,7 +268,10 @@ mod tests {
                 let mut codes = vec![0; d];
                 let unit = code_key(&x, &mut codes);
                 let length = codes.iter().map(|&c| f64::from(c).powi(2)).sum::<f64>().sqrt();
-                assert!(length * (f64::from(LENGTH) + 16.0) < f64::from(i32::MAX), "{d}: a key of length {length}");
+                assert!(
+                    length * (f64::from(QUERY_LENGTH) + 16.0) < f64::from(i32::MAX),
+                    "{d}: a key of length {length}"
+                );
                 assert!(decoded(&codes, unit).iter().zip(&x).all(|(c, x)| (c - x).abs() <= 0.501 * unit));
                 let unit = code_value(&x, &mut codes);
                 assert_eq!(codes.iter().map(|c| c.abs()).max(), Some(LARGEST_VALUE as i16));
@@ -301,7 +280,7 @@ mod tests {
                 scalar().code_queries(&x, &mut pairs, &mut unit);
                 let codes: &[i16] = bytemuck::cast_slice(&pairs);
                 let length = codes.iter().map(|&c| f64::from(c).powi(2)).sum::<f64>().sqrt();
-                assert!((length - f64::from(LENGTH)).abs() < 16.5, "{d}: a query of length {length}");
+                assert!((length - f64::from(QUERY_LENGTH)).abs() < 16.5, "{d}: a query of length {length}");
                 assert!(decoded(codes, unit[0]).iter().zip(&x).all(|(c, x)| (c - x).abs() <= 0.501 * unit[0]));
             }
         }
@@ -331,9 +310,8 @@ mod tests {
     fn products_are_exact_sums_on_every_isa() {
         for (m, n, n_pairs) in [(1, 64, 64), (8, 48, 64), (13, 128, 32), (3, 100, 32), (27, 38, 15), (5, 7, 1)] {
             let code = |i: usize, most: f32| (most / ((2 * n_pairs) as f32).sqrt() * ((i % 7) as f32 / 6.0)) as i16;
-            let a: Vec<Pair> = (0..m * n_pairs).map(|i| [code(i, LENGTH), -code(3 * i, LENGTH)]).collect();
-            let b: Vec<Pair> =
-                (0..n_pairs * n).map(|i| [code(5 * i, LONGEST_KEY), -code(i + 1, LONGEST_KEY)]).collect();
+            let a: Vec<Pair> = (0..m * n_pairs).map(|i| [code(i, QUERY_LENGTH), -code(3 * i, QUERY_LENGTH)]).collect();
+            let b: Vec<Pair> = (0..n_pairs * n).map(|i| [code(5 * i, KEY_LENGTH), -code(i + 1, KEY_LENGTH)]).collect();
             let (of_a, of_b, before) = (values(m, 3), values(n, 4), values(m * n, 5));
             let exact = |i: usize, j: usize| -> i64 {
                 let dots = |k: usize| [0, 1].map(|h| i64::from(a[i * n_pairs + k][h]) * i64::from(b[k * n + j][h]));
