@@ -38,22 +38,20 @@ fn weigh(mut p: Product<'_>) {
 /// See [`Gemm`]; the caller has checked its bounds.
 #[target_feature(enable = "avx2,fma,f16c")]
 fn gemm(mut g: Gemm<'_>, b: &[f32]) {
-    let (n_wide, ldb) = (g.n / STRIP * STRIP, g.ldb);
+    let n_wide = g.n / STRIP * STRIP;
     let mut ahead = Ahead::new(g.ahead, n_wide / STRIP * g.m.div_ceil(6) * g.k.len());
     for j in (0..n_wide).step_by(STRIP) {
         let mut i = 0;
         while i < g.m {
-            let k = g.k.clone();
-            let b = (b[k.start * ldb + j..].as_ptr(), ldb);
-            // SAFETY: the rows are fewer than `m`, the columns no more than `n`, and the caller has checked that `b` has them.
+            // SAFETY: the rows are fewer than `m`, and the columns no more than `n`.
             i += unsafe {
                 match g.m - i {
-                    1 => tile::<__m256, 1, C>(&mut g, b, (i, j), k, &mut ahead),
-                    2 => tile::<__m256, 2, C>(&mut g, b, (i, j), k, &mut ahead),
-                    3 => tile::<__m256, 3, C>(&mut g, b, (i, j), k, &mut ahead),
-                    4 | 8 => tile::<__m256, 4, C>(&mut g, b, (i, j), k, &mut ahead),
-                    5 => tile::<__m256, 5, C>(&mut g, b, (i, j), k, &mut ahead),
-                    _ => tile::<__m256, 6, C>(&mut g, b, (i, j), k, &mut ahead),
+                    1 => tile::<__m256, 1, C>(&mut g, b, (i, j), &mut ahead),
+                    2 => tile::<__m256, 2, C>(&mut g, b, (i, j), &mut ahead),
+                    3 => tile::<__m256, 3, C>(&mut g, b, (i, j), &mut ahead),
+                    4 | 8 => tile::<__m256, 4, C>(&mut g, b, (i, j), &mut ahead),
+                    5 => tile::<__m256, 5, C>(&mut g, b, (i, j), &mut ahead),
+                    _ => tile::<__m256, 6, C>(&mut g, b, (i, j), &mut ahead),
                 }
             };
         }

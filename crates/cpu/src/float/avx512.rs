@@ -46,8 +46,8 @@ fn gemm(mut g: Gemm<'_>, b: &[f32]) {
             // SAFETY: the rows are fewer than `m`, and the columns fewer than `n`.
             i += unsafe {
                 match in_tiles - i {
-                    4 => columns::<4, 1>(&mut g, b, (i, j), &mut ahead),
-                    _ => columns::<8, 1>(&mut g, b, (i, j), &mut ahead),
+                    4 => tile::<__m512, 4, 1>(&mut g, b, (i, j), &mut ahead),
+                    _ => tile::<__m512, 8, 1>(&mut g, b, (i, j), &mut ahead),
                 }
             };
         }
@@ -59,34 +59,20 @@ fn gemm(mut g: Gemm<'_>, b: &[f32]) {
         unsafe {
             if j + WIDE * LANES <= n_wide {
                 match g.m - in_tiles {
-                    1 => columns::<1, WIDE>(&mut g, b, at, &mut ahead),
-                    2 => columns::<2, WIDE>(&mut g, b, at, &mut ahead),
-                    _ => columns::<3, WIDE>(&mut g, b, at, &mut ahead),
+                    1 => tile::<__m512, 1, WIDE>(&mut g, b, at, &mut ahead),
+                    2 => tile::<__m512, 2, WIDE>(&mut g, b, at, &mut ahead),
+                    _ => tile::<__m512, 3, WIDE>(&mut g, b, at, &mut ahead),
                 };
                 j += WIDE * LANES;
             } else {
                 match g.m - in_tiles {
-                    1 => columns::<1, 1>(&mut g, b, at, &mut ahead),
-                    2 => columns::<2, 1>(&mut g, b, at, &mut ahead),
-                    _ => columns::<3, 1>(&mut g, b, at, &mut ahead),
+                    1 => tile::<__m512, 1, 1>(&mut g, b, at, &mut ahead),
+                    2 => tile::<__m512, 2, 1>(&mut g, b, at, &mut ahead),
+                    _ => tile::<__m512, 3, 1>(&mut g, b, at, &mut ahead),
                 };
                 j += LANES;
             }
         }
     }
     body::gemm_columns::<true>(&mut g, b, n_wide);
-}
-
-/// [`tile`] of all of `k`.
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
-#[inline]
-unsafe fn columns<const R: usize, const C: usize>(
-    g: &mut Gemm<'_>,
-    b: &[f32],
-    (i, j): (usize, usize),
-    ahead: &mut Ahead<'_>,
-) -> usize {
-    let (k, ldb) = (g.k.clone(), g.ldb);
-    // SAFETY: the caller's promise.
-    unsafe { tile::<__m512, R, C>(g, (b[k.start * ldb + j..].as_ptr(), ldb), (i, j), k, ahead) }
 }

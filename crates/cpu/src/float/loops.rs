@@ -5,7 +5,6 @@
 //! nothing else is said: the CPU has the instructions of `V`.
 
 use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-use std::ops::Range;
 
 use apr_core::backend::KV_BLOCK;
 
@@ -38,21 +37,21 @@ impl<'a> Ahead<'a> {
     }
 }
 
-/// The columns `k` of `R` rows from `i` on by `C` vectors of columns from `j` on, in registers; returns `R`. `b` points to
-/// these columns of row `k.start`; `ldb` elements further is the next.
+/// `R` rows from `i` on by `C` vectors of columns from `j` on, in registers; returns `R`. `b` as in [`Gemm`].
 ///
 /// # Safety
-/// The rows and columns are within the product's, whose bounds have been checked, and `b` has what is said.
+/// The rows and columns are within the product's, whose bounds have been checked.
 #[inline(always)]
 pub(super) unsafe fn tile<V: Vector, const R: usize, const C: usize>(
     g: &mut Gemm<'_>,
-    (b, ldb): (*const f32, usize),
+    b: &[f32],
     (i, j): (usize, usize),
-    k: Range<usize>,
     ahead: &mut Ahead<'_>,
 ) -> usize {
-    let (a, c, n) = (g.a[i * g.lda + k.start..].as_ptr(), g.c[i * g.ldc + j..].as_mut_ptr(), k.len());
-    let (lda, ldc, add) = (g.lda, g.ldc, g.add || k.start > g.k.start);
+    let (from, n) = (g.k.start, g.k.len());
+    let (a, b, c) =
+        (g.a[i * g.lda + from..].as_ptr(), b[from * g.ldb + j..].as_ptr(), g.c[i * g.ldc + j..].as_mut_ptr());
+    let (lda, ldb, ldc, add) = (g.lda, g.ldb, g.ldc, g.add);
     let (next, step) = ahead.next(n, a.cast());
     // SAFETY: the caller's promise: `a` has `R` rows of `n` columns, `lda` apart, `b` has `n` rows, and `c` has `R` rows.
     unsafe {
