@@ -190,8 +190,8 @@ impl FloatKernels {
 
 pub(crate) static SCALAR: FloatKernels = FloatKernels {
     gemm: body::gemm,
-    score: codes::score,
-    weigh: codes::weigh,
+    score: |p, of_b| codes::score(p, of_b, 0),
+    weigh: |p| codes::weigh(p, 0),
     code_queries: codes::code_queries,
     widen_keys: codes::widen_keys,
     widen_values: codes::widen_values,

@@ -106,6 +106,24 @@ impl Plan {
         on_host.map_or(0, |available| self.total_bytes().saturating_sub(available).min(self.weight_bytes))
     }
 
+    /// Bytes that a step of one token for each of `n` answers reads: weights, and keys and values of `n_filled` positions each. Experts
+    /// are taken to be chosen evenly, so that answers share some of them: of E experts, a token using k, `E (1 - (1 - k/E)^n)` are read.
+    pub fn bytes_per_step(&self, file: &ModelFile, h: &Hparams, n: usize, n_filled: usize) -> u64 {
+        let used = |e: &apr_core::hparams::Experts| {
+            let (all, k) = (e.n_expert as f64, e.n_expert_used as f64);
+            all * (1.0 - (1.0 - k / all).powi(n as i32)) / k
+        };
+        let experts = file.gguf.tensors.iter().filter(|t| t.name.ends_with("_exps.weight"));
+        let expert_bytes: u64 = experts.map(|t| t.n_bytes).sum();
+        let one = file.bytes_per_token(h);
+        let more = h.experts.as_ref().map_or(0.0, |e| {
+            let of_one = expert_bytes as f64 * e.n_expert_used as f64 / e.n_expert as f64;
+            of_one * (used(e) - 1.0)
+        });
+        let per_position = self.kv_bytes as f64 / self.n_kv_position.max(1) as f64;
+        one + more as u64 + ((n * n_filled) as f64 * per_position) as u64
+    }
+
     /// Refuses a machine that cannot hold keys and values of one whole context and activations, whatever becomes of the weights.
     ///
     /// # Errors
@@ -134,24 +152,6 @@ pub fn n_kv_block(block_bytes: u64, n_ctx: usize, n_parallel: usize, available: 
 
 fn kv_shape(h: &Hparams, kv_type: KvType) -> KvShape {
     KvShape { n_layer: h.n_layer, n_head_kv: h.heads.n_head_kv, head_dim: h.heads.head_dim, kv_type }
-}
-
-/// Bytes that a step of one token for each of `n` answers reads: weights, and keys and values of `n_filled` positions each. Experts are
-/// taken to be chosen evenly, so that answers share some of them: of E experts, a token using k, `E (1 - (1 - k/E)^n)` are read.
-pub fn bytes_per_step(file: &ModelFile, h: &Hparams, kv_type: KvType, n: usize, n_filled: usize) -> u64 {
-    let used = |e: &apr_core::hparams::Experts| {
-        let (all, k) = (e.n_expert as f64, e.n_expert_used as f64);
-        all * (1.0 - (1.0 - k / all).powi(n as i32)) / k
-    };
-    let experts = file.gguf.tensors.iter().filter(|t| t.name.ends_with("_exps.weight"));
-    let expert_bytes: u64 = experts.map(|t| t.n_bytes).sum();
-    let one = file.bytes_per_token(h);
-    let more = h.experts.as_ref().map_or(0.0, |e| {
-        let of_one = expert_bytes as f64 * e.n_expert_used as f64 / e.n_expert as f64;
-        of_one * (used(e) - 1.0)
-    });
-    let kv = (n * n_filled) as u64 * kv_shape(h, kv_type).block_bytes() as u64 / KV_BLOCK as u64;
-    one + more as u64 + kv
 }
 
 /// The most tokens per second that the cores' multiply-adds allow for a prompt of `n_tokens`.
@@ -207,7 +207,8 @@ mod tests {
     fn answers_share_weights_and_some_experts() {
         let file = ModelFile::open(Path::new(TINY)).unwrap();
         let h = file.hparams().unwrap();
-        let step = |n, filled| bytes_per_step(&file, &h, KvType::F16, n, filled);
+        let p = plan(Some(1000), 3, None).unwrap();
+        let step = |n, filled| p.bytes_per_step(&file, &h, n, filled);
         assert_eq!(step(1, 0), file.bytes_per_token(&h));
         assert!(step(2, 0) > step(1, 0) && step(2, 0) < 2 * step(1, 0));
         let experts = file.gguf.tensors.iter().filter(|t| t.name.ends_with("_exps.weight"));
@@ -215,7 +216,7 @@ mod tests {
         let e = h.experts.as_ref().unwrap();
         let dense = step(1, 0) - all / e.n_expert as u64 * e.n_expert_used as u64;
         assert!(step(10_000, 0).abs_diff(dense + all) <= 2, "in the end all experts are read");
-        let shape = kv_shape(&h, KvType::F16);
-        assert_eq!(step(3, KV_BLOCK) - step(3, 0), 3 * shape.block_bytes() as u64);
+        let block_bytes = apr_cpu::kv::block_bytes(&kv_shape(&h, KvType::F16)) as u64;
+        assert_eq!(step(3, KV_BLOCK) - step(3, 0), 3 * block_bytes);
     }
 }

@@ -1,6 +1,6 @@
-//! A backend that rounds activations where others declare that they do, and is otherwise the backend it wraps. Around the reference it
-//! makes the error that a precision must have, which is the noise that comparisons judge by. In attention it is that of the CPU: a GPU, which
-//! multiplies half floats, is judged by it as well.
+//! A backend that rounds activations where others declare that they do, and is otherwise the backend it wraps. Around the
+//! reference it makes the error that a precision must have, which is the noise that comparisons judge by. In attention it is that
+//! of the CPU: a GPU, which multiplies half floats, is judged by it as well.
 
 use super::decorator::{Through, delegate};
 use super::reference::{HostKv, Rounding, round_kv};

@@ -24,7 +24,7 @@ const STRIP: usize = C * LANES;
 fn score(mut p: Product<'_>, of_b: &[f32]) {
     // SAFETY: this function itself runs only where the CPU has the instructions.
     let from = unsafe { strips::<__m256, _, 6, C>(&mut p, Score(of_b)) };
-    codes::columns(&mut p, from, |c, x, of_a, j| *c = x * (of_a * of_b[j]));
+    codes::score(p, of_b, from);
 }
 
 /// See [`FloatKernels::weigh`](super::FloatKernels::weigh); the caller has checked its bounds.
@@ -32,7 +32,7 @@ fn score(mut p: Product<'_>, of_b: &[f32]) {
 fn weigh(mut p: Product<'_>) {
     // SAFETY: as above.
     let from = unsafe { strips::<__m256, _, 6, C>(&mut p, Weigh) };
-    codes::columns(&mut p, from, |c, x, of_a, _| *c += x * of_a);
+    codes::weigh(p, from);
 }
 
 /// See [`Gemm`]; the caller has checked its bounds.

@@ -23,7 +23,7 @@ const WIDE: usize = 4;
 fn score(mut p: Product<'_>, of_b: &[f32]) {
     // SAFETY: this function itself runs only where the CPU has the instructions.
     let from = unsafe { strips::<__m512, _, 8, 1>(&mut p, Score(of_b)) };
-    codes::columns(&mut p, from, |c, x, of_a, j| *c = x * (of_a * of_b[j]));
+    codes::score(p, of_b, from);
 }
 
 /// See [`FloatKernels::weigh`](super::FloatKernels::weigh); the caller has checked its bounds.
@@ -31,7 +31,7 @@ fn score(mut p: Product<'_>, of_b: &[f32]) {
 fn weigh(mut p: Product<'_>) {
     // SAFETY: as above.
     let from = unsafe { strips::<__m512, _, 8, 1>(&mut p, Weigh) };
-    codes::columns(&mut p, from, |c, x, of_a, _| *c += x * of_a);
+    codes::weigh(p, from);
 }
 
 /// See [`Gemm`]; the caller has checked its bounds. Tiles are of eight rows and one vector of columns: all operands but the latter are

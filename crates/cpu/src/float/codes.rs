@@ -3,9 +3,9 @@
 //! A multiply-add of two pairs of 16-bit integers takes no longer than one of floats, so a product of integers takes half the time.
 //! Rows are scaled so that no sum overflows, whatever the values:
 //!
-//! - Queries are scaled to a length of [`QUERY_LENGTH`], and keys to one of at most [`KEY_LENGTH`]. No sum of products of two of them, nor a
-//!   part of it, is larger than the product of their lengths (Cauchy and Schwarz). Where the length of a key is not known, as that of
-//!   8-bit ones, its largest code is so small that no key is longer.
+//! - Queries are scaled to a length of [`QUERY_LENGTH`], and keys to one of at most [`KEY_LENGTH`]. No sum of products of two of
+//!   them, nor a part of it, is larger than the product of their lengths (Cauchy and Schwarz). Where the length of a key is not
+//!   known, as that of 8-bit ones, its largest code is so small that no key is longer.
 //! - Values are scaled to a largest code of [`LARGEST_VALUE`], and the weights that meet them to a sum of no more than [`WEIGHTS`].
 //!
 //! Heads of 128 columns of like size have eleven significant bits in the root mean square or more, as many as half floats. Wider heads
@@ -214,17 +214,21 @@ pub(super) fn unit_of_weights(largest: f32, sum: f32) -> f32 {
     if sum.is_nan() { sum } else { unit }
 }
 
-pub(super) fn score(mut p: Product<'_>, of_b: &[f32]) {
-    columns(&mut p, 0, |c, x, of_a, j| *c = x * (of_a * of_b[j]));
+/// Columns `from ..` of [`FloatKernels::score`](super::FloatKernels::score).
+#[inline(always)]
+pub(super) fn score(mut p: Product<'_>, of_b: &[f32], from: usize) {
+    columns(&mut p, from, |c, x, of_a, j| *c = x * (of_a * of_b[j]));
 }
 
-pub(super) fn weigh(mut p: Product<'_>) {
-    columns(&mut p, 0, |c, x, of_a, _| *c += x * of_a);
+/// Columns `from ..` of [`FloatKernels::weigh`](super::FloatKernels::weigh).
+#[inline(always)]
+pub(super) fn weigh(mut p: Product<'_>, from: usize) {
+    columns(&mut p, from, |c, x, of_a, _| *c += x * of_a);
 }
 
 /// Columns `from ..` of a product: `put(c, sum, of_a, column)` takes each sum.
 #[inline(always)]
-pub(super) fn columns(p: &mut Product<'_>, from: usize, put: impl Fn(&mut f32, f32, f32, usize)) {
+fn columns(p: &mut Product<'_>, from: usize, put: impl Fn(&mut f32, f32, f32, usize)) {
     for i in 0..p.m {
         let a = &p.a[i * p.lda..][..p.n_pairs];
         for j in from..p.n {

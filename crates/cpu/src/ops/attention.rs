@@ -1,11 +1,11 @@
 //! Attention over the KV cache: grouped queries as a small matrix product, tile by tile.
 //!
-//! One task is one KV head and a few consecutive rows of a sequence. All query heads that share the KV head run together, so that a
-//! tile of keys and values is read once for all of them. Tiles of [`KV_BLOCK`] absolute positions are summed in ascending order, in
-//! spans of [`SPAN_TILES`]: what a span has so far is scaled down where a tile has a larger score (online softmax,
-//! arXiv:1805.02867). Spans, each with a maximum, a sum and weighted values, are merged into the row in ascending order. Where rows are too few to occupy all threads, as in decoding, the spans of a row are tasks of their own and are
-//! merged afterwards. A row's result depends on its own query and the cache only, never on which rows are computed with it or on how
-//! the work was cut.
+//! One task is one KV head and a few consecutive rows of a sequence. All query heads that share the KV head run together, so that
+//! a tile of keys and values is read once for all of them. Tiles of [`KV_BLOCK`] absolute positions are summed in ascending
+//! order, in spans of [`SPAN_TILES`]: what a span has so far is scaled down where a tile has a larger score (online softmax,
+//! arXiv:1805.02867). Spans, each with a maximum, a sum and weighted values, are merged into the row in ascending order. Where
+//! rows are too few to occupy all threads, as in decoding, the spans of a row are tasks of their own and are merged afterwards. A
+//! row's result depends on its own query and the cache only, never on which rows are computed with it or on how the work was cut.
 
 use std::ops::Range;
 use std::sync::Mutex;
@@ -16,7 +16,7 @@ use apr_core::batch::Batch;
 use crate::float::codes::Product;
 use crate::float::{FloatKernels, Gemm, Softmax};
 use crate::kernels::SharedOut;
-use crate::kv::{KvCache, Part, Room, Tile};
+use crate::kv::{self, KvCache, Part, Room, Tile};
 use crate::lines::Lines;
 use crate::pool::Pool;
 
@@ -125,7 +125,8 @@ impl Plan {
 
     /// Bytes of keys and values that the tasks read in one layer.
     pub fn read_bytes(&self, layer: &Layer<'_>) -> u64 {
-        let per_position = 2 * layer.heads.n_head_kv * layer.kv.shape().kv_type.bytes(layer.heads.head_dim);
+        let shape = layer.kv.shape();
+        let per_position = kv::block_bytes(shape) / shape.n_layer / KV_BLOCK;
         let positions = self.rows.iter().map(|rows| layer.batch.rows()[rows.end - 1].position as u64 + 1);
         positions.sum::<u64>() * per_position as u64
     }

@@ -1,4 +1,5 @@
-//! How far the next tokens of two passes are apart, by the measures and names of llama.cpp's perplexity tool: mean KLD, same top p, RMS Δp.
+//! How far the next tokens of two passes are apart, by the measures and names of llama.cpp's perplexity tool: mean KLD, same top
+//! p, RMS Δp.
 
 /// Over the positions whose logits both sides have.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -104,7 +104,7 @@ fn speed(args: &PlanArgs, file: &ModelFile, h: &Hparams, plan: &Plan) -> Result<
         }
     };
     let decode = |(n, filled): (usize, usize)| {
-        let n_bytes = plan::bytes_per_step(file, h, args.load.kv, n, filled);
+        let n_bytes = plan.bytes_per_step(file, h, n, filled);
         (n, filled, n_bytes, n as f64 * read_gb_per_s * 1e9 / n_bytes as f64)
     };
     let n = args.parallel.get();

@@ -1,9 +1,9 @@
 //! Sixteen rows at a time, a 32-bit lane of AVX-512 vectors for each: what all formats with such kernels share.
 //!
-//! A super-block is 256 columns, of one block or of eight. Few tokens meet it as it is read. For many it is made ready once. That may be no more than a
-//! transposition: the bytes of the file in an order in which a vector is four of every row. Codes and scales are then taken out
-//! of it again for every eight tokens, by units that otherwise wait for multiplications, which costs less than it takes to write
-//! twice as many vectors of unpacked codes and to read them.
+//! A super-block is 256 columns, of one block or of eight. Few tokens meet it as it is read. For many it is made ready once. That
+//! may be no more than a transposition: the bytes of the file in an order in which a vector is four of every row. Codes and
+//! scales are then taken out of it again for every eight tokens, by units that otherwise wait for multiplications, which costs
+//! less than it takes to write twice as many vectors of unpacked codes and to read them.
 
 use std::arch::x86_64::*;
 use std::marker::PhantomData;

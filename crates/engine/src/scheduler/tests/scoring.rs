@@ -1,4 +1,5 @@
-//! What is told of prompts while they are computed. How likely their tokens were is what a pass over the same tokens alone gives, whoever else is answered.
+//! What is told of prompts while they are computed. How likely their tokens were is what a pass over the same tokens alone gives,
+//! whoever else is answered.
 
 use safetensors::SafeTensors;
 
