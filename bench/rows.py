@@ -56,17 +56,17 @@ def make_row(workload, report, ours, theirs, setting, tried):
     peer.update(setting=setting_name(setting), runs=[run[name] for run in theirs])
     peer["settings"] = {setting_name(s): None if r is None else r[name] for s, r in tried.items()}
     row = {"workload": workload["name"], "model": report["model"], "file_bytes": report["file_bytes"]}
-    row.update(threads=report["threads"], kv=report["kv"], date=report["date"], apr=apr, peer=peer)
+    row.update(threads=report["threads"], isa=report["isa"], kv=report["kv"], date=report["date"], apr=apr, peer=peer)
     row["times_as_fast"] = apr[name] / peer[name] if more_is_better else peer[name] / apr[name]
     return row
 
 
 def merge(record, machine, rows):
-    """Rows put into a record of the same machine, in place of older ones of the same workload, model and threads."""
+    """Rows put into a record of the same machine, in place of older ones of the same workload, model, threads and instructions."""
     record = record or {"schema": SCHEMA, "machine": machine, "rows": []}
     if record["machine"]["cpu"] != machine["cpu"]:
         raise ValueError(f"the record is of {record['machine']['cpu']}, this is {machine['cpu']}")
-    key = lambda row: (row["model"], row["threads"], row["workload"])
+    key = lambda row: (row["model"], row["threads"], row["isa"], row["workload"])
     new = {key(row): row for row in rows}
     kept = [new.pop(key(row), row) for row in record["rows"]]
     return {**record, "rows": kept + list(new.values())}

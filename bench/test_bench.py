@@ -31,10 +31,10 @@ LIMITS = {"read_gb_per_s": 25.0, "int8_gmac_per_s": 250.0, "int8_mac_per_cycle_p
 MACHINE = {"cpu": "ACME 9000 (TM)", "arch": "x86_64", "os": "linux", "cpus": 2, "memory_bytes": 8}
 
 
-def report():
+def report(isa="avx2"):
     return {
-        "version": "0.1.0", "date": "2026-01-31T10:00:00Z", "device": "cpu (avx2, 2 threads)", "model": "m",
-        "file_bytes": 10**9, "threads": 2, "kv": "f16", "machine": MACHINE,
+        "version": "0.1.0", "date": "2026-01-31T10:00:00Z", "device": f"cpu ({isa}, 2 threads)", "model": "m",
+        "file_bytes": 10**9, "threads": 2, "isa": isa, "kv": "f16", "machine": MACHINE,
     }
 
 
@@ -46,13 +46,13 @@ def result(test, rate, mac, size, bound):
     }
 
 
-def row(name, rates, peer_rates, mac=5e8, size=5e8, bound="bandwidth"):
+def row(name, rates, peer_rates, mac=5e8, size=5e8, bound="bandwidth", isa="avx2"):
     w = rows.parse_workload(name)
     tried = {s: {"tok_per_s": 10.0 + i, "version": "x 1"} for i, s in enumerate(rows.SETTINGS)}
     tried[rows.SETTINGS[3]] = None
     theirs = [{"tok_per_s": rate, "version": "x 1", "peak_rss_bytes": 5} for rate in peer_rates]
     best = rows.best_setting(tried, w["kind"])
-    return rows.make_row(w, report(), [result(name, rate, mac, size, bound) for rate in rates], theirs, best, tried)
+    return rows.make_row(w, report(isa), [result(name, rate, mac, size, bound) for rate in rates], theirs, best, tried)
 
 
 def load_row():
@@ -107,6 +107,9 @@ class Rows(unittest.TestCase):
         self.assertEqual([r["workload"] for r in second["rows"]], ["tg64", "pp512", "load"])
         self.assertEqual(second["rows"][0]["apr"]["tok_per_s"], 2.0)
         self.assertEqual(json.loads(rows.dumps(second)), second)
+        other = rows.merge(second, MACHINE, [row("tg64", [3.0], [1.0], isa="avx512-vnni")])
+        self.assertEqual([r["apr"]["tok_per_s"] for r in other["rows"] if r["workload"] == "tg64"], [2.0, 3.0])
+        self.assertEqual([some[0]["isa"] for some in script("roofline").groups(other)], ["avx512-vnni", "avx2"])
         with self.assertRaisesRegex(ValueError, "ACME"):
             rows.merge(first, {**MACHINE, "cpu": "other"}, [])
 
@@ -152,10 +155,10 @@ class Compare(unittest.TestCase):
         compare.run = lambda command: asked.append([str(c) for c in command]) or {"results": [{"test": "tg64b8@d4096"}]}
 
         class Args:
-            under, apr, model, reps, threads = "nice -n 5", "apr", "m.gguf", 3, 2
+            under, apr, model, reps, threads, isa = "nice -n 5", "apr", "m.gguf", 3, 2, "avx2"
 
         compare.run_apr(Args, rows.parse_workload("tg64b8@d4096"))
-        wanted = "nice -n 5 apr bench m.gguf -p 0 -n 64 -d 4096 -b 8 -r 3 --threads 2 --kv f16 --json --no-load"
+        wanted = "nice -n 5 apr bench m.gguf -p 0 -n 64 -d 4096 -b 8 -r 3 --threads 2 --kv f16 --json --isa avx2 --no-load"
         self.assertEqual(asked, [wanted.split()])
         with self.assertRaisesRegex(compare.Failed, "expected pp512"):
             compare.run_apr(Args, rows.parse_workload("pp512"))
