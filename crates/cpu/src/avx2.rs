@@ -71,15 +71,25 @@ struct Next<'a> {
     /// The strips that are at hand; what is fetched lies behind them.
     from: &'a [u8],
     at: usize,
-    len: usize,
+    /// What belongs to a part of the work, in lines, of which the last [`Next::FRACTION`] bits are a fraction: a division after every
+    /// tile would take longer than the fetches.
+    per_part: usize,
 }
 
-impl Next<'_> {
-    /// Fetches the part that belongs to `done` of `n` parts of the work.
+impl<'a> Next<'a> {
+    const FRACTION: u32 = 16;
+
+    /// `len` bytes from `at` on, during `n` parts of work.
     #[inline(always)]
-    fn fetch(&self, done: std::ops::Range<usize>, n: usize) {
-        let line = |i: usize| self.len * i / n / 64 * 64;
-        prefetch(self.from, self.at + line(done.start), line(done.end) - line(done.start));
+    fn new(from: &'a [u8], at: usize, len: usize, n: usize) -> Next<'a> {
+        Next { from, at, per_part: ((len / 64) << Next::FRACTION).div_ceil(n.max(1)) }
+    }
+
+    /// Fetches what belongs to these parts.
+    #[inline(always)]
+    fn fetch(&self, done: std::ops::Range<usize>) {
+        let line = |i: usize| (self.per_part * i) >> Next::FRACTION;
+        prefetch(self.from, self.at + 64 * line(done.start), 64 * (line(done.end) - line(done.start)));
     }
 }
 
@@ -228,9 +238,11 @@ fn tiled<F: Format>(w: &WeightRows<'_>, x: Q8Tokens<'_>, out: &mut Out<'_>, scra
             }
             let n_blocks = 8.min(n_blocks - 8 * s);
             let at = strips[0].ahead + s * bytes_of_super;
-            let next = Next { from: strips[0].rows[0], at, len: bytes_of_super };
+            let (from, n_strips) = (strips[0].rows[0], panels.len());
+            let next = Next::new(from, at, bytes_of_super, n_groups * n_strips * STRIP);
             meet_groups::<F>(panels, n_blocks, &lanes[s * n_groups..][..n_groups], &next, of_groups);
-            let next = Next { len: if n_groups == 0 { bytes_of_super } else { 0 }, ..next };
+            let left = if n_groups == 0 { bytes_of_super } else { 0 };
+            let next = Next::new(from, at, left, single.len() * n_strips);
             meet_single::<F>(panels, n_blocks, single, s, &next, of_single);
         }
         put_groups(of_groups, n_groups, grouped, out, first, n);
@@ -293,7 +305,7 @@ fn groups_to<F: Format, const N: usize>(
             let at = (STRIP * h + r) * lanes.len() + g;
             tile_to::<F, LANES, N>(Rows { panel, r }, n_blocks, &x, &mut sums[at..at + N]);
             let done = g * panels.len() * STRIP + N * (STRIP * h + r);
-            next.fetch(done..done + N, lanes.len() * panels.len() * STRIP);
+            next.fetch(done..done + N);
         }
     }
     N
@@ -337,7 +349,7 @@ fn singles_to<F: Format, const N: usize>(
     for (h, panel) in panels.iter().enumerate() {
         tile_to::<F, 1, N>(Rows { panel, r: 0 }, n_blocks, &blocks, &mut sums[h * x.len() + t..][..N]);
         let done = t * panels.len() + N * h;
-        next.fetch(done..done + N, x.len() * panels.len());
+        next.fetch(done..done + N);
     }
     N
 }
@@ -351,15 +363,11 @@ fn tile_to<F: Format, const L: usize, const N: usize>(
     x: &[&Lanes<L>; N],
     sums: &mut [LaneSums],
 ) {
-    let mut acc = [_mm256_setzero_ps(); N];
-    for t in 0..N {
-        acc[t] = load::spread_float(&sums[t].0);
-    }
-    // SAFETY: this function itself runs only with the features that `Format` asks for.
-    unsafe { F::tile::<L, N>(w, n_blocks, x, &mut acc) };
-    for t in 0..N {
-        sums[t].0 = store8(acc[t]);
-    }
+    const { assert!(size_of::<LaneSums>() == size_of::<__m256>() && align_of::<LaneSums>() == align_of::<__m256>()) };
+    let sums: &mut [LaneSums; N] = sums.first_chunk_mut().expect("sums of every token");
+    // SAFETY: the floats of a sum are those of a vector, and as aligned; this function itself runs only with the features that
+    // `Format` asks for.
+    unsafe { F::tile::<L, N>(w, n_blocks, x, &mut *(&raw mut *sums).cast()) };
 }
 
 /// Writes the groups' sums of weight rows `first .. first + n`.

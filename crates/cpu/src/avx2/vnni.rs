@@ -168,7 +168,7 @@ fn tiled<F: Format + Tiles, V: Vectors>(
         for s in 0..n_supers {
             // SAFETY: the tables of `V` are had only where the CPU has its instructions, AVX2 among them.
             unsafe { F::unpack(&strip, s, panel) };
-            let next = Next { from: strip.rows[0], at: strip.ahead + s * bytes_of_super, len: bytes_of_super };
+            let next = Next::new(strip.rows[0], strip.ahead + s * bytes_of_super, bytes_of_super, x.len());
             meet::<F, V>(panel, 8.min(n_blocks - 8 * s), x, s, &next, sums);
         }
         for (t, sums) in sums.iter().enumerate() {
@@ -199,7 +199,7 @@ fn meet<F: Tiles, V: Vectors>(
             3 => tile_to::<F, V, 3>(p, n_blocks, x, t, s, sums),
             _ => tile_to::<F, V, 4>(p, n_blocks, x, t, s, sums),
         };
-        next.fetch(t..t + n, x.len());
+        next.fetch(t..t + n);
         t += n;
     }
 }

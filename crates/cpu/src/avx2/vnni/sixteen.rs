@@ -174,7 +174,7 @@ fn span<F: Wide>(w: WeightRows<'_>, x: Q8Tokens<'_>, out: &mut Out<'_>) {
             // SAFETY: as above.
             unsafe { F::prepare(&block, n_blocks, &mut ready) };
             let len = ROWS * F::BYTES;
-            let next = Next { from: rows.data, at: rows.data.len() + s * len, len };
+            let next = Next::new(rows.data, rows.data.len() + s * len, len, tokens.len());
             meet::<F>(&ready, n_blocks, tokens, s, &next, &mut sums);
         }
         for (t, sums) in sums[..x.len()].iter().enumerate() {
@@ -210,7 +210,7 @@ fn meet<F: Wide>(
             7 => tile::<F, 7>(block, n_blocks, x, s, sums),
             _ => tile::<F, TOKENS>(block, n_blocks, x, s, sums),
         };
-        next.fetch(t..t + n, tokens.len());
+        next.fetch(t..t + n);
         t += n;
     }
 }
