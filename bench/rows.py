@@ -85,7 +85,10 @@ def newest(folder=RECORD):
 
 
 def read(path):
-    record = json.loads(Path(path).read_text())
+    try:
+        record = json.loads(Path(path).read_text())
+    except ValueError as e:
+        raise ValueError(f"{path} is no record: {e}") from e
     if record.get("schema") != SCHEMA:
         raise ValueError(f"{path}: schema {record.get('schema')!r}, expected {SCHEMA!r}")
     return record

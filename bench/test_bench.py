@@ -163,6 +163,19 @@ class Compare(unittest.TestCase):
         with self.assertRaisesRegex(compare.Failed, "expected pp512"):
             compare.run_apr(Args, rows.parse_workload("pp512"))
 
+    def test_what_is_no_record_is_said_before_measuring(self):
+        with tempfile.TemporaryDirectory() as folder:
+            wrong = Path(folder) / "m.gguf"
+            wrong.write_bytes(b"GGUF\xff")
+            for file, word in ((wrong, "m.gguf is no record"), (Path(folder) / "none.json", "none.json")):
+                args = ["m.gguf", "--record-into", file]
+                done = subprocess.run([sys.executable, HERE / "compare", *args], capture_output=True, text=True)
+                self.assertEqual((done.returncode, done.stdout), (1, ""))
+                self.assertIn(word, done.stderr)
+                self.assertNotIn("Traceback", done.stderr)
+                self.assertNotIn("apr-cli", done.stderr)
+            self.assertEqual(wrong.read_bytes(), b"GGUF\xff")
+
     def test_wrong_arguments_are_usage(self):
         for args, word in ((["--workloads", "x"], "no workload"), (["--rounds", "0"], "at least 1"), (["--reps", "0"], "--reps")):
             done = subprocess.run([sys.executable, HERE / "compare", "m.gguf", *args], capture_output=True, text=True)
