@@ -71,8 +71,8 @@ struct Next<'a> {
     /// The strips that are at hand; what is fetched lies behind them.
     from: &'a [u8],
     at: usize,
-    /// What belongs to a part of the work, in lines, of which the last [`Next::FRACTION`] bits are a fraction: a division after every
-    /// tile would take longer than the fetches.
+    /// What belongs to a part of the work, in lines, of which the last [`Next::FRACTION`] bits are a fraction: so a tile's share takes
+    /// no division.
     per_part: usize,
 }
 

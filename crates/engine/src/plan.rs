@@ -95,6 +95,11 @@ impl Plan {
         }
     }
 
+    /// Keys and values of a block.
+    fn block_bytes(&self) -> u64 {
+        self.context_bytes / n_blocks(self.n_ctx).max(1) as u64
+    }
+
     /// All of it.
     pub fn total_bytes(&self) -> u64 {
         self.weight_bytes.saturating_add(self.kv_bytes).saturating_add(self.buffer_bytes)
@@ -120,8 +125,7 @@ impl Plan {
             let of_one = expert_bytes as f64 * e.n_expert_used as f64 / e.n_expert as f64;
             of_one * (used(e) - 1.0)
         });
-        let per_position = self.kv_bytes as f64 / self.n_kv_position.max(1) as f64;
-        one + more as u64 + ((n * n_filled) as f64 * per_position) as u64
+        one + more as u64 + (n * n_filled) as u64 * self.block_bytes() / KV_BLOCK as u64
     }
 
     /// Refuses a machine that cannot hold keys and values of one whole context and activations, whatever becomes of the weights.
@@ -135,8 +139,7 @@ impl Plan {
         if need <= available {
             return Ok(());
         }
-        let block_bytes = self.context_bytes / self.n_ctx.div_ceil(KV_BLOCK).max(1) as u64;
-        let fits = available.saturating_sub(self.buffer_bytes) / block_bytes.max(1) * KV_BLOCK as u64;
+        let fits = available.saturating_sub(self.buffer_bytes) / self.block_bytes().max(1) * KV_BLOCK as u64;
         Err(EngineError::KvMemory { asked: self.n_ctx, need, available, fits })
     }
 }

@@ -16,7 +16,7 @@ use apr_core::batch::Batch;
 use crate::float::codes::Product;
 use crate::float::{FloatKernels, Gemm, Softmax};
 use crate::kernels::SharedOut;
-use crate::kv::{self, KvCache, Part, Room, Tile};
+use crate::kv::{KvCache, Part, Room, Tile};
 use crate::lines::Lines;
 use crate::pool::Pool;
 
@@ -125,8 +125,7 @@ impl Plan {
 
     /// Bytes of keys and values that the tasks read in one layer.
     pub fn read_bytes(&self, layer: &Layer<'_>) -> u64 {
-        let shape = layer.kv.shape();
-        let per_position = kv::block_bytes(shape) / shape.n_layer / KV_BLOCK;
+        let per_position = layer.kv.block_bytes() / layer.kv.shape().n_layer / KV_BLOCK;
         let positions = self.rows.iter().map(|rows| layer.batch.rows()[rows.end - 1].position as u64 + 1);
         positions.sum::<u64>() * per_position as u64
     }
