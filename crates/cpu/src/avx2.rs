@@ -102,6 +102,12 @@ trait Format {
     /// From this many tokens on, [`Format::several`] is faster than [`Format::direct`].
     const SEVERAL_FROM: usize = usize::MAX;
 
+    /// Whether tiles take codes of two blocks at a time, as [`Panel::codes`] tells.
+    const PAIRED: bool = false;
+
+    /// Whether codes are offset by 32, which tiles take off by [`Lanes::offsets`].
+    const OFFSET_32: bool = false;
+
     /// The products of a strip with `N` tokens.
     unsafe fn direct<const N: usize>(strip: &Strip<'_>, x: [&[Q8Block]; N]) -> [__m256; N];
 
@@ -114,8 +120,8 @@ trait Format {
         unreachable!("no number of tokens is `several`")
     }
 
-    /// Unpacks super-block `s` of a strip.
-    unsafe fn unpack(strip: &Strip<'_>, s: usize, panel: &mut Panel);
+    /// Unpacks super-block `s` of a strip, in pairs of blocks if `PAIRED`, which only formats whose tiles take them so know.
+    unsafe fn unpack<const PAIRED: bool>(strip: &Strip<'_>, s: usize, panel: &mut Panel);
 
     /// Adds to `acc` the products of an unpacked super-block, of `n_blocks` blocks of 32 columns: of one row with `N` groups
     /// of eight tokens, or of eight rows with `N` tokens.
@@ -218,8 +224,13 @@ fn tiled<F: Format>(w: &WeightRows<'_>, x: Q8Tokens<'_>, out: &mut Out<'_>, scra
     let n_groups = if x.len() < 2 * LANES { 0 } else { x.len() / LANES };
     let (grouped, single) = (x.part(0, LANES * n_groups), x.part(LANES * n_groups, SPAN));
     let n_sums = STRIPS * (STRIP * n_groups + single.len());
-    let (panels, lanes, sums) = scratch.tiles(STRIPS, n_supers * n_groups, n_sums);
-    interleave(grouped, n_groups, lanes);
+    let (panels, lanes, singles, sums) = scratch.tiles(STRIPS, n_supers * n_groups, n_supers * single.len(), n_sums);
+    interleave::<F>(grouped, n_groups, lanes);
+    for t in 0..single.len() {
+        for (x, to) in single.row(t).iter().zip(singles[t..].iter_mut().step_by(single.len())) {
+            lanes::alone::<F>(x, to);
+        }
+    }
     let bytes_of_super = STRIPS * STRIP * SUPER / w.qtype().block_len() * w.qtype().block_bytes();
     for first in (0..n_rows).step_by(STRIPS * STRIP) {
         let n = (STRIPS * STRIP).min(n_rows - first);
@@ -234,7 +245,9 @@ fn tiled<F: Format>(w: &WeightRows<'_>, x: Q8Tokens<'_>, out: &mut Out<'_>, scra
         for s in 0..n_supers {
             for (strip, panel) in strips.iter().zip(panels.iter_mut()) {
                 // SAFETY: this function itself runs only with the features that `Format` asks for.
-                unsafe { F::unpack(strip, s, panel) };
+                unsafe {
+                    if F::PAIRED { F::unpack::<true>(strip, s, panel) } else { F::unpack::<false>(strip, s, panel) }
+                };
             }
             let n_blocks = 8.min(n_blocks - 8 * s);
             let at = strips[0].ahead + s * bytes_of_super;
@@ -243,7 +256,7 @@ fn tiled<F: Format>(w: &WeightRows<'_>, x: Q8Tokens<'_>, out: &mut Out<'_>, scra
             meet_groups::<F>(panels, n_blocks, &lanes[s * n_groups..][..n_groups], &next, of_groups);
             let left = if n_groups == 0 { bytes_of_super } else { 0 };
             let next = Next::new(from, at, left, single.len() * n_strips);
-            meet_single::<F>(panels, n_blocks, single, s, &next, of_single);
+            meet_single::<F>(panels, n_blocks, &singles[s * single.len()..][..single.len()], &next, of_single);
         }
         put_groups(of_groups, n_groups, grouped, out, first, n);
         for (h, sums) in of_single.chunks_exact(single.len().max(1)).take(panels.len()).enumerate() {
@@ -256,11 +269,11 @@ fn tiled<F: Format>(w: &WeightRows<'_>, x: Q8Tokens<'_>, out: &mut Out<'_>, scra
 
 /// Interleaves the tokens: `lanes[s * n_groups + g]` is super-block `s` of the `g`-th eight of them.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn interleave(x: Q8Tokens<'_>, n_groups: usize, lanes: &mut [Lanes<LANES>]) {
+fn interleave<F: Format>(x: Q8Tokens<'_>, n_groups: usize, lanes: &mut [Lanes<LANES>]) {
     for g in 0..n_groups {
         let rows: [&[Q8Block]; LANES] = std::array::from_fn(|t| x.row(LANES * g + t));
         for (s, to) in lanes[g..].iter_mut().step_by(n_groups).enumerate() {
-            lanes::interleave(&std::array::from_fn(|t| &rows[t][s]), to);
+            lanes::interleave::<F>(&std::array::from_fn(|t| &rows[t][s]), to);
         }
     }
 }
@@ -311,24 +324,17 @@ fn groups_to<F: Format, const N: usize>(
     N
 }
 
-/// Adds the products of unpacked strips with super-block `s` of single tokens to `sums`, `[strips, tokens]`.
+/// Adds the products of unpacked strips with a super-block of single tokens to `sums`, `[strips, tokens]`.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn meet_single<F: Format>(
-    panels: &[Panel],
-    n_blocks: usize,
-    x: Q8Tokens<'_>,
-    s: usize,
-    next: &Next<'_>,
-    sums: &mut [LaneSums],
-) {
+fn meet_single<F: Format>(panels: &[Panel], n_blocks: usize, x: &[Lanes<1>], next: &Next<'_>, sums: &mut [LaneSums]) {
     let mut t = 0;
     while t < x.len() {
         t += match x.len() - t {
-            1 => singles_to::<F, 1>(panels, n_blocks, x, t, s, next, sums),
-            2 => singles_to::<F, 2>(panels, n_blocks, x, t, s, next, sums),
-            3 | 5 | 6 => singles_to::<F, 3>(panels, n_blocks, x, t, s, next, sums),
-            _ => singles_to::<F, 4>(panels, n_blocks, x, t, s, next, sums),
+            1 => singles_to::<F, 1>(panels, n_blocks, x, t, next, sums),
+            2 => singles_to::<F, 2>(panels, n_blocks, x, t, next, sums),
+            3 | 5 | 6 => singles_to::<F, 3>(panels, n_blocks, x, t, next, sums),
+            _ => singles_to::<F, 4>(panels, n_blocks, x, t, next, sums),
         };
     }
 }
@@ -339,13 +345,12 @@ fn meet_single<F: Format>(
 fn singles_to<F: Format, const N: usize>(
     panels: &[Panel],
     n_blocks: usize,
-    x: Q8Tokens<'_>,
+    x: &[Lanes<1>],
     t: usize,
-    s: usize,
     next: &Next<'_>,
     sums: &mut [LaneSums],
 ) -> usize {
-    let blocks: [&Lanes<1>; N] = std::array::from_fn(|i| x.row(t + i)[s].alone());
+    let blocks: [&Lanes<1>; N] = std::array::from_fn(|i| &x[t + i]);
     for (h, panel) in panels.iter().enumerate() {
         tile_to::<F, 1, N>(Rows { panel, r: 0 }, n_blocks, &blocks, &mut sums[h * x.len() + t..][..N]);
         let done = t * panels.len() + N * h;

@@ -345,6 +345,7 @@ pub struct PanelScratch {
     unpacked: Vec<scalar::Unpacked>,
     panels: Vec<Panel>,
     lanes: Vec<Lanes<LANES>>,
+    singles: Vec<Lanes<1>>,
     sums: Vec<LaneSums>,
     regrouped: Vec<Regrouped>,
 }
@@ -381,23 +382,28 @@ impl PanelScratch {
         &mut self.regrouped[..n]
     }
 
-    /// What tiles are made of: `n_panels` super-blocks of eight rows, `n_lanes` of eight tokens, and `n_sums` times the sums
-    /// of a row with eight tokens.
+    /// What tiles are made of: `n_panels` super-blocks of eight rows, `n_lanes` of eight tokens, `n_singles` of one, and `n_sums`
+    /// times the sums of a row with eight tokens.
     #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only SIMD kernels interleave rows"))]
     pub(crate) fn tiles(
         &mut self,
         n_panels: usize,
         n_lanes: usize,
+        n_singles: usize,
         n_sums: usize,
-    ) -> (&mut [Panel], &mut [Lanes<LANES>], &mut [LaneSums]) {
+    ) -> (&mut [Panel], &mut [Lanes<LANES>], &mut [Lanes<1>], &mut [LaneSums]) {
         if self.lanes.len() < n_lanes {
             self.lanes.resize(n_lanes, Lanes::ZERO);
+        }
+        if self.singles.len() < n_singles {
+            self.singles.resize(n_singles, Lanes::ZERO);
         }
         if self.sums.len() < n_sums {
             self.sums.resize(n_sums, LaneSums([0.0; LANES]));
         }
         self.panels(n_panels);
-        (&mut self.panels[..n_panels], &mut self.lanes[..n_lanes], &mut self.sums[..n_sums])
+        let (panels, lanes) = (&mut self.panels[..n_panels], &mut self.lanes[..n_lanes]);
+        (panels, lanes, &mut self.singles[..n_singles], &mut self.sums[..n_sums])
     }
 }
 
@@ -410,9 +416,9 @@ pub(crate) const STRIP: usize = 8;
 #[repr(C, align(32))]
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only SIMD kernels interleave rows"))]
 pub(crate) struct Panel {
-    /// `codes[j][i][4 * row + c]` is the code of column `32 j + 4 i + c`.
+    /// `codes[j][i][4 * row + c]` is the code of column `32 j + 4 i + c`, or in pairs of blocks as [`Lanes::codes`].
     pub(crate) codes: [[[u8; 32]; 8]; 8],
-    /// Integer scales of 16 or 32 columns each, twice per row.
+    /// Integer scales of 16 or 32 columns each, twice per row; or those of two neighbours as a pair, as `mins`.
     pub(crate) scales: [[[i16; 2]; STRIP]; 16],
     /// Integer minima of 16 or 32 columns, those of two neighbours as a pair per row.
     pub(crate) mins: [[[i16; 2]; STRIP]; 8],

@@ -7,6 +7,7 @@
 use std::arch::x86_64::*;
 
 use super::direct::{self, Blocks, Eights};
+use super::lanes::paired;
 use super::load::{broadcast, load32_of_each, store, store8};
 use super::reduce::{transpose, transpose_quarter};
 use super::tile::{self, Acc, Rows, add_super};
@@ -123,13 +124,15 @@ impl<const FIVE: bool, const BYTES: usize> K45<FIVE, BYTES> {
 
     /// Writes what a panel holds beside codes.
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn unpack_scales(blocks: &Blocks<'_, BYTES>, panel: &mut Panel) {
+    fn unpack_scales<const PAIRED: bool>(blocks: &Blocks<'_, BYTES>, panel: &mut Panel) {
         let of = scales(blocks);
-        for j in 0..8 {
-            store(&mut panel.scales[j], direct::bytes(of.scales[j / 4], j % 4, j % 4));
+        let pair = |of: &[__m256i; 2], i: usize| direct::bytes(of[i / 2], 2 * (i % 2), 2 * (i % 2) + 1);
+        for j in 0..if PAIRED { 4 } else { 8 } {
+            let scales = if PAIRED { pair(&of.scales, j) } else { direct::bytes(of.scales[j / 4], j % 4, j % 4) };
+            store(&mut panel.scales[j], scales);
         }
         for i in 0..4 {
-            store(&mut panel.mins[i], direct::bytes(of.mins[i / 2], 2 * (i % 2), 2 * (i % 2) + 1));
+            store(&mut panel.mins[i], pair(&of.mins, i));
         }
         (panel.d[0], panel.m[0]) = (store8(of.d), store8(of.m));
     }
@@ -138,6 +141,7 @@ impl<const FIVE: bool, const BYTES: usize> K45<FIVE, BYTES> {
 impl<const FIVE: bool, const BYTES: usize> Format for K45<FIVE, BYTES> {
     const TILES_FROM: usize = 9;
     const SEVERAL_FROM: usize = 4;
+    const PAIRED: bool = true;
 
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn direct<const N: usize>(strip: &Strip<'_>, x: [&[Q8Block]; N]) -> [__m256; N] {
@@ -170,7 +174,7 @@ impl<const FIVE: bool, const BYTES: usize> Format for K45<FIVE, BYTES> {
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn unpack(strip: &Strip<'_>, s: usize, panel: &mut Panel) {
+    unsafe fn unpack<const PAIRED: bool>(strip: &Strip<'_>, s: usize, panel: &mut Panel) {
         let blocks = direct::nth(&direct::rows_of::<BYTES>(strip), s);
         let slices = blocks.map(|block| &block[..]);
         let nibble = _mm256_set1_epi8(15);
@@ -182,15 +186,23 @@ impl<const FIVE: bool, const BYTES: usize> Format for K45<FIVE, BYTES> {
                 if FIVE {
                     w = [fifth(w[0], high[i], 2 * k), fifth(w[1], high[i], 2 * k + 1)];
                 }
+                if PAIRED {
+                    w = paired(w);
+                }
                 store(&mut panel.codes[2 * k][i], w[0]);
                 store(&mut panel.codes[2 * k + 1][i], w[1]);
             }
         }
-        Self::unpack_scales(&blocks, panel);
+        Self::unpack_scales::<PAIRED>(&blocks, panel);
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn tile<const L: usize, const N: usize>(w: Rows<'_, L>, _: usize, x: &[&Lanes<L>; N], acc: &mut Acc<N>) {
-        if FIVE { tile::super_32::<4, L, N>(w, x, acc) } else { tile::super_32::<8, L, N>(w, x, acc) }
+        match (FIVE, x.iter().all(|x| x.narrow)) {
+            (false, true) => tile::super_pairs::<16, true, L, N>(w, x, acc),
+            (false, false) => tile::super_pairs::<8, false, L, N>(w, x, acc),
+            (true, true) => tile::super_pairs::<4, true, L, N>(w, x, acc),
+            (true, false) => tile::super_pairs::<4, false, L, N>(w, x, acc),
+        }
     }
 }

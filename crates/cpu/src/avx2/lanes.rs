@@ -1,7 +1,8 @@
-//! Interleaves the activations of eight tokens for the tiles.
+//! Brings the activations of eight tokens, or of one, into the order in which tiles read them.
 
 use std::arch::x86_64::*;
 
+use super::Format;
 use super::load::{Plain, half_vector, store, vector};
 use super::reduce::{transpose, transpose_halves};
 use crate::kernels::{LANES, Lanes, Q8Block};
@@ -9,11 +10,26 @@ use crate::kernels::{LANES, Lanes, Q8Block};
 /// Interleaves a super-block of eight tokens.
 #[target_feature(enable = "avx2")]
 #[inline]
-pub(super) fn interleave(x: &[&Q8Block; LANES], to: &mut Lanes<LANES>) {
-    for c in 0..8 {
-        let codes = transposed(x, |x| &x.codes.as_chunks::<32>().0[c]);
-        for (to, v) in to.codes[8 * c..8 * c + 8].iter_mut().zip(codes) {
-            store(to, v);
+pub(super) fn interleave<F: Format>(x: &[&Q8Block; LANES], to: &mut Lanes<LANES>) {
+    for k in 0..4 {
+        let mut codes = [[_mm256_setzero_si256(); LANES]; 2];
+        for t in 0..LANES {
+            [codes[0][t], codes[1][t]] = codes_64::<F>(x[t], k);
+        }
+        for (h, codes) in codes.into_iter().enumerate() {
+            let codes = transpose(codes);
+            let at = 16 * k + 8 * h;
+            for (to, v) in to.codes[at..at + 8].iter_mut().zip(codes) {
+                store(to, v);
+            }
+            if F::OFFSET_32 {
+                for (i, to) in to.offsets[at / 4..at / 4 + 2].iter_mut().enumerate() {
+                    let products = |c: usize| _mm256_maddubs_epi16(_mm256_set1_epi8(32), codes[4 * i + c]);
+                    let first = _mm256_add_epi16(products(0), products(1));
+                    let sum = _mm256_add_epi16(first, _mm256_add_epi16(products(2), products(3)));
+                    store(to, _mm256_sub_epi16(_mm256_setzero_si256(), sum));
+                }
+            }
         }
     }
     let pairs = transposed(x, |x| &x.scale_pairs);
@@ -25,18 +41,70 @@ pub(super) fn interleave(x: &[&Q8Block; LANES], to: &mut Lanes<LANES>) {
         store(&mut to.block_d[j], block_d[j]);
         store(&mut to.block_sum[j], block_sum[j]);
     }
-    let (mut scales, mut sums) = ([_mm_setzero_si128(); LANES], [_mm_setzero_si128(); LANES]);
-    for t in 0..LANES {
-        (scales[t], sums[t]) = (half_vector(&x[t].scales), half_vector(&x[t].sums));
-    }
-    let (scales, sums) = (transpose_halves(scales), transpose_halves(sums));
+    let scales = transposed_half(x, |x| &x.scales);
+    let sums = transposed_half(x, |x| &x.sums);
+    let scaled_sums = transposed_half(x, |x| &x.scaled_sums);
     for i in 0..4 {
         store(&mut to.scales[i], scales[i]);
         store(&mut to.sums[i], sums[i]);
+        store(&mut to.scaled_sums[i], scaled_sums[i]);
     }
+    to.narrow = true;
     for t in 0..LANES {
         to.d[t] = x[t].d;
+        to.narrow &= x[t].narrow;
     }
+}
+
+/// A super-block of one token.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn alone<F: Format>(x: &Q8Block, to: &mut Lanes<1>) {
+    for k in 0..4 {
+        let codes = codes_64::<F>(x, k);
+        for (h, codes) in codes.into_iter().enumerate() {
+            let at = 16 * k + 8 * h;
+            store(to.codes[at..].first_chunk_mut::<8>().expect("64 dwords"), codes);
+            if F::OFFSET_32 {
+                let sum = _mm256_maddubs_epi16(_mm256_set1_epi8(32), codes);
+                let sum = _mm256_add_epi16(sum, _mm256_shuffle_epi32::<0b01_00_11_10>(sum));
+                let sum = _mm256_add_epi16(sum, _mm256_shuffle_epi32::<0b10_11_00_01>(sum));
+                let mut words = [0i16; 16];
+                store(&mut words, _mm256_sub_epi16(_mm256_setzero_si256(), sum));
+                (to.offsets[at / 4], to.offsets[at / 4 + 1]) = ([[words[0], words[1]]], [[words[8], words[9]]]);
+            }
+        }
+    }
+    for j in 0..8 {
+        to.scale_pairs[j] = [x.scale_pairs[j]];
+        to.half_sums[j] = [[x.half_sums[2 * j], x.half_sums[2 * j + 1]]];
+        to.block_d[j] = [x.block_d[j]];
+        to.block_sum[j] = [x.block_sum[j]];
+    }
+    for i in 0..4 {
+        to.scales[i] = [[x.scales[2 * i], x.scales[2 * i + 1]]];
+        to.sums[i] = [[x.sums[2 * i], x.sums[2 * i + 1]]];
+        to.scaled_sums[i] = [[x.scaled_sums[2 * i], x.scaled_sums[2 * i + 1]]];
+    }
+    (to.d, to.narrow) = ([x.d], x.narrow);
+}
+
+/// The codes of columns `64 k ..` in the order of the format.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn codes_64<F: Format>(x: &Q8Block, k: usize) -> [__m256i; 2] {
+    let [a, b] = &x.codes.as_chunks::<64>().0[k].as_chunks::<32>().0 else { unreachable!("64 columns are twice 32") };
+    let codes = [vector(a), vector(b)];
+    if F::PAIRED { paired(codes) } else { codes }
+}
+
+/// Codes of 32 columns and of 32 others, in dwords of which each has two of the first in its lower half and two of the others in its
+/// upper one.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn paired([a, b]: [__m256i; 2]) -> [__m256i; 2] {
+    let swap = _mm256_broadcastsi128_si256(_mm_setr_epi8(2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+    [_mm256_blend_epi16::<0xaa>(a, b), _mm256_shuffle_epi8(_mm256_blend_epi16::<0xaa>(b, a), swap)]
 }
 
 /// Dword `i` of `field` of every token as vector `i`.
@@ -48,4 +116,15 @@ fn transposed<T: Plain>(x: &[&Q8Block; LANES], field: impl Fn(&Q8Block) -> &T) -
         v[t] = vector(field(x[t]));
     }
     transpose(v)
+}
+
+/// [`transposed`] for fields of four dwords.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn transposed_half<T: Plain>(x: &[&Q8Block; LANES], field: impl Fn(&Q8Block) -> &T) -> [__m256i; 4] {
+    let mut v = [_mm_setzero_si128(); LANES];
+    for t in 0..LANES {
+        v[t] = half_vector(field(x[t]));
+    }
+    transpose_halves(v)
 }

@@ -195,6 +195,7 @@ fn unpack_scales(blocks: &Blocks<'_, BYTES>, panel: &mut Panel) {
 impl Format for Q6K {
     const TILES_FROM: usize = 9;
     const SEVERAL_FROM: usize = 2;
+    const OFFSET_32: bool = true;
 
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn direct<const N: usize>(strip: &Strip<'_>, x: [&[Q8Block]; N]) -> [__m256; N] {
@@ -234,7 +235,7 @@ impl Format for Q6K {
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn unpack(strip: &Strip<'_>, s: usize, panel: &mut Panel) {
+    unsafe fn unpack<const PAIRED: bool>(strip: &Strip<'_>, s: usize, panel: &mut Panel) {
         let blocks = direct::nth(&direct::rows_of(strip), s);
         let slices = blocks.map(|block| &block[..]);
         for half in 0..2 {

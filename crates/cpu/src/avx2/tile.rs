@@ -5,8 +5,8 @@
 //! multiplication costs no load of its own. Tokens that fill no group (`Lanes<1>`): that dword of eight rows, one in each
 //! lane, meets a broadcast of one token, for one to four tokens, and no lane is idle.
 //!
-//! `maddubs` results are summed in 16 bits as often as their largest value allows (eight times for codes to 15, four for
-//! 31, two for 63) before `madd` widens them.
+//! `maddubs` results are summed in 16 bits as often as their largest value allows (eight times for codes to 15, and sixteen times
+//! for all but strange activations; four for 31, and for 63 that stand for -32 to 31) before `madd` widens them.
 
 use std::arch::asm;
 use std::arch::x86_64::*;
@@ -43,22 +43,25 @@ impl<const L: usize> Rows<'_, L> {
     }
 }
 
-/// Unsigned codes with integer scales and minima per 32 columns; `SUMS` results of `maddubs` fit 16 bits.
+/// Unsigned codes in pairs of blocks with integer scales and minima per 32 columns; `SUMS` results of `maddubs` fit 16 bits, and
+/// where tokens are `NARROW`, products of their sums and sub-scales do.
+///
+/// Lower halves of lanes sum one block and upper halves the other, so that one multiplication takes in the scales of both.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-pub(super) fn super_32<const SUMS: usize, const L: usize, const N: usize>(
+pub(super) fn super_pairs<const SUMS: usize, const NARROW: bool, const L: usize, const N: usize>(
     w: Rows<'_, L>,
     x: &[&Lanes<L>; N],
     acc: &mut Acc<N>,
 ) {
     let mut sum = [_mm256_setzero_si256(); N];
-    for j in 0..8 {
-        for g in 0..8 / SUMS {
-            let y = unsigned_16::<SUMS, L, N>(w, x, 8 * j + g * SUMS);
-            let scale = w.of(&w.panel.scales[j]);
+    for k in 0..4 {
+        for g in 0..16 / SUMS {
+            let y = unsigned_16::<SUMS, L, N>(w, x, 16 * k + g * SUMS);
+            let scales = w.of(&w.panel.scales[k]);
             for t in 0..N {
-                let scale = _mm256_mullo_epi16(scale, spread(&x[t].scale_pairs[j]));
-                sum[t] = _mm256_add_epi32(sum[t], _mm256_madd_epi16(y[t], scale));
+                let scales = _mm256_mullo_epi16(scales, spread(&x[t].scales[k]));
+                sum[t] = _mm256_add_epi32(sum[t], _mm256_madd_epi16(y[t], scales));
             }
         }
     }
@@ -66,8 +69,12 @@ pub(super) fn super_32<const SUMS: usize, const L: usize, const N: usize>(
     for i in 0..4 {
         let m = w.of(&w.panel.mins[i]);
         for t in 0..N {
-            let m = _mm256_mullo_epi16(m, spread(&x[t].scales[i]));
-            min[t] = _mm256_add_epi32(min[t], _mm256_madd_epi16(m, spread(&x[t].sums[i])));
+            let product = if NARROW {
+                _mm256_madd_epi16(m, spread(&x[t].scaled_sums[i]))
+            } else {
+                _mm256_madd_epi16(_mm256_mullo_epi16(m, spread(&x[t].scales[i])), spread(&x[t].sums[i]))
+            };
+            min[t] = _mm256_add_epi32(min[t], product);
         }
     }
     finish_super(w, x, &sum, &min, acc);
@@ -165,6 +172,7 @@ fn unsigned_16_in_order<const SUMS: usize, const L: usize, const N: usize>(
         };
     }
     match SUMS {
+        16 => groups!([1 2 3 4 5 6 7 8 9 10 11 12 13 14 15]),
         8 => groups!([1 2 3 4 5 6 7]),
         4 => groups!([1 2 3]),
         2 => groups!([1]),
@@ -296,17 +304,14 @@ pub(super) fn halves_16<const L: usize, const N: usize>(w: Rows<'_, L>, x: &[&La
     for half in 0..2 {
         let mut sum = [_mm256_setzero_si256(); N];
         for j in 4 * half..4 * half + 4 {
-            // `mins` holds -32 times the scales, so this takes the codes' offset off.
-            let offset = w.of(&w.panel.mins[j]);
             let mut of_block = [_mm256_setzero_si256(); N];
-            for t in 0..N {
-                of_block[t] = _mm256_madd_epi16(offset, spread(&x[t].half_sums[j]));
-            }
-            for g in 0..4 {
-                let y = unsigned_16::<2, L, N>(w, x, 8 * j + 2 * g);
-                let scale = w.of(&w.panel.scales[2 * j + g / 2]);
+            for i in [2 * j, 2 * j + 1] {
+                // Sums of eight columns may not fit 16 bits until the offset is off, but they come out right all the same.
+                let y = unsigned_16::<4, L, N>(w, x, 4 * i);
+                let scale = w.of(&w.panel.scales[i]);
                 for t in 0..N {
-                    of_block[t] = _mm256_add_epi32(of_block[t], _mm256_madd_epi16(y[t], scale));
+                    let y = _mm256_add_epi16(y[t], spread(&x[t].offsets[i]));
+                    of_block[t] = _mm256_add_epi32(of_block[t], _mm256_madd_epi16(y, scale));
                 }
             }
             for t in 0..N {

@@ -158,7 +158,7 @@ fn tiled<F: Format + Tiles, V: Vectors>(
     scratch: &mut PanelScratch,
 ) {
     let (n_rows, n_blocks, n_supers) = (w.n_rows(), w.n_cols().div_ceil(32), w.n_cols().div_ceil(SUPER));
-    let (panels, _, sums) = scratch.tiles(1, 0, x.len());
+    let (panels, _, _, sums) = scratch.tiles(1, 0, 0, x.len());
     let panel = &mut panels[0];
     let bytes_of_super = STRIP * SUPER / w.qtype().block_len() * w.qtype().block_bytes();
     for first in (0..n_rows).step_by(STRIP) {
@@ -167,7 +167,7 @@ fn tiled<F: Format + Tiles, V: Vectors>(
         sums.fill(LaneSums([0.0; LANES]));
         for s in 0..n_supers {
             // SAFETY: the tables of `V` are had only where the CPU has its instructions, AVX2 among them.
-            unsafe { F::unpack(&strip, s, panel) };
+            unsafe { F::unpack::<false>(&strip, s, panel) };
             let next = Next::new(strip.rows[0], strip.ahead + s * bytes_of_super, bytes_of_super, x.len());
             meet::<F, V>(panel, 8.min(n_blocks - 8 * s), x, s, &next, sums);
         }

@@ -89,13 +89,16 @@ impl Q8Block {
 /// Tokens of a group.
 pub(crate) const LANES: usize = 8;
 
-/// A super-block of `L` tokens, interleaved so that every 32-bit lane of a vector belongs to one token. The fields are those
-/// of [`Q8Block`] in the same order; 16-bit ones are in pairs of neighbours.
+/// A super-block of `L` tokens, interleaved so that every 32-bit lane of a vector belongs to one token. Fields of the names of
+/// [`Q8Block`]'s are the same numbers, 16-bit ones in pairs of neighbours.
 #[derive(Clone, Copy, Debug)]
 #[repr(C, align(32))]
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only SIMD kernels interleave tokens"))]
 pub(crate) struct Lanes<const L: usize> {
-    /// `codes[i][token][c]` is the code of column `4 i + c`.
+    /// `codes[i][token][c]` is the code of column `4 i + c`; or, for weights whose [`Panel`] is so, dwords of 64 columns each that hold
+    /// two of the first 32 in their lower half and two of the others in their upper one.
+    ///
+    /// [`Panel`]: super::Panel
     pub(crate) codes: [[[i8; 4]; L]; SUPER / 4],
     pub(crate) scale_pairs: [[[i16; 2]; L]; 8],
     pub(crate) half_sums: [[[i16; 2]; L]; 8],
@@ -103,7 +106,12 @@ pub(crate) struct Lanes<const L: usize> {
     pub(crate) sums: [[[i16; 2]; L]; 4],
     pub(crate) block_d: [[f32; L]; 8],
     pub(crate) block_sum: [[f32; L]; 8],
+    pub(crate) scaled_sums: [[[i16; 2]; L]; 4],
+    /// For weights that are offset by 32: -32 times the sums of the codes in the lower and in the upper halves of four dwords.
+    pub(crate) offsets: [[[i16; 2]; L]; 16],
     pub(crate) d: [f32; L],
+    /// Whether all tokens are.
+    pub(crate) narrow: bool,
 }
 
 impl<const L: usize> Lanes<L> {
@@ -115,23 +123,11 @@ impl<const L: usize> Lanes<L> {
         sums: [[[0; 2]; L]; 4],
         block_d: [[0.0; L]; 8],
         block_sum: [[0.0; L]; 8],
+        scaled_sums: [[[0; 2]; L]; 4],
+        offsets: [[[0; 2]; L]; 16],
         d: [0.0; L],
+        narrow: true,
     };
-}
-
-impl Q8Block {
-    /// One token is its own interleaving.
-    #[inline(always)]
-    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only SIMD kernels interleave tokens"))]
-    pub(crate) fn alone(&self) -> &Lanes<1> {
-        const {
-            assert!(size_of::<Q8Block>() == size_of::<Lanes<1>>());
-            assert!(std::mem::offset_of!(Q8Block, d) == std::mem::offset_of!(Lanes<1>, d));
-        }
-        // SAFETY: both are `repr(C)` with the same alignment, and each field is the same numbers as the field of its name
-        // and place, neighbours paired or not.
-        unsafe { &*(self as *const Q8Block).cast() }
-    }
 }
 
 /// A super-block of one token for weights that are offset by 32, in an order in which sums of eight columns need no shuffle.
