@@ -23,7 +23,7 @@ use std::arch::x86_64::*;
 use apr_core::qtype::GgmlType;
 
 use crate::kernels::{
-    Isa, Kernels, LANES, LaneSums, Lanes, Out, Panel, PanelScratch, Q8Block, Q8Tokens, STRIP, SUPER, WeightRows,
+    Isa, Kernels, LANES, LaneSums, Lanes, Order, Out, Panel, PanelScratch, Q8Block, Q8Tokens, STRIP, SUPER, WeightRows,
 };
 use load::{prefetch, store8};
 use reduce::transpose_floats;
@@ -215,20 +215,23 @@ fn several_to<F: Format>(strip: &Strip<'_>, x: Q8Tokens<'_>, t: usize, out: &mut
     count
 }
 
-/// Multiplies in tiles. Super-block by super-block, some strips are unpacked into the first cache and meet all tokens:
-/// those that fill two or more groups as groups, the others one by one. The same super-block of the next strips is fetched
-/// meanwhile.
+/// Multiplies in tiles. Super-block by super-block, some strips are unpacked into the first cache and meet all tokens, some of
+/// them in groups and the others one by one. The same super-block of the next strips is fetched meanwhile.
 #[target_feature(enable = "avx2,fma,f16c")]
 fn tiled<F: Format>(w: &WeightRows<'_>, x: Q8Tokens<'_>, out: &mut Out<'_>, scratch: &mut PanelScratch) {
     let (n_rows, n_blocks, n_supers) = (w.n_rows(), w.n_cols().div_ceil(32), w.n_cols().div_ceil(SUPER));
-    let n_groups = if x.len() < 2 * LANES { 0 } else { x.len() / LANES };
-    let (grouped, single) = (x.part(0, LANES * n_groups), x.part(LANES * n_groups, SPAN));
+    let n_groups = groups_of(x.len());
+    let (grouped, single) = (x.part(0, LANES * n_groups), x.part((LANES * n_groups).min(x.len()), SPAN));
+    let order = Order { paired: F::PAIRED, offset: F::OFFSET_32 };
+    let at_hand = scratch.has_interleaved(x, order);
     let n_sums = STRIPS * (STRIP * n_groups + single.len());
     let (panels, lanes, singles, sums) = scratch.tiles(STRIPS, n_supers * n_groups, n_supers * single.len(), n_sums);
-    interleave::<F>(grouped, n_groups, lanes);
-    for t in 0..single.len() {
-        for (x, to) in single.row(t).iter().zip(singles[t..].iter_mut().step_by(single.len())) {
-            lanes::alone::<F>(x, to);
+    if !at_hand {
+        interleave(grouped, n_groups, order, lanes);
+        for t in 0..single.len() {
+            for (x, to) in single.row(t).iter().zip(singles[t..].iter_mut().step_by(single.len())) {
+                lanes::alone(x, order, to);
+            }
         }
     }
     let bytes_of_super = STRIPS * STRIP * SUPER / w.qtype().block_len() * w.qtype().block_bytes();
@@ -267,13 +270,19 @@ fn tiled<F: Format>(w: &WeightRows<'_>, x: Q8Tokens<'_>, out: &mut Out<'_>, scra
     }
 }
 
-/// Interleaves the tokens: `lanes[s * n_groups + g]` is super-block `s` of the `g`-th eight of them.
+/// Into how many groups of eight tokens go, none or at least two; those that are left are taken one by one. A group takes as long as
+/// six tokens alone, so the last one may have to be filled up.
+fn groups_of(n_tokens: usize) -> usize {
+    if n_tokens < 2 * LANES { 0 } else { (n_tokens + 2) / LANES }
+}
+
+/// Interleaves the tokens: `lanes[s * n_groups + g]` is super-block `s` of the `g`-th eight of them; the last one fills up its group.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn interleave<F: Format>(x: Q8Tokens<'_>, n_groups: usize, lanes: &mut [Lanes<LANES>]) {
+fn interleave(x: Q8Tokens<'_>, n_groups: usize, order: Order, lanes: &mut [Lanes<LANES>]) {
     for g in 0..n_groups {
-        let rows: [&[Q8Block]; LANES] = std::array::from_fn(|t| x.row(LANES * g + t));
+        let rows: [&[Q8Block]; LANES] = std::array::from_fn(|t| x.row((LANES * g + t).min(x.len() - 1)));
         for (s, to) in lanes[g..].iter_mut().step_by(n_groups).enumerate() {
-            lanes::interleave::<F>(&std::array::from_fn(|t| &rows[t][s]), to);
+            lanes::interleave(&std::array::from_fn(|t| &rows[t][s]), order, to);
         }
     }
 }
@@ -378,15 +387,16 @@ fn tile_to<F: Format, const L: usize, const N: usize>(
 /// Writes the groups' sums of weight rows `first .. first + n`.
 #[target_feature(enable = "avx2,fma,f16c")]
 fn put_groups(sums: &[LaneSums], n_groups: usize, x: Q8Tokens<'_>, out: &mut Out<'_>, first: usize, n: usize) {
-    for r in (0..n).step_by(STRIP) {
-        let n = STRIP.min(n - r);
-        for g in 0..n_groups {
+    // Strips one after another, so that all that goes to a line of the output goes there while it is at hand.
+    for g in 0..n_groups {
+        for r in (0..n).step_by(STRIP) {
+            let n = STRIP.min(n - r);
             let mut y = [_mm256_setzero_ps(); STRIP];
             for i in 0..STRIP {
                 y[i] = load::spread_float(&sums[(r + i) * n_groups + g].0);
             }
             let y = transpose_floats(y);
-            for t in 0..LANES {
+            for t in 0..LANES.min(x.len() - LANES * g) {
                 let row = x.out_row(LANES * g + t);
                 match n {
                     STRIP => out.put(row, first + r, &store8(y[t])),

@@ -346,8 +346,27 @@ pub struct PanelScratch {
     panels: Vec<Panel>,
     lanes: Vec<Lanes<LANES>>,
     singles: Vec<Lanes<1>>,
+    interleaved: Interleaved,
     sums: Vec<LaneSums>,
     regrouped: Vec<Regrouped>,
+}
+
+/// Which tokens are in `lanes` and `singles` of a [`PanelScratch`], in which order.
+#[derive(Debug, Default, PartialEq)]
+struct Interleaved {
+    /// Of the rows that they are of.
+    stamp: u64,
+    rows: Vec<u32>,
+    order: Order,
+}
+
+/// In which order tiles take the codes of activations, and what they want to know of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct Order {
+    /// Whether codes of two blocks at a time, as [`Lanes::codes`] tells.
+    pub(crate) paired: bool,
+    /// Whether weights' codes are offset by 32, which [`Lanes::offsets`] takes off.
+    pub(crate) offset: bool,
 }
 
 impl PanelScratch {
@@ -380,6 +399,21 @@ impl PanelScratch {
             self.regrouped.resize(n, Regrouped::ZERO);
         }
         &mut self.regrouped[..n]
+    }
+
+    /// Whether the tokens of [`PanelScratch::tiles`] are these in this order, which they will be from now on: neighbouring tasks
+    /// multiply the same tokens with other weights.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only SIMD kernels interleave tokens"))]
+    pub(crate) fn has_interleaved(&mut self, x: Q8Tokens<'_>, order: Order) -> bool {
+        let of = &mut self.interleaved;
+        let stamp = x.x.stamp();
+        if stamp == of.stamp && order == of.order && x.x_rows == of.rows {
+            return true;
+        }
+        (of.stamp, of.order) = (stamp, order);
+        of.rows.clear();
+        of.rows.extend_from_slice(x.x_rows);
+        false
     }
 
     /// What tiles are made of: `n_panels` super-blocks of eight rows, `n_lanes` of eight tokens, `n_singles` of one, and `n_sums`

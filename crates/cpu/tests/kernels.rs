@@ -188,7 +188,7 @@ fn every_instruction_set_gives_the_bits_of_the_portable_kernels() {
 }
 
 /// As many rows and tokens as make every kind of tile: whole sets of strips and a last one, two to five groups of eight
-/// tokens at a time, one to four tokens that fill none, and more tokens than are interleaved at a time.
+/// tokens at a time, the last one full or not, one to four tokens beside them, and more tokens than are interleaved at a time.
 #[test]
 fn tiles_of_every_size_give_the_bits_of_the_portable_kernels() {
     let mut rng = Rng(5);
@@ -198,12 +198,43 @@ fn tiles_of_every_size_give_the_bits_of_the_portable_kernels() {
             let (n_rows, n_cols) = (43, widths(qtype)[0]);
             let m = Matrix::random(qtype, n_rows, n_cols, &mut rng);
             let x = rng.activations(147 * n_cols);
-            for n in [13, 16, 17, 26, 35, 44, 53, 63, 147] {
+            for n in [11, 13, 15, 16, 17, 22, 26, 35, 44, 53, 63, 147] {
                 let tokens: Vec<u32> = (0..n).collect();
                 let want = product(scalar, m.rows(), &x, &tokens);
                 let got = product(k, m.rows(), &x, &tokens);
                 assert_same_bits(&got, &want, || format!("{} {qtype} {n_rows}x{n_cols}, {n} tokens", k.isa()));
             }
+        }
+    }
+}
+
+/// What a kernel keeps from one call to the next is used again only for the same tokens of the same rows in the same order.
+#[test]
+fn products_one_after_another_are_those_of_each_alone() {
+    let mut rng = Rng(6);
+    let (n_rows, n_cols) = (16, 256);
+    for k in tables() {
+        let (mut scratch, mut q8) = (PanelScratch::new(), Q8Rows::new());
+        let types: Vec<GgmlType> = quantized().collect();
+        for call in 0..12 * types.len() {
+            let m = Matrix::random(types[rng.below(types.len())], n_rows, n_cols, &mut rng);
+            // Now and then the rows are written again, one of them, or all, or they are others at the same place.
+            match rng.below(5) {
+                _ if call == 0 => q8 = quantize(k, &rng.activations(40 * n_cols), n_cols),
+                0 => k.quantize_row(&rng.activations(n_cols), q8.row_mut(3)),
+                // SAFETY: nobody else asks for rows meanwhile.
+                1 => k.quantize_row(&rng.activations(n_cols), unsafe { q8.shared().row(5) }),
+                2 => q8 = quantize(k, &rng.activations(40 * n_cols), n_cols),
+                _ => {}
+            }
+            let from = rng.below(3) as u32;
+            let tokens: Vec<u32> = (from..from + [9, 17, 33][rng.below(3)]).collect();
+            let out_rows: Vec<u32> = (0..tokens.len() as u32).collect();
+            let (mut got, mut want) = (vec![f32::NAN; n_rows * tokens.len()], vec![f32::NAN; n_rows * tokens.len()]);
+            k.matmul_q8(m.rows(), &q8, &tokens, &mut Out::new(&mut got, n_rows), &out_rows, &mut scratch);
+            let fresh = &mut PanelScratch::new();
+            k.matmul_q8(m.rows(), &q8, &tokens, &mut Out::new(&mut want, n_rows), &out_rows, fresh);
+            assert_same_bits(&got, &want, || format!("{} {} call {call}", k.isa(), m.qtype));
         }
     }
 }
@@ -320,10 +351,11 @@ fn extreme_codes_and_scales_do_not_saturate() {
                     let bytes = random_bytes(qtype, n_rows * n_cols / qtype.block_len(), fill, &mut rng);
                     let w = WeightRows::new(qtype, &bytes, n_cols);
                     let x = extreme_activations(n_cols, &mut rng);
-                    // The last alone is ordinary; nine of it with the first make tiles with and without an extreme token.
-                    let beside = [10, 10, 10, 10, 10, 10, 10, 10, 10, 0];
-                    let alone = (0..11).map(|t| vec![t]);
-                    for tokens in alone.chain([(0..6).collect(), (0..11).collect(), beside.to_vec()]) {
+                    // The last alone is ordinary; many of it with others make tiles with and without an extreme token.
+                    let beside = |n: usize, t: u32| [vec![10; n], vec![t]].concat();
+                    let several = [(0..6).collect(), (0..11).collect(), (0..24).map(|t| t % 11).collect()];
+                    let alone = (0..11).map(|t| vec![t]).chain(several);
+                    for tokens in alone.chain([beside(9, 0), beside(16, 0), beside(15, 0), beside(47, 5)]) {
                         let tokens = &tokens[..];
                         let want = product(scalar, w, &x, tokens);
                         let got = product(k, w, &x, tokens);

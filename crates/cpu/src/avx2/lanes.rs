@@ -2,19 +2,18 @@
 
 use std::arch::x86_64::*;
 
-use super::Format;
 use super::load::{Plain, half_vector, store, vector};
 use super::reduce::{transpose, transpose_halves};
-use crate::kernels::{LANES, Lanes, Q8Block};
+use crate::kernels::{LANES, Lanes, Order, Q8Block};
 
 /// Interleaves a super-block of eight tokens.
 #[target_feature(enable = "avx2")]
 #[inline]
-pub(super) fn interleave<F: Format>(x: &[&Q8Block; LANES], to: &mut Lanes<LANES>) {
+pub(super) fn interleave(x: &[&Q8Block; LANES], order: Order, to: &mut Lanes<LANES>) {
     for k in 0..4 {
         let mut codes = [[_mm256_setzero_si256(); LANES]; 2];
         for t in 0..LANES {
-            [codes[0][t], codes[1][t]] = codes_64::<F>(x[t], k);
+            [codes[0][t], codes[1][t]] = codes_64(x[t], order, k);
         }
         for (h, codes) in codes.into_iter().enumerate() {
             let codes = transpose(codes);
@@ -22,7 +21,7 @@ pub(super) fn interleave<F: Format>(x: &[&Q8Block; LANES], to: &mut Lanes<LANES>
             for (to, v) in to.codes[at..at + 8].iter_mut().zip(codes) {
                 store(to, v);
             }
-            if F::OFFSET_32 {
+            if order.offset {
                 for (i, to) in to.offsets[at / 4..at / 4 + 2].iter_mut().enumerate() {
                     let products = |c: usize| _mm256_maddubs_epi16(_mm256_set1_epi8(32), codes[4 * i + c]);
                     let first = _mm256_add_epi16(products(0), products(1));
@@ -59,13 +58,13 @@ pub(super) fn interleave<F: Format>(x: &[&Q8Block; LANES], to: &mut Lanes<LANES>
 /// A super-block of one token.
 #[target_feature(enable = "avx2")]
 #[inline]
-pub(super) fn alone<F: Format>(x: &Q8Block, to: &mut Lanes<1>) {
+pub(super) fn alone(x: &Q8Block, order: Order, to: &mut Lanes<1>) {
     for k in 0..4 {
-        let codes = codes_64::<F>(x, k);
+        let codes = codes_64(x, order, k);
         for (h, codes) in codes.into_iter().enumerate() {
             let at = 16 * k + 8 * h;
             store(to.codes[at..].first_chunk_mut::<8>().expect("64 dwords"), codes);
-            if F::OFFSET_32 {
+            if order.offset {
                 let sum = _mm256_maddubs_epi16(_mm256_set1_epi8(32), codes);
                 let sum = _mm256_add_epi16(sum, _mm256_shuffle_epi32::<0b01_00_11_10>(sum));
                 let sum = _mm256_add_epi16(sum, _mm256_shuffle_epi32::<0b10_11_00_01>(sum));
@@ -89,13 +88,13 @@ pub(super) fn alone<F: Format>(x: &Q8Block, to: &mut Lanes<1>) {
     (to.d, to.narrow) = ([x.d], x.narrow);
 }
 
-/// The codes of columns `64 k ..` in the order of the format.
+/// The codes of columns `64 k ..` in this order.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn codes_64<F: Format>(x: &Q8Block, k: usize) -> [__m256i; 2] {
+fn codes_64(x: &Q8Block, order: Order, k: usize) -> [__m256i; 2] {
     let [a, b] = &x.codes.as_chunks::<64>().0[k].as_chunks::<32>().0 else { unreachable!("64 columns are twice 32") };
     let codes = [vector(a), vector(b)];
-    if F::PAIRED { paired(codes) } else { codes }
+    if order.paired { paired(codes) } else { codes }
 }
 
 /// Codes of 32 columns and of 32 others, in dwords of which each has two of the first in its lower half and two of the others in its

@@ -4,6 +4,8 @@
 //! value is `code · d · s`. One scale per 32 columns halves the error of one per 256, and because the sub-scale is an
 //! integer it folds into the integer scales of a K-quant: a whole super-block is then one exact 32-bit sum.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 /// Columns of a super-block.
 pub const SUPER: usize = 256;
 
@@ -165,6 +167,9 @@ pub(crate) fn sub_scale(amax: f32, d: f32) -> i16 {
     if amax == 0.0 { 0 } else { ((amax / (MAX_CODE * d)).ceil() as i16).clamp(1, MAX_SCALE) }
 }
 
+/// Stamps of contents of [`Q8Rows`] that have been given out, none of them twice.
+static STAMPS: AtomicU64 = AtomicU64::new(0);
+
 /// Quantized activation rows of one width. Memory is kept when the shape changes, so the steady state allocates
 /// nothing.
 #[derive(Debug, Default)]
@@ -172,6 +177,8 @@ pub struct Q8Rows {
     blocks: Vec<Q8Block>,
     n_rows: usize,
     n_cols: usize,
+    /// Another one whenever somebody may write the rows, so that what was made of them is known to be theirs still.
+    stamp: u64,
 }
 
 impl Q8Rows {
@@ -187,6 +194,17 @@ impl Q8Rows {
             self.blocks.resize(n, Q8Block::ZERO);
         }
         (self.n_rows, self.n_cols) = (n_rows, n_cols);
+        self.renew();
+    }
+
+    fn renew(&mut self) {
+        self.stamp = STAMPS.fetch_add(1, Ordering::Relaxed) + 1;
+    }
+
+    /// Equal for two looks at any rows only if they are the same and nobody has written them meanwhile; 0 where there never were any.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only SIMD kernels keep what they made of rows"))]
+    pub(crate) fn stamp(&self) -> u64 {
+        self.stamp
     }
 
     /// Rows held.
@@ -213,12 +231,14 @@ impl Q8Rows {
     /// Row `i`, to be written by [`Kernels::quantize_row`](super::Kernels::quantize_row).
     pub fn row_mut(&mut self, i: usize) -> &mut [Q8Block] {
         assert!(i < self.n_rows, "row {i} of {} activation rows", self.n_rows);
+        self.renew();
         let n = self.blocks_per_row();
         &mut self.blocks[i * n..][..n]
     }
 
     /// A handle through which several threads can each write their own rows.
     pub fn shared(&mut self) -> SharedQ8Rows<'_> {
+        self.renew();
         let blocks_per_row = self.blocks_per_row();
         SharedQ8Rows { ptr: self.blocks.as_mut_ptr(), blocks_per_row, n_rows: self.n_rows, rows: Default::default() }
     }
