@@ -62,6 +62,8 @@ pub(super) unsafe fn strips<V: Vector, P: Put<V>, const R: usize, const C: usize
                     1 => tile::<V, P, 1, C>(p, (i, j), put, &mut ahead),
                     2 => tile::<V, P, 2, C>(p, (i, j), put, &mut ahead),
                     3 => tile::<V, P, 3, C>(p, (i, j), put, &mut ahead),
+                    // Eight rows, those of a token's heads that share keys, are twice four sooner than six and two.
+                    7 | 8 if R == 6 => tile::<V, P, 4, C>(p, (i, j), put, &mut ahead),
                     n if n >= R => tile::<V, P, R, C>(p, (i, j), put, &mut ahead),
                     _ => tile::<V, P, 4, C>(p, (i, j), put, &mut ahead),
                 }
