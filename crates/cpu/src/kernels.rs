@@ -352,7 +352,7 @@ pub struct PanelScratch {
 }
 
 /// Which tokens are in `lanes` and `singles` of a [`PanelScratch`], in which order.
-#[derive(Debug, Default, PartialEq)]
+#[derive(Debug, Default)]
 struct Interleaved {
     /// Of the rows that they are of.
     stamp: u64,

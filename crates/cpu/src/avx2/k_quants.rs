@@ -44,6 +44,13 @@ fn scales<const BYTES: usize>(blocks: &Blocks<'_, BYTES>) -> Scales {
     Scales { scales, mins, d, m }
 }
 
+/// Scales or minima `2 i` and `2 i + 1` of every row as a pair.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn neighbours(of: &[__m256i; 2], i: usize) -> __m256i {
+    direct::bytes(of[i / 2], 2 * (i % 2), 2 * (i % 2) + 1)
+}
+
 /// Adds bit `j` of every byte of `high` to nibbles as their fifth bit.
 #[target_feature(enable = "avx2")]
 #[inline]
@@ -113,7 +120,7 @@ impl<const FIVE: bool, const BYTES: usize> K45<FIVE, BYTES> {
             }
         }
         for i in 0..4 {
-            let m = direct::bytes(of.mins[i / 2], 2 * (i % 2), 2 * (i % 2) + 1);
+            let m = neighbours(&of.mins, i);
             for (x, min) in x.iter().zip(&mut min) {
                 let m = _mm256_mullo_epi16(m, broadcast(&x.scales, i));
                 *min = _mm256_add_epi32(*min, _mm256_madd_epi16(m, broadcast(&x.sums, i)));
@@ -126,13 +133,15 @@ impl<const FIVE: bool, const BYTES: usize> K45<FIVE, BYTES> {
     #[target_feature(enable = "avx2,fma,f16c")]
     fn unpack_scales<const PAIRED: bool>(blocks: &Blocks<'_, BYTES>, panel: &mut Panel) {
         let of = scales(blocks);
-        let pair = |of: &[__m256i; 2], i: usize| direct::bytes(of[i / 2], 2 * (i % 2), 2 * (i % 2) + 1);
-        for j in 0..if PAIRED { 4 } else { 8 } {
-            let scales = if PAIRED { pair(&of.scales, j) } else { direct::bytes(of.scales[j / 4], j % 4, j % 4) };
-            store(&mut panel.scales[j], scales);
-        }
         for i in 0..4 {
-            store(&mut panel.mins[i], pair(&of.mins, i));
+            store(&mut panel.mins[i], neighbours(&of.mins, i));
+            if PAIRED {
+                store(&mut panel.scales[i], neighbours(&of.scales, i));
+            } else {
+                for j in [2 * i, 2 * i + 1] {
+                    store(&mut panel.scales[j], direct::bytes(of.scales[j / 4], j % 4, j % 4));
+                }
+            }
         }
         (panel.d[0], panel.m[0]) = (store8(of.d), store8(of.m));
     }

@@ -92,8 +92,8 @@ pub(super) fn alone(x: &Q8Block, order: Order, to: &mut Lanes<1>) {
 #[target_feature(enable = "avx2")]
 #[inline]
 fn codes_64(x: &Q8Block, order: Order, k: usize) -> [__m256i; 2] {
-    let [a, b] = &x.codes.as_chunks::<64>().0[k].as_chunks::<32>().0 else { unreachable!("64 columns are twice 32") };
-    let codes = [vector(a), vector(b)];
+    let blocks = x.codes.as_chunks::<32>().0;
+    let codes = [vector(&blocks[2 * k]), vector(&blocks[2 * k + 1])];
     if order.paired { paired(codes) } else { codes }
 }
 
