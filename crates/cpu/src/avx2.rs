@@ -120,8 +120,9 @@ trait Format {
         unreachable!("no number of tokens is `several`")
     }
 
-    /// Unpacks super-block `s` of a strip, in pairs of blocks if `PAIRED`, which only formats whose tiles take them so know.
-    unsafe fn unpack<const PAIRED: bool>(strip: &Strip<'_>, s: usize, panel: &mut Panel);
+    /// Unpacks super-block `s` of a strip for [`Format::tile`], or for tiles of dot-product instructions (`DOT`), which take no pairs
+    /// of blocks, and what codes are offset by as minima.
+    unsafe fn unpack<const DOT: bool>(strip: &Strip<'_>, s: usize, panel: &mut Panel);
 
     /// Adds to `acc` the products of an unpacked super-block, of `n_blocks` blocks of 32 columns: of one row with `N` groups
     /// of eight tokens, or of eight rows with `N` tokens.
@@ -248,9 +249,7 @@ fn tiled<F: Format>(w: &WeightRows<'_>, x: Q8Tokens<'_>, out: &mut Out<'_>, scra
         for s in 0..n_supers {
             for (strip, panel) in strips.iter().zip(panels.iter_mut()) {
                 // SAFETY: this function itself runs only with the features that `Format` asks for.
-                unsafe {
-                    if F::PAIRED { F::unpack::<true>(strip, s, panel) } else { F::unpack::<false>(strip, s, panel) }
-                };
+                unsafe { F::unpack::<false>(strip, s, panel) };
             }
             let n_blocks = 8.min(n_blocks - 8 * s);
             let at = strips[0].ahead + s * bytes_of_super;
@@ -270,10 +269,11 @@ fn tiled<F: Format>(w: &WeightRows<'_>, x: Q8Tokens<'_>, out: &mut Out<'_>, scra
     }
 }
 
-/// Into how many groups of eight tokens go, none or at least two; those that are left are taken one by one. A group takes as long as
-/// six tokens alone, so the last one may have to be filled up.
+/// Into how many groups of eight tokens go; those that are left are taken one by one. It takes three groups to be faster than tokens
+/// alone, and a further one takes as long as six of them, so the last one may have to be filled up.
 fn groups_of(n_tokens: usize) -> usize {
-    if n_tokens < 2 * LANES { 0 } else { (n_tokens + 2) / LANES }
+    let n_groups = (n_tokens + 2) / LANES;
+    if n_groups < 3 { 0 } else { n_groups }
 }
 
 /// Interleaves the tokens: `lanes[s * n_groups + g]` is super-block `s` of the `g`-th eight of them; the last one fills up its group.
@@ -297,14 +297,13 @@ fn meet_groups<F: Format>(
     next: &Next<'_>,
     sums: &mut [LaneSums],
 ) {
-    // Four at a time are fastest, and one alone is never left.
+    // Four at a time are fastest, and fewer than three are never left.
     let mut g = 0;
     while g < lanes.len() {
         let left = lanes.len() - g;
         g += match left % 4 {
             0 => groups_to::<F, 4>(panels, n_blocks, lanes, g, next, sums),
             1 => groups_to::<F, 5>(panels, n_blocks, lanes, g, next, sums),
-            2 if left == 2 => groups_to::<F, 2>(panels, n_blocks, lanes, g, next, sums),
             _ => groups_to::<F, 3>(panels, n_blocks, lanes, g, next, sums),
         };
     }
@@ -337,13 +336,16 @@ fn groups_to<F: Format, const N: usize>(
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
 fn meet_single<F: Format>(panels: &[Panel], n_blocks: usize, x: &[Lanes<1>], next: &Next<'_>, sums: &mut [LaneSums]) {
+    // As few times over the panels as five tokens at a time allow, with about as many each time: the registers hold no more sums.
     let mut t = 0;
     while t < x.len() {
-        t += match x.len() - t {
+        let left = x.len() - t;
+        t += match left.div_ceil(left.div_ceil(5)) {
             1 => singles_to::<F, 1>(panels, n_blocks, x, t, next, sums),
             2 => singles_to::<F, 2>(panels, n_blocks, x, t, next, sums),
-            3 | 5 | 6 => singles_to::<F, 3>(panels, n_blocks, x, t, next, sums),
-            _ => singles_to::<F, 4>(panels, n_blocks, x, t, next, sums),
+            3 => singles_to::<F, 3>(panels, n_blocks, x, t, next, sums),
+            4 => singles_to::<F, 4>(panels, n_blocks, x, t, next, sums),
+            _ => singles_to::<F, 5>(panels, n_blocks, x, t, next, sums),
         };
     }
 }

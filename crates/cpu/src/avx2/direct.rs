@@ -4,6 +4,7 @@
 use std::arch::x86_64::*;
 
 use super::load::{broadcast, broadcast8, half_vector, load16};
+use super::reduce::transpose_quarter;
 use super::{SEVERAL, Strip};
 use crate::kernels::{Q8Block, STRIP};
 
@@ -60,6 +61,13 @@ pub(super) fn pairs<const BYTES: usize>(blocks: &Blocks<'_, BYTES>, at: usize) -
         v[i] = _mm256_set_m128i(load16(blocks[i + 4], at), load16(blocks[i], at));
     }
     v
+}
+
+/// Sixteen bytes at `at` of eight rows as dwords: lane `r` of vector `c` is dword `c` of row `r`.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn dwords_16<const BYTES: usize>(blocks: &Blocks<'_, BYTES>, at: usize) -> [__m256i; 4] {
+    transpose_quarter(pairs(blocks, at))
 }
 
 /// Eight columns of eight rows: bytes of rows 0 and 1 (4 and 5 in the upper half) in the first vector, of rows 2 and 3

@@ -86,7 +86,7 @@ impl Format for Iq4Nl {
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn unpack<const PAIRED: bool>(strip: &Strip<'_>, s: usize, panel: &mut Panel) {
+    unsafe fn unpack<const DOT: bool>(strip: &Strip<'_>, s: usize, panel: &mut Panel) {
         let rows = direct::rows_of::<{ Self::BYTES }>(strip);
         for j in 0..8.min(strip.n_blocks - 8 * s) {
             let blocks = direct::nth(&rows, 8 * s + j);
@@ -160,7 +160,7 @@ impl Format for Mxfp4 {
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn unpack<const PAIRED: bool>(strip: &Strip<'_>, s: usize, panel: &mut Panel) {
+    unsafe fn unpack<const DOT: bool>(strip: &Strip<'_>, s: usize, panel: &mut Panel) {
         let rows = direct::rows_of::<{ Self::BYTES }>(strip);
         for j in 0..8.min(strip.n_blocks - 8 * s) {
             let blocks = direct::nth(&rows, 8 * s + j);
@@ -231,7 +231,7 @@ impl Format for Iq4Xs {
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn unpack<const PAIRED: bool>(strip: &Strip<'_>, s: usize, panel: &mut Panel) {
+    unsafe fn unpack<const DOT: bool>(strip: &Strip<'_>, s: usize, panel: &mut Panel) {
         let blocks = direct::nth(&direct::rows_of::<{ Self::BYTES }>(strip), s);
         let (d, mut low, mut high) = Self::scales(&blocks);
         for j in 0..8 {

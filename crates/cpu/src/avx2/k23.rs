@@ -172,7 +172,7 @@ impl<const THREE: bool, const BYTES: usize> Format for K23<THREE, BYTES> {
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn unpack<const PAIRED: bool>(strip: &Strip<'_>, s: usize, panel: &mut Panel) {
+    unsafe fn unpack<const DOT: bool>(strip: &Strip<'_>, s: usize, panel: &mut Panel) {
         let blocks = direct::nth(&direct::rows_of::<BYTES>(strip), s);
         let of = Self::scales(&blocks);
         let slices = blocks.map(|block| &block[..]);

@@ -8,8 +8,8 @@ use std::arch::x86_64::*;
 
 use super::direct::{self, Blocks, Eights};
 use super::lanes::paired;
-use super::load::{broadcast, load32_of_each, store, store8};
-use super::reduce::{transpose, transpose_quarter};
+use super::load::{broadcast, store, store8};
+use super::reduce::transpose_quarter;
 use super::tile::{self, Acc, Rows, add_super};
 use super::{Format, SEVERAL, Strip};
 use crate::kernels::{Lanes, Panel, Q8Block};
@@ -131,16 +131,16 @@ impl<const FIVE: bool, const BYTES: usize> K45<FIVE, BYTES> {
 
     /// Writes what a panel holds beside codes.
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn unpack_scales<const PAIRED: bool>(blocks: &Blocks<'_, BYTES>, panel: &mut Panel) {
+    fn unpack_scales<const DOT: bool>(blocks: &Blocks<'_, BYTES>, panel: &mut Panel) {
         let of = scales(blocks);
         for i in 0..4 {
             store(&mut panel.mins[i], neighbours(&of.mins, i));
-            if PAIRED {
-                store(&mut panel.scales[i], neighbours(&of.scales, i));
-            } else {
+            if DOT {
                 for j in [2 * i, 2 * i + 1] {
                     store(&mut panel.scales[j], direct::bytes(of.scales[j / 4], j % 4, j % 4));
                 }
+            } else {
+                store(&mut panel.scales[i], neighbours(&of.scales, i));
             }
         }
         (panel.d[0], panel.m[0]) = (store8(of.d), store8(of.m));
@@ -148,7 +148,7 @@ impl<const FIVE: bool, const BYTES: usize> K45<FIVE, BYTES> {
 }
 
 impl<const FIVE: bool, const BYTES: usize> Format for K45<FIVE, BYTES> {
-    const TILES_FROM: usize = 9;
+    const TILES_FROM: usize = if FIVE { 9 } else { 8 };
     const SEVERAL_FROM: usize = 4;
     const PAIRED: bool = true;
 
@@ -183,26 +183,28 @@ impl<const FIVE: bool, const BYTES: usize> Format for K45<FIVE, BYTES> {
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn unpack<const PAIRED: bool>(strip: &Strip<'_>, s: usize, panel: &mut Panel) {
+    unsafe fn unpack<const DOT: bool>(strip: &Strip<'_>, s: usize, panel: &mut Panel) {
         let blocks = direct::nth(&direct::rows_of::<BYTES>(strip), s);
-        let slices = blocks.map(|block| &block[..]);
         let nibble = _mm256_set1_epi8(15);
-        let high = if FIVE { transpose(load32_of_each(&slices, 16)) } else { [nibble; 8] };
-        for k in 0..4 {
-            let q = transpose(load32_of_each(&slices, Self::QS + 32 * k));
-            for i in 0..8 {
-                let mut w = [_mm256_and_si256(q[i], nibble), _mm256_and_si256(_mm256_srli_epi16::<4>(q[i]), nibble)];
-                if FIVE {
-                    w = [fifth(w[0], high[i], 2 * k), fifth(w[1], high[i], 2 * k + 1)];
+        for half in 0..2 {
+            let high = if FIVE { direct::dwords_16(&blocks, 16 + 16 * half) } else { [nibble; 4] };
+            for k in 0..4 {
+                let q = direct::dwords_16(&blocks, Self::QS + 32 * k + 16 * half);
+                for i in 0..4 {
+                    let mut w =
+                        [_mm256_and_si256(q[i], nibble), _mm256_and_si256(_mm256_srli_epi16::<4>(q[i]), nibble)];
+                    if FIVE {
+                        w = [fifth(w[0], high[i], 2 * k), fifth(w[1], high[i], 2 * k + 1)];
+                    }
+                    if !DOT {
+                        w = paired(w);
+                    }
+                    store(&mut panel.codes[2 * k][4 * half + i], w[0]);
+                    store(&mut panel.codes[2 * k + 1][4 * half + i], w[1]);
                 }
-                if PAIRED {
-                    w = paired(w);
-                }
-                store(&mut panel.codes[2 * k][i], w[0]);
-                store(&mut panel.codes[2 * k + 1][i], w[1]);
             }
         }
-        Self::unpack_scales::<PAIRED>(&blocks, panel);
+        Self::unpack_scales::<DOT>(&blocks, panel);
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]

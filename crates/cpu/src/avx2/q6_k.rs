@@ -7,8 +7,8 @@
 use std::arch::x86_64::*;
 
 use super::direct::{self, Blocks, Eights};
-use super::load::{broadcast, load16, load32, load32_of_each, store, store8, vector};
-use super::reduce::{sum_halves, transpose, transpose_quarter};
+use super::load::{broadcast, load16, load32, store, store8, vector};
+use super::reduce::{sum_halves, transpose_quarter};
 use super::tile::{self, Acc, Rows};
 use super::{Format, SEVERAL, Strip};
 use crate::kernels::{Lanes, Panel, Q8Block, STRIP};
@@ -173,7 +173,7 @@ fn gemv(strip: &Strip<'_>, x: &[Q8Block]) -> __m256 {
 
 /// Writes what a panel holds beside codes.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn unpack_scales(blocks: &Blocks<'_, BYTES>, panel: &mut Panel) {
+fn unpack_scales<const DOT: bool>(blocks: &Blocks<'_, BYTES>, panel: &mut Panel) {
     let of = Scales::of(blocks);
     for (c, (even, odd)) in of.even.into_iter().zip(of.odd).enumerate() {
         for (i, v) in [even, odd].into_iter().enumerate() {
@@ -183,7 +183,7 @@ fn unpack_scales(blocks: &Blocks<'_, BYTES>, panel: &mut Panel) {
             store(&mut panel.scales[4 * c + 2 + i], upper);
         }
     }
-    for half in 0..2 {
+    for half in 0..if DOT { 2 } else { 0 } {
         let pairs = [of.pairs::<0>(half), of.pairs::<1>(half), of.pairs::<2>(half), of.pairs::<3>(half)];
         for (q, pairs) in pairs.into_iter().enumerate() {
             store(&mut panel.mins[4 * half + q], _mm256_mullo_epi16(pairs, _mm256_set1_epi16(-32)));
@@ -193,7 +193,7 @@ fn unpack_scales(blocks: &Blocks<'_, BYTES>, panel: &mut Panel) {
 }
 
 impl Format for Q6K {
-    const TILES_FROM: usize = 9;
+    const TILES_FROM: usize = 8;
     const SEVERAL_FROM: usize = 2;
     const OFFSET_32: bool = true;
 
@@ -235,21 +235,23 @@ impl Format for Q6K {
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn unpack<const PAIRED: bool>(strip: &Strip<'_>, s: usize, panel: &mut Panel) {
+    unsafe fn unpack<const DOT: bool>(strip: &Strip<'_>, s: usize, panel: &mut Panel) {
         let blocks = direct::nth(&direct::rows_of(strip), s);
-        let slices = blocks.map(|block| &block[..]);
         for half in 0..2 {
-            let low0 = transpose(load32_of_each(&slices, 64 * half));
-            let low1 = transpose(load32_of_each(&slices, 64 * half + 32));
-            let high = transpose(load32_of_each(&slices, 128 + 32 * half));
-            for i in 0..8 {
-                store(&mut panel.codes[4 * half][i], codes::<0>(low0[i], high[i]));
-                store(&mut panel.codes[4 * half + 1][i], codes::<1>(low1[i], high[i]));
-                store(&mut panel.codes[4 * half + 2][i], codes::<2>(low0[i], high[i]));
-                store(&mut panel.codes[4 * half + 3][i], codes::<3>(low1[i], high[i]));
+            for at in [0, 16] {
+                let low0 = direct::dwords_16(&blocks, 64 * half + at);
+                let low1 = direct::dwords_16(&blocks, 64 * half + 32 + at);
+                let high = direct::dwords_16(&blocks, 128 + 32 * half + at);
+                for i in 0..4 {
+                    let to = at / 4 + i;
+                    store(&mut panel.codes[4 * half][to], codes::<0>(low0[i], high[i]));
+                    store(&mut panel.codes[4 * half + 1][to], codes::<1>(low1[i], high[i]));
+                    store(&mut panel.codes[4 * half + 2][to], codes::<2>(low0[i], high[i]));
+                    store(&mut panel.codes[4 * half + 3][to], codes::<3>(low1[i], high[i]));
+                }
             }
         }
-        unpack_scales(&blocks, panel);
+        unpack_scales::<DOT>(&blocks, panel);
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]

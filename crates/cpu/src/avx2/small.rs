@@ -76,7 +76,7 @@ impl Format for Q8 {
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn unpack<const PAIRED: bool>(strip: &Strip<'_>, s: usize, panel: &mut Panel) {
+    unsafe fn unpack<const DOT: bool>(strip: &Strip<'_>, s: usize, panel: &mut Panel) {
         for j in 0..8.min(strip.n_blocks - 8 * s) {
             let at = (8 * s + j) * Self::BYTES;
             let blocks = part_of_each(&strip.rows, at, Self::BYTES);
@@ -180,7 +180,7 @@ impl<const MIN: bool, const FIVE: bool> Format for Nibbles<MIN, FIVE> {
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn unpack<const PAIRED: bool>(strip: &Strip<'_>, s: usize, panel: &mut Panel) {
+    unsafe fn unpack<const DOT: bool>(strip: &Strip<'_>, s: usize, panel: &mut Panel) {
         let nibble = _mm256_set1_epi8(15);
         for j in 0..8.min(strip.n_blocks - 8 * s) {
             let at = (8 * s + j) * Self::BYTES;

@@ -88,7 +88,7 @@ fn unsigned_16<const SUMS: usize, const L: usize, const N: usize>(
     x: &[&Lanes<L>; N],
     from: usize,
 ) -> Sums<N> {
-    if L == LANES && N > 1 {
+    if N > 1 {
         return unsigned_16_in_order::<SUMS, L, N>(w, x, from);
     }
     let mut y = [_mm256_setzero_si256(); N];
@@ -102,18 +102,34 @@ fn unsigned_16<const SUMS: usize, const L: usize, const N: usize>(
     y
 }
 
-/// What one dword of the weights does to every sum, as assembly: `first` starts the sums, `next` adds to them.
+/// What one dword of the weights does to every sum, as assembly: `first` starts the sums, `next` adds to them. `groups` of tokens
+/// are operands in memory that meet one row's dword; tokens `alone` are broadcast and meet those of eight rows.
 macro_rules! dword {
-    (first $(($y:ident $x:ident))*) => {
+    (groups first $(($y:ident $x:ident))*) => {
         concat!(
             "vpbroadcastd {w}, [{p}]\n",
             $("vpmaddubsw {", stringify!($y), "}, {w}, [{", stringify!($x), "}]\n",)*
         )
     };
-    (next $i:literal $(($y:ident $x:ident))*) => {
+    (groups next $i:literal $(($y:ident $x:ident))*) => {
         concat!(
             "vpbroadcastd {w}, [{p} + 32 * ", $i, "]\n",
             $("vpmaddubsw {z}, {w}, [{", stringify!($x), "} + 32 * ", $i, "]\n",
+              "vpaddw {", stringify!($y), "}, {", stringify!($y), "}, {z}\n",)*
+        )
+    };
+    (alone first $(($y:ident $x:ident))*) => {
+        concat!(
+            "vmovdqa {w}, [{p}]\n",
+            $("vpbroadcastd {z}, [{", stringify!($x), "}]\n",
+              "vpmaddubsw {", stringify!($y), "}, {w}, {z}\n",)*
+        )
+    };
+    (alone next $i:literal $(($y:ident $x:ident))*) => {
+        concat!(
+            "vmovdqa {w}, [{p} + 32 * ", $i, "]\n",
+            $("vpbroadcastd {z}, [{", stringify!($x), "} + 4 * ", $i, "]\n",
+              "vpmaddubsw {z}, {w}, {z}\n",
               "vpaddw {", stringify!($y), "}, {", stringify!($y), "}, {z}\n",)*
         )
     };
@@ -121,10 +137,10 @@ macro_rules! dword {
 
 /// All dwords of a sum.
 macro_rules! dwords {
-    ($p:ident, $codes:ident, $sums:ident, $of:tt, [$($t:literal $y:ident $x:ident),*], [$($i:literal)*]) => {
+    ($kind:ident, $p:ident, $codes:ident, $sums:ident, $of:tt, [$($t:literal $y:ident $x:ident),*], [$($i:literal)*]) => {
         asm!(
-            dword!(first $(($y $x))*),
-            $(dwords!(@next $i $of),)*
+            dwords!(@first $kind $of),
+            $(dwords!(@next $kind $i $of),)*
             w = out(ymm_reg) _,
             z = out(ymm_reg) _,
             p = in(reg) $p,
@@ -132,11 +148,12 @@ macro_rules! dwords {
             options(pure, readonly, nostack, preserves_flags),
         )
     };
-    (@next $i:literal ($($of:tt)*)) => { dword!(next $i $($of)*) };
+    (@first $kind:ident ($($of:tt)*)) => { dword!($kind first $($of)*) };
+    (@next $kind:ident $i:literal ($($of:tt)*)) => { dword!($kind next $i $($of)*) };
 }
 
-/// [`unsigned_16`] for groups of tokens in the one order in which no sum waits for another: compilers take the dwords
-/// of one sum after another, an eighth slower.
+/// [`unsigned_16`] in the one order in which no sum waits for another: compilers take the dwords of one sum after another, an
+/// eighth slower.
 #[target_feature(enable = "avx2")]
 #[inline]
 fn unsigned_16_in_order<const SUMS: usize, const L: usize, const N: usize>(
@@ -144,38 +161,43 @@ fn unsigned_16_in_order<const SUMS: usize, const L: usize, const N: usize>(
     x: &[&Lanes<L>; N],
     from: usize,
 ) -> Sums<N> {
-    assert!(L == LANES && from + SUMS <= 64 && w.r < STRIP);
-    let p = w.panel.codes.as_flattened()[from][4 * w.r..].as_ptr();
+    assert!((L == LANES || L == 1) && from + SUMS <= 64 && w.r < STRIP);
+    let r = if L == LANES { w.r } else { 0 };
+    let p = w.panel.codes.as_flattened()[from][4 * r..].as_ptr();
     let mut codes = [p.cast::<i8>(); N];
     for t in 0..N {
         codes[t] = x[t].codes[from].as_flattened().as_ptr();
     }
     let mut y = [_mm256_setzero_si256(); N];
-    macro_rules! groups {
-        ($i:tt) => {
-            // SAFETY: `p` reads four bytes of each of `SUMS` entries of 32 bytes of the panel's codes, `codes` as many whole
-            // entries; both have them by the assertion.
+    macro_rules! of {
+        ($kind:ident, $i:tt) => {
+            // SAFETY: of the panel's codes, `SUMS` entries of 32 bytes from `p` on are read, aligned as the panel is, or four bytes
+            // of each; of a token's or group's codes as many whole entries. Both have them by the assertion.
             unsafe {
                 match N {
-                    2 => dwords!(p, codes, y, ((y0 x0)(y1 x1)), [0 y0 x0, 1 y1 x1], $i),
-                    3 => dwords!(p, codes, y, ((y0 x0)(y1 x1)(y2 x2)), [0 y0 x0, 1 y1 x1, 2 y2 x2], $i),
+                    2 => dwords!($kind, p, codes, y, ((y0 x0)(y1 x1)), [0 y0 x0, 1 y1 x1], $i),
+                    3 => dwords!($kind, p, codes, y, ((y0 x0)(y1 x1)(y2 x2)), [0 y0 x0, 1 y1 x1, 2 y2 x2], $i),
                     4 => dwords!(
-                        p, codes, y, ((y0 x0)(y1 x1)(y2 x2)(y3 x3)), [0 y0 x0, 1 y1 x1, 2 y2 x2, 3 y3 x3], $i
+                        $kind, p, codes, y, ((y0 x0)(y1 x1)(y2 x2)(y3 x3)), [0 y0 x0, 1 y1 x1, 2 y2 x2, 3 y3 x3], $i
                     ),
                     5 => dwords!(
-                        p, codes, y, ((y0 x0)(y1 x1)(y2 x2)(y3 x3)(y4 x4)),
+                        $kind, p, codes, y, ((y0 x0)(y1 x1)(y2 x2)(y3 x3)(y4 x4)),
                         [0 y0 x0, 1 y1 x1, 2 y2 x2, 3 y3 x3, 4 y4 x4], $i
                     ),
-                    _ => unreachable!("tiles of {N} groups"),
+                    _ => unreachable!("tiles of {N}"),
                 }
             }
         };
     }
-    match SUMS {
-        16 => groups!([1 2 3 4 5 6 7 8 9 10 11 12 13 14 15]),
-        8 => groups!([1 2 3 4 5 6 7]),
-        4 => groups!([1 2 3]),
-        2 => groups!([1]),
+    match (L == LANES, SUMS) {
+        (true, 16) => of!(groups, [1 2 3 4 5 6 7 8 9 10 11 12 13 14 15]),
+        (true, 8) => of!(groups, [1 2 3 4 5 6 7]),
+        (true, 4) => of!(groups, [1 2 3]),
+        (true, 2) => of!(groups, [1]),
+        (false, 16) => of!(alone, [1 2 3 4 5 6 7 8 9 10 11 12 13 14 15]),
+        (false, 8) => of!(alone, [1 2 3 4 5 6 7]),
+        (false, 4) => of!(alone, [1 2 3]),
+        (false, 2) => of!(alone, [1]),
         _ => unreachable!("{SUMS} results of maddubs"),
     }
     y
@@ -304,18 +326,15 @@ pub(super) fn halves_16<const L: usize, const N: usize>(w: Rows<'_, L>, x: &[&La
     for half in 0..2 {
         let mut sum = [_mm256_setzero_si256(); N];
         for j in 4 * half..4 * half + 4 {
-            let mut of_block = [_mm256_setzero_si256(); N];
             for i in [2 * j, 2 * j + 1] {
                 // Sums of eight columns may not fit 16 bits until the offset is off, but they come out right all the same.
                 let y = unsigned_16::<4, L, N>(w, x, 4 * i);
                 let scale = w.of(&w.panel.scales[i]);
                 for t in 0..N {
                     let y = _mm256_add_epi16(y[t], spread(&x[t].offsets[i]));
-                    of_block[t] = _mm256_add_epi32(of_block[t], _mm256_madd_epi16(y, scale));
+                    let scale = _mm256_mullo_epi16(scale, spread(&x[t].scale_pairs[j]));
+                    sum[t] = _mm256_add_epi32(sum[t], _mm256_madd_epi16(y, scale));
                 }
-            }
-            for t in 0..N {
-                sum[t] = _mm256_add_epi32(sum[t], times_scale(of_block[t], spread(&x[t].scale_pairs[j])));
             }
         }
         for t in 0..N {

@@ -167,7 +167,7 @@ fn tiled<F: Format + Tiles, V: Vectors>(
         sums.fill(LaneSums([0.0; LANES]));
         for s in 0..n_supers {
             // SAFETY: the tables of `V` are had only where the CPU has its instructions, AVX2 among them.
-            unsafe { F::unpack::<false>(&strip, s, panel) };
+            unsafe { F::unpack::<true>(&strip, s, panel) };
             let next = Next::new(strip.rows[0], strip.ahead + s * bytes_of_super, bytes_of_super, x.len());
             meet::<F, V>(panel, 8.min(n_blocks - 8 * s), x, s, &next, sums);
         }
