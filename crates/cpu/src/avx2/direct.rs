@@ -32,6 +32,19 @@ pub(super) fn nth<'a, const BYTES: usize>(rows: &[&'a [[u8; BYTES]]; STRIP], b: 
     blocks
 }
 
+/// Block `b` of every row of a strip, where no others are asked for.
+#[inline(always)]
+pub(super) fn block_of<'a, const BYTES: usize>(strip: &Strip<'a>, b: usize) -> Blocks<'a, BYTES> {
+    let block = |r: usize| -> &'a [u8; BYTES] {
+        strip.rows[r].get(BYTES * b..).and_then(|row| row.first_chunk()).expect("a block of every row")
+    };
+    let mut blocks = [block(0); STRIP];
+    for r in 1..STRIP {
+        blocks[r] = block(r);
+    }
+    blocks
+}
+
 /// Super-block `s` of every token.
 #[inline(always)]
 pub(super) fn super_block<'a, const N: usize>(x: &[&'a [Q8Block]; N], s: usize) -> [&'a Q8Block; N] {

@@ -173,7 +173,7 @@ impl<const THREE: bool, const BYTES: usize> Format for K23<THREE, BYTES> {
 
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn unpack<const DOT: bool>(strip: &Strip<'_>, s: usize, panel: &mut Panel) {
-        let blocks = direct::nth(&direct::rows_of::<BYTES>(strip), s);
+        let blocks = direct::block_of(strip, s);
         let of = Self::scales(&blocks);
         let slices = blocks.map(|block| &block[..]);
         let high = if THREE { transpose(load32_of_each(&slices, 0)) } else { [_mm256_setzero_si256(); 8] };

@@ -184,7 +184,7 @@ impl<const FIVE: bool, const BYTES: usize> Format for K45<FIVE, BYTES> {
 
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn unpack<const DOT: bool>(strip: &Strip<'_>, s: usize, panel: &mut Panel) {
-        let blocks = direct::nth(&direct::rows_of::<BYTES>(strip), s);
+        let blocks = direct::block_of(strip, s);
         let nibble = _mm256_set1_epi8(15);
         for half in 0..2 {
             let high = if FIVE { direct::dwords_16(&blocks, 16 + 16 * half) } else { [nibble; 4] };

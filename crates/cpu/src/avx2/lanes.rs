@@ -103,7 +103,18 @@ fn codes_64(x: &Q8Block, order: Order, k: usize) -> [__m256i; 2] {
 #[inline]
 pub(super) fn paired([a, b]: [__m256i; 2]) -> [__m256i; 2] {
     let swap = _mm256_broadcastsi128_si256(_mm_setr_epi8(2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+    // A compiler that knows the places makes two shuffles of it.
+    let swap = opaque(swap);
     [_mm256_blend_epi16::<0xaa>(a, b), _mm256_shuffle_epi8(_mm256_blend_epi16::<0xaa>(b, a), swap)]
+}
+
+/// The same vector, of which compilers do not know what it holds.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn opaque(mut v: __m256i) -> __m256i {
+    // SAFETY: there are no instructions.
+    unsafe { std::arch::asm!("/* {v} */", v = inout(ymm_reg) v, options(pure, nomem, nostack, preserves_flags)) };
+    v
 }
 
 /// Dword `i` of `field` of every token as vector `i`.

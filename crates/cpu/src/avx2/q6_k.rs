@@ -171,6 +171,21 @@ fn gemv(strip: &Strip<'_>, x: &[Q8Block]) -> __m256 {
     acc
 }
 
+/// Writes the codes that bytes `AT .. AT + 16` of the nibbles and upper bits of half `HALF` hold.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn unpack_codes<const HALF: usize, const AT: usize>(blocks: &Blocks<'_, BYTES>, to: &mut [[[u8; 32]; 8]; 8]) {
+    let low0 = direct::dwords_16(blocks, 64 * HALF + AT);
+    let low1 = direct::dwords_16(blocks, 64 * HALF + 32 + AT);
+    let high = direct::dwords_16(blocks, 128 + 32 * HALF + AT);
+    for i in 0..4 {
+        store(&mut to[4 * HALF][AT / 4 + i], codes::<0>(low0[i], high[i]));
+        store(&mut to[4 * HALF + 1][AT / 4 + i], codes::<1>(low1[i], high[i]));
+        store(&mut to[4 * HALF + 2][AT / 4 + i], codes::<2>(low0[i], high[i]));
+        store(&mut to[4 * HALF + 3][AT / 4 + i], codes::<3>(low1[i], high[i]));
+    }
+}
+
 /// Writes what a panel holds beside codes.
 #[target_feature(enable = "avx2,fma,f16c")]
 fn unpack_scales<const DOT: bool>(blocks: &Blocks<'_, BYTES>, panel: &mut Panel) {
@@ -236,21 +251,11 @@ impl Format for Q6K {
 
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn unpack<const DOT: bool>(strip: &Strip<'_>, s: usize, panel: &mut Panel) {
-        let blocks = direct::nth(&direct::rows_of(strip), s);
-        for half in 0..2 {
-            for at in [0, 16] {
-                let low0 = direct::dwords_16(&blocks, 64 * half + at);
-                let low1 = direct::dwords_16(&blocks, 64 * half + 32 + at);
-                let high = direct::dwords_16(&blocks, 128 + 32 * half + at);
-                for i in 0..4 {
-                    let to = at / 4 + i;
-                    store(&mut panel.codes[4 * half][to], codes::<0>(low0[i], high[i]));
-                    store(&mut panel.codes[4 * half + 1][to], codes::<1>(low1[i], high[i]));
-                    store(&mut panel.codes[4 * half + 2][to], codes::<2>(low0[i], high[i]));
-                    store(&mut panel.codes[4 * half + 3][to], codes::<3>(low1[i], high[i]));
-                }
-            }
-        }
+        let blocks = direct::block_of(strip, s);
+        unpack_codes::<0, 0>(&blocks, &mut panel.codes);
+        unpack_codes::<0, 16>(&blocks, &mut panel.codes);
+        unpack_codes::<1, 0>(&blocks, &mut panel.codes);
+        unpack_codes::<1, 16>(&blocks, &mut panel.codes);
         unpack_scales::<DOT>(&blocks, panel);
     }
 
