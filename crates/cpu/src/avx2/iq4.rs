@@ -232,7 +232,7 @@ impl Format for Iq4Xs {
 
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn unpack<const DOT: bool>(strip: &Strip<'_>, s: usize, panel: &mut Panel) {
-        let blocks = direct::nth(&direct::rows_of::<{ Self::BYTES }>(strip), s);
+        let blocks = direct::block_of::<{ Self::BYTES }>(strip, s);
         let (d, mut low, mut high) = Self::scales(&blocks);
         for j in 0..8 {
             unpack(&blocks, 8 + 16 * j, table(&IQ4_VALUES), &mut panel.codes[j]);
