@@ -77,11 +77,11 @@ def record_path(date, cpu, folder=RECORD):
     return folder / f"{date[:10]}-{re.sub('[^a-z0-9]+', '-', cpu.lower()).strip('-')}.json"
 
 
-def newest(folder=RECORD):
-    paths = sorted(folder.glob("*.json"))
+def newest_first(folder=RECORD):
+    paths = sorted(folder.glob("*.json"), reverse=True)
     if not paths:
         raise ValueError(f"no record in {folder}: bench/compare --record writes one")
-    return paths[-1]
+    return paths
 
 
 def read(path):
