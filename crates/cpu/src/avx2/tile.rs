@@ -1,9 +1,9 @@
 //! Tiles: unpacked weight rows with several tokens, in either of two arrangements.
 //!
 //! Groups of eight tokens (`Lanes<8>`): a dword of one weight row, four columns, is broadcast and meets the same columns of
-//! eight tokens, one in each lane, for two to five such groups. The tokens' vectors are operands in memory, so that a
+//! eight tokens, one in each lane, for three to five such groups. The tokens' vectors are operands in memory, so that a
 //! multiplication costs no load of its own. Tokens that fill no group (`Lanes<1>`): that dword of eight rows, one in each
-//! lane, meets a broadcast of one token, for one to four tokens, and no lane is idle.
+//! lane, meets a broadcast of one token, for one to five tokens, and no lane is idle.
 //!
 //! `maddubs` results are summed in 16 bits as often as their largest value allows (eight times for codes to 15, and sixteen times
 //! for all but strange activations; four for 31, and for 63 that stand for -32 to 31) before `madd` widens them.
