@@ -7,8 +7,7 @@
 use std::arch::x86_64::*;
 
 use super::direct::{self, Blocks};
-use super::load::{half_vector, load16, load16_of_each, store, store8};
-use super::reduce::transpose_halves;
+use super::load::{half_vector, load16, store, store8};
 use super::small::each_block;
 use super::tile::{self, Acc, Rows};
 use super::{Format, Strip};
@@ -49,7 +48,7 @@ fn values<const BYTES: usize>(blocks: &Blocks<'_, BYTES>, at: usize, table: __m2
 #[inline]
 fn unpack<const BYTES: usize>(blocks: &Blocks<'_, BYTES>, at: usize, table: __m256i, codes: &mut [[u8; 32]; 8]) {
     let nibble = _mm256_set1_epi8(15);
-    let q = transpose_halves(load16_of_each(&blocks.map(|b| &b[..]), at));
+    let q = direct::dwords_16(blocks, at);
     for i in 0..4 {
         let (low, high) = (_mm256_and_si256(q[i], nibble), _mm256_and_si256(_mm256_srli_epi16::<4>(q[i]), nibble));
         store(&mut codes[i], _mm256_shuffle_epi8(table, low));

@@ -9,7 +9,6 @@ use std::arch::x86_64::*;
 use super::direct::{self, Blocks, Eights};
 use super::lanes::paired;
 use super::load::{broadcast, store, store8};
-use super::reduce::transpose_quarter;
 use super::tile::{self, Acc, Rows, add_super};
 use super::{Format, SEVERAL, Strip};
 use crate::kernels::{Lanes, Panel, Q8Block};
@@ -34,7 +33,7 @@ struct Scales {
 #[target_feature(enable = "avx2,f16c")]
 #[inline]
 fn scales<const BYTES: usize>(blocks: &Blocks<'_, BYTES>) -> Scales {
-    let [_, a, b, c] = transpose_quarter(direct::pairs(blocks, 0));
+    let [_, a, b, c] = direct::dwords_16(blocks, 0);
     let (six, nibble, pair) = (_mm256_set1_epi8(0x3f), _mm256_set1_epi8(15), _mm256_set1_epi8(0x30));
     let top = |v: __m256i| _mm256_and_si256(_mm256_srli_epi16::<2>(v), pair);
     let scales = [_mm256_and_si256(a, six), _mm256_or_si256(_mm256_and_si256(c, nibble), top(a))];

@@ -8,7 +8,7 @@ use std::arch::x86_64::*;
 
 use super::direct::{self, Blocks, Eights};
 use super::load::{broadcast, load16, load32, store, store8, vector};
-use super::reduce::{sum_halves, transpose_quarter};
+use super::reduce::sum_halves;
 use super::tile::{self, Acc, Rows};
 use super::{Format, SEVERAL, Strip};
 use crate::kernels::{Lanes, Panel, Q8Block, STRIP};
@@ -30,7 +30,7 @@ impl Scales {
     #[inline]
     fn of(blocks: &Blocks<'_, BYTES>) -> Scales {
         // Dword c of a row holds scales 4 c .. 4 c + 4 as signed bytes.
-        let v = transpose_quarter(direct::pairs(blocks, 192));
+        let v = direct::dwords_16(blocks, 192);
         let mut scales = Scales { even: v, odd: v };
         for c in 0..4 {
             scales.even[c] = _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(v[c]));

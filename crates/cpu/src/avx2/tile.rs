@@ -193,11 +193,9 @@ fn unsigned_16_in_order<const SUMS: usize, const L: usize, const N: usize>(
         (true, 16) => of!(groups, [1 2 3 4 5 6 7 8 9 10 11 12 13 14 15]),
         (true, 8) => of!(groups, [1 2 3 4 5 6 7]),
         (true, 4) => of!(groups, [1 2 3]),
-        (true, 2) => of!(groups, [1]),
         (false, 16) => of!(alone, [1 2 3 4 5 6 7 8 9 10 11 12 13 14 15]),
         (false, 8) => of!(alone, [1 2 3 4 5 6 7]),
         (false, 4) => of!(alone, [1 2 3]),
-        (false, 2) => of!(alone, [1]),
         _ => unreachable!("{SUMS} results of maddubs"),
     }
     y
