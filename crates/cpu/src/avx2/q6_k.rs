@@ -116,56 +116,72 @@ fn block_sums<const Q: usize>(
     }
 }
 
-/// The integer sums of one row's super-block with a token: the lanes of the lower half of the vector add up to that of the
+/// The integer sums of one row's super-block with each token: the lanes of the lower half of the vector add up to that of the
 /// first 128 columns, those of the upper half to that of the others.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn row_sums(block: &[u8; BYTES], x: &Q8Block) -> __m256i {
-    let scales = _mm256_mullo_epi16(_mm256_cvtepi8_epi16(load16(block, 192)), vector(&x.scale_pairs));
-    let (y, _) = x.codes.as_chunks::<32>();
-    let mut sums = [_mm256_setzero_si256(); 2];
-    for (half, sum) in sums.iter_mut().enumerate() {
-        // Eight scales in each half of the vector: those of a block's halves are one shuffle away.
-        let scales = match half {
-            0 => _mm256_permute2x128_si256::<0x00>(scales, scales),
-            _ => _mm256_permute2x128_si256::<0x11>(scales, scales),
-        };
+fn row_sums<const N: usize>(block: &[u8; BYTES], x: &[&Q8Block; N]) -> [__m256i; N] {
+    let of_row = _mm256_cvtepi8_epi16(load16(block, 192));
+    let mut scales = [of_row; N];
+    for t in 0..N {
+        scales[t] = _mm256_mullo_epi16(of_row, vector(&x[t].scale_pairs));
+    }
+    let mut sums = [[_mm256_setzero_si256(); 2]; N];
+    for half in 0..2 {
         let low = [load32(block, 64 * half), load32(block, 64 * half + 32)];
         let high = load32(block, 128 + 32 * half);
         let w =
             [codes::<0>(low[0], high), codes::<1>(low[1], high), codes::<2>(low[0], high), codes::<3>(low[1], high)];
-        for q in 0..4 {
-            let j = q as i16;
-            let (a, b) = ((4 * j) | (4 * j + 1) << 8, (4 * j + 2) | (4 * j + 3) << 8);
-            let pick = _mm256_set_m128i(_mm_set1_epi16(b), _mm_set1_epi16(a));
-            let products = _mm256_maddubs_epi16(w[q], vector(&y[4 * half + q]));
-            let scaled = _mm256_madd_epi16(products, _mm256_shuffle_epi8(scales, pick));
-            *sum = if q == 0 { scaled } else { _mm256_add_epi32(*sum, scaled) };
+        for t in 0..N {
+            // Eight scales in each half of the vector: those of a block's halves are one shuffle away.
+            let scales = match half {
+                0 => _mm256_permute2x128_si256::<0x00>(scales[t], scales[t]),
+                _ => _mm256_permute2x128_si256::<0x11>(scales[t], scales[t]),
+            };
+            let y = &x[t].codes.as_chunks::<32>().0[4 * half..][..4];
+            for q in 0..4 {
+                let j = q as i16;
+                let (a, b) = ((4 * j) | (4 * j + 1) << 8, (4 * j + 2) | (4 * j + 3) << 8);
+                let pick = _mm256_set_m128i(_mm_set1_epi16(b), _mm_set1_epi16(a));
+                let products = _mm256_maddubs_epi16(w[q], vector(&y[q]));
+                let scaled = _mm256_madd_epi16(products, _mm256_shuffle_epi8(scales, pick));
+                sums[t][half] = if q == 0 { scaled } else { _mm256_add_epi32(sums[t][half], scaled) };
+            }
         }
     }
-    let [first, second] = sums;
-    let both =
-        _mm256_add_epi32(_mm256_blend_epi32::<0xf0>(first, second), _mm256_permute2x128_si256::<0x21>(first, second));
-    let offset = _mm256_madd_epi16(scales, vector(&x.half_sums));
-    _mm256_sub_epi32(both, _mm256_slli_epi32::<5>(offset))
+    let mut y = [of_row; N];
+    for t in 0..N {
+        let [first, second] = sums[t];
+        let (lower, upper) =
+            (_mm256_blend_epi32::<0xf0>(first, second), _mm256_permute2x128_si256::<0x21>(first, second));
+        let offset = _mm256_madd_epi16(scales[t], vector(&x[t].half_sums));
+        y[t] = _mm256_sub_epi32(_mm256_add_epi32(lower, upper), _mm256_slli_epi32::<5>(offset));
+    }
+    y
 }
 
-/// The products of a strip with one token, row by row: what streams fastest from memory.
+/// The products of a strip with each token, row by row: what streams fastest from memory.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn gemv(strip: &Strip<'_>, x: &[Q8Block]) -> __m256 {
-    let mut acc = _mm256_setzero_ps();
+fn gemv<const N: usize>(strip: &Strip<'_>, x: [&[Q8Block]; N]) -> [__m256; N] {
+    let mut acc = [_mm256_setzero_ps(); N];
     let rows = direct::rows_of(strip);
-    for (s, x) in x.iter().enumerate().take(rows[0].len()) {
+    for s in 0..rows[0].len() {
         let blocks = direct::nth(&rows, s);
-        let mut sums = [_mm256_setzero_si256(); STRIP];
+        let x = direct::super_block(&x, s);
+        let mut sums = [[_mm256_setzero_si256(); STRIP]; N];
         for r in 0..STRIP {
             strip.fetch((s * STRIP + r) * BYTES, BYTES);
-            sums[r] = row_sums(blocks[r], x);
+            let of_row = row_sums(blocks[r], &x);
+            for t in 0..N {
+                sums[t][r] = of_row[t];
+            }
         }
         let [_, d] = direct::last_two_halves(&blocks);
-        for sum in sum_halves(sums) {
-            acc = tile::add_block(acc, sum, d, _mm256_set1_ps(x.d));
+        for t in 0..N {
+            for sum in sum_halves(sums[t]) {
+                acc[t] = tile::add_block(acc[t], sum, d, _mm256_set1_ps(x[t].d));
+            }
         }
     }
     acc
@@ -209,13 +225,12 @@ fn unpack_scales<const DOT: bool>(blocks: &Blocks<'_, BYTES>, panel: &mut Panel)
 
 impl Format for Q6K {
     const TILES_FROM: usize = 8;
-    const SEVERAL_FROM: usize = 2;
+    const SEVERAL_FROM: usize = 3;
     const OFFSET_32: bool = true;
 
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn direct<const N: usize>(strip: &Strip<'_>, x: [&[Q8Block]; N]) -> [__m256; N] {
-        assert!(N == 1, "{N} tokens are several");
-        [gemv(strip, x[0]); N]
+        gemv(strip, x)
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
