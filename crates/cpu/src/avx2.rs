@@ -4,6 +4,7 @@
 //! (`direct`); for more it is unpacked once into a [`Panel`], where every 32-bit lane belongs to one row (`tile`). Both
 //! give the same bits.
 
+mod by_row;
 mod direct;
 mod float;
 mod iq4;
@@ -108,6 +109,9 @@ trait Format {
     /// Whether codes are offset by 32, which tiles take off by [`Lanes::offsets`].
     const OFFSET_32: bool = false;
 
+    /// Whether one or two groups of tokens meet several rows at a time, in panels by row.
+    const BY_ROW: bool = false;
+
     /// The products of a strip with `N` tokens.
     unsafe fn direct<const N: usize>(strip: &Strip<'_>, x: [&[Q8Block]; N]) -> [__m256; N];
 
@@ -124,13 +128,18 @@ trait Format {
     /// of blocks, and what codes are offset by as minima.
     unsafe fn unpack<const DOT: bool>(strip: &Strip<'_>, s: usize, panel: &mut Panel);
 
-    /// Adds to `acc` the products of an unpacked super-block, of `n_blocks` blocks of 32 columns: of one row with `N` groups
-    /// of eight tokens, or of eight rows with `N` tokens.
-    unsafe fn tile<const L: usize, const N: usize>(
+    /// [`Format::unpack`] with codes by row, for tiles of several rows.
+    unsafe fn unpack_by_row(_: &Strip<'_>, _: usize, _: &mut Panel) {
+        unreachable!("no tile has several rows")
+    }
+
+    /// Adds to `acc` the products of an unpacked super-block, of `n_blocks` blocks of 32 columns: of `M` rows with `N` groups
+    /// of eight tokens, or of eight rows with `N` tokens. Several rows are by row.
+    unsafe fn tile<const L: usize, const M: usize, const N: usize>(
         w: Rows<'_, L>,
         n_blocks: usize,
         x: &[&Lanes<L>; N],
-        acc: &mut Acc<N>,
+        acc: &mut [Acc<N>; M],
     );
 }
 
@@ -221,7 +230,7 @@ fn several_to<F: Format>(strip: &Strip<'_>, x: Q8Tokens<'_>, t: usize, out: &mut
 #[target_feature(enable = "avx2,fma,f16c")]
 fn tiled<F: Format>(w: &WeightRows<'_>, x: Q8Tokens<'_>, out: &mut Out<'_>, scratch: &mut PanelScratch) {
     let (n_rows, n_blocks, n_supers) = (w.n_rows(), w.n_cols().div_ceil(32), w.n_cols().div_ceil(SUPER));
-    let n_groups = groups_of(x.len());
+    let n_groups = groups_of::<F>(x.len());
     let (grouped, single) = (x.part(0, LANES * n_groups), x.part((LANES * n_groups).min(x.len()), SPAN));
     let order = Order { paired: F::PAIRED, offset: F::OFFSET_32 };
     let at_hand = scratch.has_interleaved(x, order);
@@ -249,7 +258,12 @@ fn tiled<F: Format>(w: &WeightRows<'_>, x: Q8Tokens<'_>, out: &mut Out<'_>, scra
         for s in 0..n_supers {
             for (strip, panel) in strips.iter().zip(panels.iter_mut()) {
                 // SAFETY: this function itself runs only with the features that `Format` asks for.
-                unsafe { F::unpack::<false>(strip, s, panel) };
+                unsafe {
+                    match n_groups {
+                        1 | 2 => F::unpack_by_row(strip, s, panel),
+                        _ => F::unpack::<false>(strip, s, panel),
+                    }
+                };
             }
             let n_blocks = 8.min(n_blocks - 8 * s);
             let at = strips[0].ahead + s * bytes_of_super;
@@ -270,10 +284,14 @@ fn tiled<F: Format>(w: &WeightRows<'_>, x: Q8Tokens<'_>, out: &mut Out<'_>, scra
 }
 
 /// Into how many groups of eight tokens go; those that are left are taken one by one. It takes three groups to be faster than tokens
-/// alone, and a further one takes as long as six of them, so the last one may have to be filled up.
-fn groups_of(n_tokens: usize) -> usize {
-    let n_groups = (n_tokens + 2) / LANES;
-    if n_groups < 3 { 0 } else { n_groups }
+/// alone, and a further one takes as long as six of them, so the last one may have to be filled up. Fewer groups need panels by row,
+/// in which no token can be alone.
+fn groups_of<F: Format>(n_tokens: usize) -> usize {
+    match (n_tokens + 2) / LANES {
+        n_groups @ (1 | 2) if F::BY_ROW && matches!(n_tokens % LANES, 0 | 7) => n_groups,
+        0..3 => 0,
+        n_groups => n_groups,
+    }
 }
 
 /// Interleaves the tokens: `lanes[s * n_groups + g]` is super-block `s` of the `g`-th eight of them; the last one fills up its group.
@@ -297,6 +315,11 @@ fn meet_groups<F: Format>(
     next: &Next<'_>,
     sums: &mut [LaneSums],
 ) {
+    match lanes.len() {
+        1 => return by_row_to::<F, 4, 1>(panels, n_blocks, lanes, next, sums),
+        2 => return by_row_to::<F, 2, 2>(panels, n_blocks, lanes, next, sums),
+        _ => {}
+    }
     // Four at a time are fastest, and fewer than three are never left.
     let mut g = 0;
     while g < lanes.len() {
@@ -306,6 +329,26 @@ fn meet_groups<F: Format>(
             1 => groups_to::<F, 5>(panels, n_blocks, lanes, g, next, sums),
             _ => groups_to::<F, 3>(panels, n_blocks, lanes, g, next, sums),
         };
+    }
+}
+
+/// Adds the products of `M` rows at a time with all `N` groups.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn by_row_to<F: Format, const M: usize, const N: usize>(
+    panels: &[Panel],
+    n_blocks: usize,
+    lanes: &[Lanes<LANES>],
+    next: &Next<'_>,
+    sums: &mut [LaneSums],
+) {
+    let x: [&Lanes<LANES>; N] = std::array::from_fn(|t| &lanes[t]);
+    for (h, panel) in panels.iter().enumerate() {
+        for r in (0..STRIP).step_by(M) {
+            let at = (STRIP * h + r) * N;
+            tile_to::<F, LANES, M, N>(Rows { panel, r }, n_blocks, &x, &mut sums[at..at + M * N]);
+            next.fetch(at..at + M * N);
+        }
     }
 }
 
@@ -324,7 +367,7 @@ fn groups_to<F: Format, const N: usize>(
     for (h, panel) in panels.iter().enumerate() {
         for r in 0..STRIP {
             let at = (STRIP * h + r) * lanes.len() + g;
-            tile_to::<F, LANES, N>(Rows { panel, r }, n_blocks, &x, &mut sums[at..at + N]);
+            tile_to::<F, LANES, 1, N>(Rows { panel, r }, n_blocks, &x, &mut sums[at..at + N]);
             let done = g * panels.len() * STRIP + N * (STRIP * h + r);
             next.fetch(done..done + N);
         }
@@ -363,7 +406,7 @@ fn singles_to<F: Format, const N: usize>(
 ) -> usize {
     let blocks: [&Lanes<1>; N] = std::array::from_fn(|i| &x[t + i]);
     for (h, panel) in panels.iter().enumerate() {
-        tile_to::<F, 1, N>(Rows { panel, r: 0 }, n_blocks, &blocks, &mut sums[h * x.len() + t..][..N]);
+        tile_to::<F, 1, 1, N>(Rows { panel, r: 0 }, n_blocks, &blocks, &mut sums[h * x.len() + t..][..N]);
         let done = t * panels.len() + N * h;
         next.fetch(done..done + N);
     }
@@ -373,17 +416,18 @@ fn singles_to<F: Format, const N: usize>(
 /// Adds a tile to its sums.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn tile_to<F: Format, const L: usize, const N: usize>(
+fn tile_to<F: Format, const L: usize, const M: usize, const N: usize>(
     w: Rows<'_, L>,
     n_blocks: usize,
     x: &[&Lanes<L>; N],
     sums: &mut [LaneSums],
 ) {
     const { assert!(size_of::<LaneSums>() == size_of::<__m256>() && align_of::<LaneSums>() == align_of::<__m256>()) };
-    let sums: &mut [LaneSums; N] = sums.first_chunk_mut().expect("sums of every token");
+    let sums: &mut [[LaneSums; N]; M] =
+        sums.as_chunks_mut().0.first_chunk_mut().expect("sums of every token with every row");
     // SAFETY: the floats of a sum are those of a vector, and as aligned; this function itself runs only with the features that
     // `Format` asks for.
-    unsafe { F::tile::<L, N>(w, n_blocks, x, &mut *(&raw mut *sums).cast()) };
+    unsafe { F::tile::<L, M, N>(w, n_blocks, x, &mut *(&raw mut *sums).cast()) };
 }
 
 /// Writes the groups' sums of weight rows `first .. first + n`.

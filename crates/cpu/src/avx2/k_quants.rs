@@ -8,7 +8,7 @@ use std::arch::x86_64::*;
 
 use super::direct::{self, Blocks, Eights};
 use super::lanes::paired;
-use super::load::{broadcast, store, store8};
+use super::load::{broadcast, load32, store, store8};
 use super::tile::{self, Acc, Rows, add_super};
 use super::{Format, SEVERAL, Strip};
 use crate::kernels::{Lanes, Panel, Q8Block};
@@ -147,9 +147,10 @@ impl<const FIVE: bool, const BYTES: usize> K45<FIVE, BYTES> {
 }
 
 impl<const FIVE: bool, const BYTES: usize> Format for K45<FIVE, BYTES> {
-    const TILES_FROM: usize = if FIVE { 9 } else { 8 };
+    const TILES_FROM: usize = 8;
     const SEVERAL_FROM: usize = 4;
     const PAIRED: bool = true;
+    const BY_ROW: bool = true;
 
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn direct<const N: usize>(strip: &Strip<'_>, x: [&[Q8Block]; N]) -> [__m256; N] {
@@ -207,12 +208,37 @@ impl<const FIVE: bool, const BYTES: usize> Format for K45<FIVE, BYTES> {
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn tile<const L: usize, const N: usize>(w: Rows<'_, L>, _: usize, x: &[&Lanes<L>; N], acc: &mut Acc<N>) {
+    unsafe fn unpack_by_row(strip: &Strip<'_>, s: usize, panel: &mut Panel) {
+        let blocks = direct::block_of(strip, s);
+        let nibble = _mm256_set1_epi8(15);
+        for (block, codes) in blocks.iter().zip(&mut panel.codes) {
+            let high = if FIVE { load32(*block, 16) } else { nibble };
+            for k in 0..4 {
+                let q = load32(*block, Self::QS + 32 * k);
+                let mut w = [_mm256_and_si256(q, nibble), _mm256_and_si256(_mm256_srli_epi16::<4>(q), nibble)];
+                if FIVE {
+                    w = [fifth(w[0], high, 2 * k), fifth(w[1], high, 2 * k + 1)];
+                }
+                for (to, w) in codes[2 * k..].iter_mut().zip(paired(w)) {
+                    store(to, w);
+                }
+            }
+        }
+        Self::unpack_scales::<false>(&blocks, panel);
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn tile<const L: usize, const M: usize, const N: usize>(
+        w: Rows<'_, L>,
+        _: usize,
+        x: &[&Lanes<L>; N],
+        acc: &mut [Acc<N>; M],
+    ) {
         match (FIVE, x.iter().all(|x| x.narrow)) {
-            (false, true) => tile::super_pairs::<16, true, L, N>(w, x, acc),
-            (false, false) => tile::super_pairs::<8, false, L, N>(w, x, acc),
-            (true, true) => tile::super_pairs::<4, true, L, N>(w, x, acc),
-            (true, false) => tile::super_pairs::<4, false, L, N>(w, x, acc),
+            (false, true) => tile::super_pairs::<16, true, L, M, N>(w, x, acc),
+            (false, false) => tile::super_pairs::<8, false, L, M, N>(w, x, acc),
+            (true, true) => tile::super_pairs::<4, true, L, M, N>(w, x, acc),
+            (true, false) => tile::super_pairs::<4, false, L, M, N>(w, x, acc),
         }
     }
 }

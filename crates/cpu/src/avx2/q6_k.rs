@@ -116,6 +116,15 @@ fn block_sums<const Q: usize>(
     }
 }
 
+/// The codes of one row's blocks `4 half ..`.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn row_codes(block: &[u8; BYTES], half: usize) -> [__m256i; 4] {
+    let low = [load32(block, 64 * half), load32(block, 64 * half + 32)];
+    let high = load32(block, 128 + 32 * half);
+    [codes::<0>(low[0], high), codes::<1>(low[1], high), codes::<2>(low[0], high), codes::<3>(low[1], high)]
+}
+
 /// The integer sums of one row's super-block with each token: the lanes of the lower half of the vector add up to that of the
 /// first 128 columns, those of the upper half to that of the others.
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -128,10 +137,7 @@ fn row_sums<const N: usize>(block: &[u8; BYTES], x: &[&Q8Block; N]) -> [__m256i;
     }
     let mut sums = [[_mm256_setzero_si256(); 2]; N];
     for half in 0..2 {
-        let low = [load32(block, 64 * half), load32(block, 64 * half + 32)];
-        let high = load32(block, 128 + 32 * half);
-        let w =
-            [codes::<0>(low[0], high), codes::<1>(low[1], high), codes::<2>(low[0], high), codes::<3>(low[1], high)];
+        let w = row_codes(block, half);
         for t in 0..N {
             // Eight scales in each half of the vector: those of a block's halves are one shuffle away.
             let scales = match half {
@@ -224,9 +230,10 @@ fn unpack_scales<const DOT: bool>(blocks: &Blocks<'_, BYTES>, panel: &mut Panel)
 }
 
 impl Format for Q6K {
-    const TILES_FROM: usize = 8;
+    const TILES_FROM: usize = 7;
     const SEVERAL_FROM: usize = 3;
     const OFFSET_32: bool = true;
+    const BY_ROW: bool = true;
 
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn direct<const N: usize>(strip: &Strip<'_>, x: [&[Q8Block]; N]) -> [__m256; N] {
@@ -275,7 +282,25 @@ impl Format for Q6K {
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn tile<const L: usize, const N: usize>(w: Rows<'_, L>, _: usize, x: &[&Lanes<L>; N], acc: &mut Acc<N>) {
+    unsafe fn unpack_by_row(strip: &Strip<'_>, s: usize, panel: &mut Panel) {
+        let blocks = direct::block_of(strip, s);
+        for (block, to) in blocks.iter().zip(&mut panel.codes) {
+            for half in 0..2 {
+                for (to, w) in to[4 * half..].iter_mut().zip(row_codes(block, half)) {
+                    store(to, w);
+                }
+            }
+        }
+        unpack_scales::<false>(&blocks, panel);
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn tile<const L: usize, const M: usize, const N: usize>(
+        w: Rows<'_, L>,
+        _: usize,
+        x: &[&Lanes<L>; N],
+        acc: &mut [Acc<N>; M],
+    ) {
         tile::halves_16(w, x, acc)
     }
 }

@@ -2,8 +2,9 @@
 //!
 //! Groups of eight tokens (`Lanes<8>`): a dword of one weight row, four columns, is broadcast and meets the same columns of
 //! eight tokens, one in each lane, for three to five such groups. The tokens' vectors are operands in memory, so that a
-//! multiplication costs no load of its own. Tokens that fill no group (`Lanes<1>`): that dword of eight rows, one in each
-//! lane, meets a broadcast of one token, for one to five tokens, and no lane is idle.
+//! multiplication costs no load of its own. One or two groups meet several rows instead (`by_row`). Tokens that fill no group
+//! (`Lanes<1>`): that dword of eight rows, one in each lane, meets a broadcast of one token, for one to five tokens, and no lane is
+//! idle.
 //!
 //! `maddubs` results are summed in 16 bits as often as their largest value allows (eight times for codes to 15, and sixteen times
 //! for all but strange activations; four for 31, and for 63 that stand for -32 to 31) before `madd` widens them.
@@ -11,16 +12,18 @@
 use std::arch::asm;
 use std::arch::x86_64::*;
 
+use super::by_row;
 use super::load::{Plain, broadcast, spread, spread_float, vector};
 use crate::kernels::{LANES, Lanes, Panel, STRIP};
 
 /// Integer sums: of a weight row with `N` groups of tokens, or of eight rows with `N` tokens.
-type Sums<const N: usize> = [__m256i; N];
+pub(super) type Sums<const N: usize> = [__m256i; N];
 
 /// The same as floats.
 pub(super) type Acc<const N: usize> = [__m256; N];
 
-/// An unpacked super-block of eight rows, of which row `r` takes part where tokens come in groups, else all.
+/// An unpacked super-block of eight rows, of which those from `r` on take part where tokens come in groups, as many as a tile has,
+/// else all.
 #[derive(Clone, Copy)]
 pub(super) struct Rows<'a, const L: usize> {
     pub(super) panel: &'a Panel,
@@ -41,6 +44,12 @@ impl<const L: usize> Rows<'_, L> {
     fn floats_of(self, field: &[f32; 8]) -> __m256 {
         _mm256_castsi256_ps(self.of(field))
     }
+
+    /// From the `m`-th of these rows on.
+    #[inline(always)]
+    fn skip(self, m: usize) -> Self {
+        Rows { r: self.r + m, ..self }
+    }
 }
 
 /// Unsigned codes in pairs of blocks with integer scales and minima per 32 columns; `SUMS` results of `maddubs` fit 16 bits, and
@@ -49,47 +58,54 @@ impl<const L: usize> Rows<'_, L> {
 /// Lower halves of lanes sum one block and upper halves the other, so that one multiplication takes in the scales of both.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-pub(super) fn super_pairs<const SUMS: usize, const NARROW: bool, const L: usize, const N: usize>(
+pub(super) fn super_pairs<const SUMS: usize, const NARROW: bool, const L: usize, const M: usize, const N: usize>(
     w: Rows<'_, L>,
     x: &[&Lanes<L>; N],
-    acc: &mut Acc<N>,
+    acc: &mut [Acc<N>; M],
 ) {
-    let mut sum = [_mm256_setzero_si256(); N];
+    let mut sum = [[_mm256_setzero_si256(); N]; M];
     for k in 0..4 {
         for g in 0..16 / SUMS {
-            let y = unsigned_16::<SUMS, L, N>(w, x, 16 * k + g * SUMS);
-            let scales = w.of(&w.panel.scales[k]);
-            for t in 0..N {
-                let scales = _mm256_mullo_epi16(scales, spread(&x[t].scales[k]));
-                sum[t] = _mm256_add_epi32(sum[t], _mm256_madd_epi16(y[t], scales));
+            let y = unsigned_16::<SUMS, L, M, N>(w, x, 16 * k + g * SUMS);
+            for m in 0..M {
+                let scales = w.skip(m).of(&w.panel.scales[k]);
+                for t in 0..N {
+                    let scales = _mm256_mullo_epi16(scales, spread(&x[t].scales[k]));
+                    sum[m][t] = _mm256_add_epi32(sum[m][t], _mm256_madd_epi16(y[m][t], scales));
+                }
             }
         }
     }
-    let mut min = [_mm256_setzero_si256(); N];
-    for i in 0..4 {
-        let m = w.of(&w.panel.mins[i]);
-        for t in 0..N {
-            let product = if NARROW {
-                _mm256_madd_epi16(m, spread(&x[t].scaled_sums[i]))
-            } else {
-                _mm256_madd_epi16(_mm256_mullo_epi16(m, spread(&x[t].scales[i])), spread(&x[t].sums[i]))
-            };
-            min[t] = _mm256_add_epi32(min[t], product);
+    for m in 0..M {
+        let mut min = [_mm256_setzero_si256(); N];
+        for i in 0..4 {
+            let mins = w.skip(m).of(&w.panel.mins[i]);
+            for t in 0..N {
+                let product = if NARROW {
+                    _mm256_madd_epi16(mins, spread(&x[t].scaled_sums[i]))
+                } else {
+                    _mm256_madd_epi16(_mm256_mullo_epi16(mins, spread(&x[t].scales[i])), spread(&x[t].sums[i]))
+                };
+                min[t] = _mm256_add_epi32(min[t], product);
+            }
         }
+        finish_super(w.skip(m), x, &sum[m], &min, &mut acc[m]);
     }
-    finish_super(w, x, &sum, &min, acc);
 }
 
-/// The sums of `SUMS` results of `maddubs` in 16-bit lanes: dwords `from ..` of the codes.
+/// The sums of `SUMS` results of `maddubs` in 16-bit lanes: dwords `from ..` of the codes, which are by row where rows are several.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn unsigned_16<const SUMS: usize, const L: usize, const N: usize>(
+fn unsigned_16<const SUMS: usize, const L: usize, const M: usize, const N: usize>(
     w: Rows<'_, L>,
     x: &[&Lanes<L>; N],
     from: usize,
-) -> Sums<N> {
+) -> [Sums<N>; M] {
+    if M > 1 {
+        return by_row::unsigned_16::<SUMS, L, M, N>(w, x, from);
+    }
     if N > 1 {
-        return unsigned_16_in_order::<SUMS, L, N>(w, x, from);
+        return [unsigned_16_in_order::<SUMS, L, N>(w, x, from); M];
     }
     let mut y = [_mm256_setzero_si256(); N];
     for i in from..from + SUMS {
@@ -99,7 +115,7 @@ fn unsigned_16<const SUMS: usize, const L: usize, const N: usize>(
             y[t] = if i == from { product } else { _mm256_add_epi16(y[t], product) };
         }
     }
-    y
+    [y; M]
 }
 
 /// What one dword of the weights does to every sum, as assembly: `first` starts the sums, `next` adds to them. `groups` of tokens
@@ -237,7 +253,7 @@ pub(super) fn super_16<const OFFSET: bool, const L: usize, const N: usize>(
     let (mut sum, mut min) = ([_mm256_setzero_si256(); N], [_mm256_setzero_si256(); N]);
     for j in 0..8 {
         for h in 0..2 {
-            let y = unsigned_16::<4, L, N>(w, x, 8 * j + 4 * h);
+            let [y] = unsigned_16::<4, L, 1, N>(w, x, 8 * j + 4 * h);
             let scale = w.of(&w.panel.scales[2 * j + h]);
             for t in 0..N {
                 let scale = _mm256_mullo_epi16(scale, spread(&x[t].scale_pairs[j]));
@@ -276,7 +292,7 @@ pub(super) fn blocks_unsigned<const SUMS: usize, const MIN: bool, const L: usize
             sum[t] = _mm256_madd_epi16(spread(&x[t].half_sums[j]), _mm256_set1_epi16(-offset));
         }
         for g in 0..8 / SUMS {
-            let y = unsigned_16::<SUMS, L, N>(w, x, 8 * j + g * SUMS);
+            let [y] = unsigned_16::<SUMS, L, 1, N>(w, x, 8 * j + g * SUMS);
             for t in 0..N {
                 sum[t] = _mm256_add_epi32(sum[t], _mm256_madd_epi16(y[t], ones));
             }
@@ -319,24 +335,33 @@ pub(super) fn add_block(acc: __m256, sum: __m256i, d: __m256, x_d: __m256) -> __
 /// halves are summed apart.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-pub(super) fn halves_16<const L: usize, const N: usize>(w: Rows<'_, L>, x: &[&Lanes<L>; N], acc: &mut Acc<N>) {
-    let d = w.floats_of(&w.panel.d[0]);
+pub(super) fn halves_16<const L: usize, const M: usize, const N: usize>(
+    w: Rows<'_, L>,
+    x: &[&Lanes<L>; N],
+    acc: &mut [Acc<N>; M],
+) {
     for half in 0..2 {
-        let mut sum = [_mm256_setzero_si256(); N];
+        let mut sum = [[_mm256_setzero_si256(); N]; M];
         for j in 4 * half..4 * half + 4 {
             for i in [2 * j, 2 * j + 1] {
                 // Sums of eight columns may not fit 16 bits until the offset is off, but they come out right all the same.
-                let y = unsigned_16::<4, L, N>(w, x, 4 * i);
-                let scale = w.of(&w.panel.scales[i]);
-                for t in 0..N {
-                    let y = _mm256_add_epi16(y[t], spread(&x[t].offsets[i]));
-                    let scale = _mm256_mullo_epi16(scale, spread(&x[t].scale_pairs[j]));
-                    sum[t] = _mm256_add_epi32(sum[t], _mm256_madd_epi16(y, scale));
+                let y = unsigned_16::<4, L, M, N>(w, x, 4 * i);
+                for m in 0..M {
+                    let scale = w.skip(m).of(&w.panel.scales[i]);
+                    for t in 0..N {
+                        let y = _mm256_add_epi16(y[m][t], spread(&x[t].offsets[i]));
+                        let scale = _mm256_mullo_epi16(scale, spread(&x[t].scale_pairs[j]));
+                        sum[m][t] = _mm256_add_epi32(sum[m][t], _mm256_madd_epi16(y, scale));
+                    }
                 }
+                by_row::settle(&mut sum);
             }
         }
-        for t in 0..N {
-            acc[t] = add_block(acc[t], sum[t], d, spread_float(&x[t].d));
+        for m in 0..M {
+            let d = w.skip(m).floats_of(&w.panel.d[0]);
+            for t in 0..N {
+                acc[m][t] = add_block(acc[m][t], sum[m][t], d, spread_float(&x[t].d));
+            }
         }
     }
 }
