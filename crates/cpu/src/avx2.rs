@@ -177,8 +177,7 @@ fn matmul<F: Format>(w: WeightRows<'_>, x: Q8Tokens<'_>, out: &mut Out<'_>, scra
     let ahead = prefetch_distance(w.row_bytes());
     for r in (0..n_rows).step_by(STRIP) {
         let n = STRIP.min(n_rows - r);
-        let rows = std::array::from_fn(|i| w.row(r + i.min(n - 1)));
-        let strip = Strip { rows, n_blocks, ahead };
+        let strip = Strip { rows: rows_from(&w, r, n_rows), n_blocks, ahead };
         let mut t = 0;
         while t < x.len() {
             t += match x.len() - t {
@@ -192,6 +191,16 @@ fn matmul<F: Format>(w: WeightRows<'_>, x: Q8Tokens<'_>, out: &mut Out<'_>, scra
     }
 }
 
+/// Eight of the `n_rows` rows from `r` on, the last one for those that there are not.
+#[inline(always)]
+fn rows_from<'a>(w: &WeightRows<'a>, r: usize, n_rows: usize) -> [&'a [u8]; STRIP] {
+    let mut rows: [&[u8]; STRIP] = [&[]; STRIP];
+    for (i, row) in rows.iter_mut().enumerate() {
+        *row = w.row((r + i).min(n_rows - 1));
+    }
+    rows
+}
+
 /// Multiplies tokens `t .. t + N` with a strip and writes the `n` results of each; returns `N`.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
@@ -203,8 +212,12 @@ fn direct_to<F: Format, const N: usize>(
     r: usize,
     n: usize,
 ) -> usize {
+    let mut rows: [&[Q8Block]; N] = [&[]; N];
+    for (i, row) in rows.iter_mut().enumerate() {
+        *row = x.row(t + i);
+    }
     // SAFETY: this function itself runs only with the features that `Format` asks for.
-    put(unsafe { F::direct::<N>(strip, std::array::from_fn(|i| x.row(t + i))) }, x, t, out, r, n)
+    put(unsafe { F::direct::<N>(strip, rows) }, x, t, out, r, n)
 }
 
 /// Multiplies tokens from `t` on, at most [`SEVERAL`], with a strip and writes the `n` results of each; returns how many.
@@ -249,7 +262,7 @@ fn tiled<F: Format>(w: &WeightRows<'_>, x: Q8Tokens<'_>, out: &mut Out<'_>, scra
         let n = (STRIPS * STRIP).min(n_rows - first);
         let panels = &mut panels[..n.div_ceil(STRIP)];
         let strips: [Strip<'_>; STRIPS] = std::array::from_fn(|h| Strip {
-            rows: std::array::from_fn(|i| w.row((first + STRIP * h + i).min(n_rows - 1))),
+            rows: rows_from(w, first + STRIP * h, n_rows),
             n_blocks,
             ahead: STRIPS * STRIP * w.row_bytes(),
         });
