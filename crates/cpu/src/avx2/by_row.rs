@@ -101,10 +101,10 @@ pub(super) fn unsigned_16<const SUMS: usize, const L: usize, const M: usize, con
     from: usize,
 ) -> [Sums<N>; M] {
     assert!(L == LANES && from + SUMS <= 64 && w.r + M <= STRIP);
-    let p = w.panel.codes[w.r].as_flattened()[4 * from..].as_ptr();
+    let p = w.panel.codes[w.r..].as_flattened().as_flattened()[4 * from..].as_ptr();
     let mut codes = [p.cast::<i8>(); N];
     for t in 0..N {
-        codes[t] = x[t].codes[from].as_flattened().as_ptr();
+        codes[t] = x[t].codes[from..].as_ptr().cast();
     }
     let mut y = [[_mm256_setzero_si256(); N]; M];
     // SAFETY: of the codes of `M` rows, 256 bytes apart, `SUMS` dwords are read, of a group's codes as many whole entries, aligned as

@@ -179,10 +179,10 @@ fn unsigned_16_in_order<const SUMS: usize, const L: usize, const N: usize>(
 ) -> Sums<N> {
     assert!((L == LANES || L == 1) && from + SUMS <= 64 && w.r < STRIP);
     let r = if L == LANES { w.r } else { 0 };
-    let p = w.panel.codes.as_flattened()[from][4 * r..].as_ptr();
+    let p = w.panel.codes.as_flattened().as_flattened()[32 * from + 4 * r..].as_ptr();
     let mut codes = [p.cast::<i8>(); N];
     for t in 0..N {
-        codes[t] = x[t].codes[from].as_flattened().as_ptr();
+        codes[t] = x[t].codes[from..].as_ptr().cast();
     }
     let mut y = [_mm256_setzero_si256(); N];
     macro_rules! of {
