@@ -1,8 +1,8 @@
 //! Kernels for x86-64 with AVX2, FMA and F16C.
 //!
 //! Quantized rows are taken in strips of eight. For few tokens a strip is multiplied straight from the file's layout
-//! (`direct`); for more it is unpacked once into a [`Panel`], where every 32-bit lane belongs to one row (`tile`). Both
-//! give the same bits.
+//! (`direct`); for more it is unpacked once into a [`Panel`], where every 32-bit lane belongs to one row (`tile`), or where codes
+//! stay in the order of rows (`by_row`). All give the same bits.
 
 mod by_row;
 mod direct;
@@ -128,19 +128,28 @@ trait Format {
     /// of blocks, and what codes are offset by as minima.
     unsafe fn unpack<const DOT: bool>(strip: &Strip<'_>, s: usize, panel: &mut Panel);
 
-    /// [`Format::unpack`] with codes by row, for tiles of several rows.
-    unsafe fn unpack_by_row(_: &Strip<'_>, _: usize, _: &mut Panel) {
-        unreachable!("no tile has several rows")
-    }
-
-    /// Adds to `acc` the products of an unpacked super-block, of `n_blocks` blocks of 32 columns: of `M` rows with `N` groups
-    /// of eight tokens, or of eight rows with `N` tokens. Several rows are by row.
-    unsafe fn tile<const L: usize, const M: usize, const N: usize>(
+    /// Adds to `acc` the products of an unpacked super-block, of `n_blocks` blocks of 32 columns: of one row with `N` groups
+    /// of eight tokens, or of eight rows with `N` tokens.
+    unsafe fn tile<const L: usize, const N: usize>(
         w: Rows<'_, L>,
         n_blocks: usize,
         x: &[&Lanes<L>; N],
-        acc: &mut [Acc<N>; M],
+        acc: &mut Acc<N>,
     );
+
+    /// [`Format::unpack`] with codes by row, for [`Format::tile_by_row`].
+    unsafe fn unpack_by_row(_: &Strip<'_>, _: usize, _: &mut Panel) {
+        unreachable!("no tile is by row")
+    }
+
+    /// Adds to `acc` the products of `M` rows of a super-block by row with `N` groups of eight tokens.
+    unsafe fn tile_by_row<const M: usize, const N: usize>(
+        _: Rows<'_, LANES>,
+        _: &[&Lanes<LANES>; N],
+        _: &mut [Acc<N>; M],
+    ) {
+        unreachable!("no tile is by row")
+    }
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -201,6 +210,14 @@ fn rows_from<'a>(w: &WeightRows<'a>, r: usize, n_rows: usize) -> [&'a [u8]; STRI
     rows
 }
 
+/// Fills `rows` with the activations of tokens from `t` on.
+#[inline(always)]
+fn tokens_from<'a>(x: Q8Tokens<'a>, t: usize, rows: &mut [&'a [Q8Block]]) {
+    for (i, row) in rows.iter_mut().enumerate() {
+        *row = x.row(t + i);
+    }
+}
+
 /// Multiplies tokens `t .. t + N` with a strip and writes the `n` results of each; returns `N`.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
@@ -213,9 +230,7 @@ fn direct_to<F: Format, const N: usize>(
     n: usize,
 ) -> usize {
     let mut rows: [&[Q8Block]; N] = [&[]; N];
-    for (i, row) in rows.iter_mut().enumerate() {
-        *row = x.row(t + i);
-    }
+    tokens_from(x, t, &mut rows);
     // SAFETY: this function itself runs only with the features that `Format` asks for.
     put(unsafe { F::direct::<N>(strip, rows) }, x, t, out, r, n)
 }
@@ -226,9 +241,7 @@ fn direct_to<F: Format, const N: usize>(
 fn several_to<F: Format>(strip: &Strip<'_>, x: Q8Tokens<'_>, t: usize, out: &mut Out<'_>, r: usize, n: usize) -> usize {
     let count = SEVERAL.min(x.len() - t);
     let mut rows: [&[Q8Block]; SEVERAL] = [&[]; SEVERAL];
-    for (i, row) in rows[..count].iter_mut().enumerate() {
-        *row = x.row(t + i);
-    }
+    tokens_from(x, t, &mut rows[..count]);
     let mut acc = [_mm256_setzero_ps(); SEVERAL];
     // SAFETY: this function itself runs only with the features that `Format` asks for.
     unsafe { F::several(strip, &rows[..count], &mut acc) };
@@ -329,8 +342,8 @@ fn meet_groups<F: Format>(
     sums: &mut [LaneSums],
 ) {
     match lanes.len() {
-        1 => return by_row_to::<F, 4, 1>(panels, n_blocks, lanes, next, sums),
-        2 => return by_row_to::<F, 2, 2>(panels, n_blocks, lanes, next, sums),
+        1 => return by_row_to::<F, 4, 1>(panels, lanes, next, sums),
+        2 => return by_row_to::<F, 2, 2>(panels, lanes, next, sums),
         _ => {}
     }
     // Four at a time are fastest, and fewer than three are never left.
@@ -350,7 +363,6 @@ fn meet_groups<F: Format>(
 #[inline]
 fn by_row_to<F: Format, const M: usize, const N: usize>(
     panels: &[Panel],
-    n_blocks: usize,
     lanes: &[Lanes<LANES>],
     next: &Next<'_>,
     sums: &mut [LaneSums],
@@ -359,7 +371,8 @@ fn by_row_to<F: Format, const M: usize, const N: usize>(
     for (h, panel) in panels.iter().enumerate() {
         for r in (0..STRIP).step_by(M) {
             let at = (STRIP * h + r) * N;
-            tile_to::<F, LANES, M, N>(Rows { panel, r }, n_blocks, &x, &mut sums[at..at + M * N]);
+            // SAFETY: this function itself runs only with the features that `Format` asks for.
+            unsafe { F::tile_by_row::<M, N>(Rows { panel, r }, &x, accumulators(&mut sums[at..at + M * N])) };
             next.fetch(at..at + M * N);
         }
     }
@@ -380,7 +393,7 @@ fn groups_to<F: Format, const N: usize>(
     for (h, panel) in panels.iter().enumerate() {
         for r in 0..STRIP {
             let at = (STRIP * h + r) * lanes.len() + g;
-            tile_to::<F, LANES, 1, N>(Rows { panel, r }, n_blocks, &x, &mut sums[at..at + N]);
+            tile_to::<F, LANES, N>(Rows { panel, r }, n_blocks, &x, &mut sums[at..at + N]);
             let done = g * panels.len() * STRIP + N * (STRIP * h + r);
             next.fetch(done..done + N);
         }
@@ -419,7 +432,7 @@ fn singles_to<F: Format, const N: usize>(
 ) -> usize {
     let blocks: [&Lanes<1>; N] = std::array::from_fn(|i| &x[t + i]);
     for (h, panel) in panels.iter().enumerate() {
-        tile_to::<F, 1, 1, N>(Rows { panel, r: 0 }, n_blocks, &blocks, &mut sums[h * x.len() + t..][..N]);
+        tile_to::<F, 1, N>(Rows { panel, r: 0 }, n_blocks, &blocks, &mut sums[h * x.len() + t..][..N]);
         let done = t * panels.len() + N * h;
         next.fetch(done..done + N);
     }
@@ -429,18 +442,25 @@ fn singles_to<F: Format, const N: usize>(
 /// Adds a tile to its sums.
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline]
-fn tile_to<F: Format, const L: usize, const M: usize, const N: usize>(
+fn tile_to<F: Format, const L: usize, const N: usize>(
     w: Rows<'_, L>,
     n_blocks: usize,
     x: &[&Lanes<L>; N],
     sums: &mut [LaneSums],
 ) {
+    let [acc] = accumulators(sums);
+    // SAFETY: this function itself runs only with the features that `Format` asks for.
+    unsafe { F::tile::<L, N>(w, n_blocks, x, acc) };
+}
+
+/// The sums of a tile of `M` rows with `N` groups or tokens as vectors.
+#[inline(always)]
+fn accumulators<const M: usize, const N: usize>(sums: &mut [LaneSums]) -> &mut [Acc<N>; M] {
     const { assert!(size_of::<LaneSums>() == size_of::<__m256>() && align_of::<LaneSums>() == align_of::<__m256>()) };
     let sums: &mut [[LaneSums; N]; M] =
         sums.as_chunks_mut().0.first_chunk_mut().expect("sums of every token with every row");
-    // SAFETY: the floats of a sum are those of a vector, and as aligned; this function itself runs only with the features that
-    // `Format` asks for.
-    unsafe { F::tile::<L, M, N>(w, n_blocks, x, &mut *(&raw mut *sums).cast()) };
+    // SAFETY: the floats of a sum are those of a vector, and as aligned; the borrow of the sums goes on as that of the vectors.
+    unsafe { &mut *(&raw mut *sums).cast() }
 }
 
 /// Writes the groups' sums of weight rows `first .. first + n`.

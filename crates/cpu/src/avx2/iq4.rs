@@ -95,13 +95,13 @@ impl Format for Iq4Nl {
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn tile<const L: usize, const M: usize, const N: usize>(
+    unsafe fn tile<const L: usize, const N: usize>(
         w: Rows<'_, L>,
         n_blocks: usize,
         x: &[&Lanes<L>; N],
-        acc: &mut [Acc<N>; M],
+        acc: &mut Acc<N>,
     ) {
-        tile::blocks_signed(w, n_blocks, x, &mut acc[0])
+        tile::blocks_signed(w, n_blocks, x, acc)
     }
 }
 
@@ -169,13 +169,13 @@ impl Format for Mxfp4 {
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn tile<const L: usize, const M: usize, const N: usize>(
+    unsafe fn tile<const L: usize, const N: usize>(
         w: Rows<'_, L>,
         n_blocks: usize,
         x: &[&Lanes<L>; N],
-        acc: &mut [Acc<N>; M],
+        acc: &mut Acc<N>,
     ) {
-        tile::blocks_unsigned::<4, false, L, N>(w, n_blocks, x, Self::OFFSET, &mut acc[0])
+        tile::blocks_unsigned::<4, false, L, N>(w, n_blocks, x, Self::OFFSET, acc)
     }
 }
 
@@ -240,12 +240,12 @@ impl Format for Iq4Xs {
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn tile<const L: usize, const M: usize, const N: usize>(
+    unsafe fn tile<const L: usize, const N: usize>(
         w: Rows<'_, L>,
         n_blocks: usize,
         x: &[&Lanes<L>; N],
-        acc: &mut [Acc<N>; M],
+        acc: &mut Acc<N>,
     ) {
-        tile::blocks_signed(w, n_blocks, x, &mut acc[0])
+        tile::blocks_signed(w, n_blocks, x, acc)
     }
 }

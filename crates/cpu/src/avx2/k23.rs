@@ -195,12 +195,7 @@ impl<const THREE: bool, const BYTES: usize> Format for K23<THREE, BYTES> {
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn tile<const L: usize, const M: usize, const N: usize>(
-        w: Rows<'_, L>,
-        _: usize,
-        x: &[&Lanes<L>; N],
-        acc: &mut [Acc<N>; M],
-    ) {
-        tile::super_16::<THREE, L, N>(w, x, &mut acc[0])
+    unsafe fn tile<const L: usize, const N: usize>(w: Rows<'_, L>, _: usize, x: &[&Lanes<L>; N], acc: &mut Acc<N>) {
+        tile::super_16::<THREE, L, N>(w, x, acc)
     }
 }

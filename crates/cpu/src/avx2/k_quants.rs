@@ -5,13 +5,14 @@
 //! columns `64 k + i` and, in its high half, `64 k + 32 + i`).
 
 use std::arch::x86_64::*;
+use std::array::from_mut;
 
 use super::direct::{self, Blocks, Eights};
 use super::lanes::paired;
 use super::load::{broadcast, load32, store, store8};
 use super::tile::{self, Acc, Rows, add_super};
 use super::{Format, SEVERAL, Strip};
-use crate::kernels::{Lanes, Panel, Q8Block};
+use crate::kernels::{LANES, Lanes, Panel, Q8Block};
 
 /// Q5_K where `FIVE`, else Q4_K; in blocks of `BYTES`.
 pub(super) struct K45<const FIVE: bool, const BYTES: usize>;
@@ -128,6 +129,22 @@ impl<const FIVE: bool, const BYTES: usize> K45<FIVE, BYTES> {
         (sum, min)
     }
 
+    /// Adds the products of a tile to `acc`.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline]
+    fn products<const L: usize, const M: usize, const N: usize>(
+        w: Rows<'_, L>,
+        x: &[&Lanes<L>; N],
+        acc: &mut [Acc<N>; M],
+    ) {
+        match (FIVE, x.iter().all(|x| x.narrow)) {
+            (false, true) => tile::super_pairs::<16, true, L, M, N>(w, x, acc),
+            (false, false) => tile::super_pairs::<8, false, L, M, N>(w, x, acc),
+            (true, true) => tile::super_pairs::<4, true, L, M, N>(w, x, acc),
+            (true, false) => tile::super_pairs::<4, false, L, M, N>(w, x, acc),
+        }
+    }
+
     /// Writes what a panel holds beside codes.
     #[target_feature(enable = "avx2,fma,f16c")]
     fn unpack_scales<const DOT: bool>(blocks: &Blocks<'_, BYTES>, panel: &mut Panel) {
@@ -228,17 +245,16 @@ impl<const FIVE: bool, const BYTES: usize> Format for K45<FIVE, BYTES> {
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn tile<const L: usize, const M: usize, const N: usize>(
-        w: Rows<'_, L>,
-        _: usize,
-        x: &[&Lanes<L>; N],
+    unsafe fn tile<const L: usize, const N: usize>(w: Rows<'_, L>, _: usize, x: &[&Lanes<L>; N], acc: &mut Acc<N>) {
+        Self::products(w, x, from_mut(acc))
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn tile_by_row<const M: usize, const N: usize>(
+        w: Rows<'_, LANES>,
+        x: &[&Lanes<LANES>; N],
         acc: &mut [Acc<N>; M],
     ) {
-        match (FIVE, x.iter().all(|x| x.narrow)) {
-            (false, true) => tile::super_pairs::<16, true, L, M, N>(w, x, acc),
-            (false, false) => tile::super_pairs::<8, false, L, M, N>(w, x, acc),
-            (true, true) => tile::super_pairs::<4, true, L, M, N>(w, x, acc),
-            (true, false) => tile::super_pairs::<4, false, L, M, N>(w, x, acc),
-        }
+        Self::products(w, x, acc)
     }
 }

@@ -5,13 +5,14 @@
 //! `q` of byte `i` belongs to column `32 q + i`.
 
 use std::arch::x86_64::*;
+use std::array::from_mut;
 
 use super::direct::{self, Blocks, Eights};
 use super::load::{broadcast, load16, load32, store, store8, vector};
 use super::reduce::sum_halves;
 use super::tile::{self, Acc, Rows};
 use super::{Format, SEVERAL, Strip};
-use crate::kernels::{Lanes, Panel, Q8Block, STRIP};
+use crate::kernels::{LANES, Lanes, Panel, Q8Block, STRIP};
 
 const BYTES: usize = 210;
 
@@ -295,10 +296,14 @@ impl Format for Q6K {
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn tile<const L: usize, const M: usize, const N: usize>(
-        w: Rows<'_, L>,
-        _: usize,
-        x: &[&Lanes<L>; N],
+    unsafe fn tile<const L: usize, const N: usize>(w: Rows<'_, L>, _: usize, x: &[&Lanes<L>; N], acc: &mut Acc<N>) {
+        tile::halves_16(w, x, from_mut(acc))
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn tile_by_row<const M: usize, const N: usize>(
+        w: Rows<'_, LANES>,
+        x: &[&Lanes<LANES>; N],
         acc: &mut [Acc<N>; M],
     ) {
         tile::halves_16(w, x, acc)

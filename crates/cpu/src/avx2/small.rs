@@ -88,13 +88,13 @@ impl Format for Q8 {
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn tile<const L: usize, const M: usize, const N: usize>(
+    unsafe fn tile<const L: usize, const N: usize>(
         w: Rows<'_, L>,
         n_blocks: usize,
         x: &[&Lanes<L>; N],
-        acc: &mut [Acc<N>; M],
+        acc: &mut Acc<N>,
     ) {
-        tile::blocks_signed(w, n_blocks, x, &mut acc[0])
+        tile::blocks_signed(w, n_blocks, x, acc)
     }
 }
 
@@ -206,15 +206,15 @@ impl<const MIN: bool, const FIVE: bool> Format for Nibbles<MIN, FIVE> {
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn tile<const L: usize, const M: usize, const N: usize>(
+    unsafe fn tile<const L: usize, const N: usize>(
         w: Rows<'_, L>,
         n_blocks: usize,
         x: &[&Lanes<L>; N],
-        acc: &mut [Acc<N>; M],
+        acc: &mut Acc<N>,
     ) {
         match FIVE {
-            true => tile::blocks_unsigned::<4, MIN, L, N>(w, n_blocks, x, Self::OFFSET, &mut acc[0]),
-            false => tile::blocks_unsigned::<8, MIN, L, N>(w, n_blocks, x, Self::OFFSET, &mut acc[0]),
+            true => tile::blocks_unsigned::<4, MIN, L, N>(w, n_blocks, x, Self::OFFSET, acc),
+            false => tile::blocks_unsigned::<8, MIN, L, N>(w, n_blocks, x, Self::OFFSET, acc),
         }
     }
 }
