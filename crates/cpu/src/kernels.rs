@@ -451,7 +451,7 @@ pub(crate) const STRIP: usize = 8;
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only SIMD kernels interleave rows"))]
 pub(crate) struct Panel {
     /// `codes[j][i][4 * row + c]` is the code of column `32 j + 4 i + c`, or in pairs of blocks as [`Lanes::codes`]; or, by row,
-    /// `codes[row][j][4 * i + c]` is.
+    /// `codes[j][row][4 * i + c]` is: rows that meet the same tokens are neighbours in the cache.
     pub(crate) codes: [[[u8; 32]; 8]; 8],
     /// Integer scales of 16 or 32 columns each, twice per row; or those of two neighbours as a pair, as `mins`.
     pub(crate) scales: [[[i16; 2]; STRIP]; 16],

@@ -9,6 +9,13 @@ use std::arch::x86_64::*;
 use super::tile::{Rows, Sums};
 use crate::kernels::{LANES, Lanes, STRIP};
 
+/// Where dword `$i` of a row is, counted from its first: eight of them are 32 columns, and the next 32 lie behind those of seven rows.
+macro_rules! dword {
+    ($i:literal) => {
+        concat!("256 * (", $i, " / 8) + 4 * (", $i, " mod 8)")
+    };
+}
+
 /// Four rows with one group: the first dword starts the sums, the others add to them.
 macro_rules! four_rows {
     ($p:ident, $x:ident, $y:ident, [$($i:literal)*]) => {
@@ -16,24 +23,24 @@ macro_rules! four_rows {
             "vmovdqa {x}, [{x0}]",
             "vpbroadcastd {y0}, [{p}]",
             "vpmaddubsw {y0}, {y0}, {x}",
-            "vpbroadcastd {y1}, [{p} + 256]",
+            "vpbroadcastd {y1}, [{p} + 32]",
             "vpmaddubsw {y1}, {y1}, {x}",
-            "vpbroadcastd {y2}, [{p} + 512]",
+            "vpbroadcastd {y2}, [{p} + 64]",
             "vpmaddubsw {y2}, {y2}, {x}",
-            "vpbroadcastd {y3}, [{p} + 768]",
+            "vpbroadcastd {y3}, [{p} + 96]",
             "vpmaddubsw {y3}, {y3}, {x}",
             $(
                 concat!("vmovdqa {x}, [{x0} + 32 * ", $i, "]"),
-                concat!("vpbroadcastd {z}, [{p} + 4 * ", $i, "]"),
+                concat!("vpbroadcastd {z}, [{p} + ", dword!($i), "]"),
                 "vpmaddubsw {z}, {z}, {x}",
                 "vpaddw {y0}, {y0}, {z}",
-                concat!("vpbroadcastd {z}, [{p} + 256 + 4 * ", $i, "]"),
+                concat!("vpbroadcastd {z}, [{p} + 32 + ", dword!($i), "]"),
                 "vpmaddubsw {z}, {z}, {x}",
                 "vpaddw {y1}, {y1}, {z}",
-                concat!("vpbroadcastd {z}, [{p} + 512 + 4 * ", $i, "]"),
+                concat!("vpbroadcastd {z}, [{p} + 64 + ", dword!($i), "]"),
                 "vpmaddubsw {z}, {z}, {x}",
                 "vpaddw {y2}, {y2}, {z}",
-                concat!("vpbroadcastd {z}, [{p} + 768 + 4 * ", $i, "]"),
+                concat!("vpbroadcastd {z}, [{p} + 96 + ", dword!($i), "]"),
                 "vpmaddubsw {z}, {z}, {x}",
                 "vpaddw {y3}, {y3}, {z}",
             )*
@@ -55,7 +62,7 @@ macro_rules! two_rows {
     ($p:ident, $x:ident, $y:ident, [$($i:literal)*]) => {
         asm!(
             "vpbroadcastd {v}, [{p}]",
-            "vpbroadcastd {w}, [{p} + 256]",
+            "vpbroadcastd {w}, [{p} + 32]",
             "vpmaddubsw {y0}, {v}, [{x0}]",
             "vpmaddubsw {y1}, {v}, [{x1}]",
             "vpmaddubsw {y2}, {w}, [{x0}]",
@@ -63,8 +70,8 @@ macro_rules! two_rows {
             $(
                 concat!("vmovdqa {z2}, [{x0} + 32 * ", $i, "]"),
                 concat!("vmovdqa {z3}, [{x1} + 32 * ", $i, "]"),
-                concat!("vpbroadcastd {v}, [{p} + 4 * ", $i, "]"),
-                concat!("vpbroadcastd {w}, [{p} + 256 + 4 * ", $i, "]"),
+                concat!("vpbroadcastd {v}, [{p} + ", dword!($i), "]"),
+                concat!("vpbroadcastd {w}, [{p} + 32 + ", dword!($i), "]"),
                 "vpmaddubsw {z0}, {v}, {z2}",
                 "vpmaddubsw {z1}, {v}, {z3}",
                 "vpmaddubsw {z2}, {w}, {z2}",
@@ -100,15 +107,15 @@ pub(super) fn unsigned_16<const SUMS: usize, const L: usize, const M: usize, con
     x: &[&Lanes<L>; N],
     from: usize,
 ) -> [Sums<N>; M] {
-    assert!(L == LANES && from + SUMS <= 64 && w.r + M <= STRIP);
-    let p = w.panel.codes[w.r..].as_flattened().as_flattened()[4 * from..].as_ptr();
+    assert!(L == LANES && from + SUMS <= 64 && from.is_multiple_of(SUMS.min(8)) && w.r + M <= STRIP);
+    let p = w.panel.codes[from / 8][w.r][4 * (from % 8)..].as_ptr();
     let mut codes = [p.cast::<i8>(); N];
     for t in 0..N {
         codes[t] = x[t].codes[from..].as_ptr().cast();
     }
     let mut y = [[_mm256_setzero_si256(); N]; M];
-    // SAFETY: of the codes of `M` rows, 256 bytes apart, `SUMS` dwords are read, of a group's codes as many whole entries, aligned as
-    // groups are. Both have them by the assertion.
+    // SAFETY: of the codes of `M` rows, `SUMS` dwords are read, of a group's codes as many whole entries, aligned as groups are. Both
+    // have them by the assertion.
     unsafe {
         match (M, N, SUMS) {
             (4, 1, 16) => four_rows!(p, codes, y, [1 2 3 4 5 6 7 8 9 10 11 12 13 14 15]),

@@ -228,7 +228,7 @@ impl<const FIVE: bool, const BYTES: usize> Format for K45<FIVE, BYTES> {
     unsafe fn unpack_by_row(strip: &Strip<'_>, s: usize, panel: &mut Panel) {
         let blocks = direct::block_of(strip, s);
         let nibble = _mm256_set1_epi8(15);
-        for (block, codes) in blocks.iter().zip(&mut panel.codes) {
+        for (r, block) in blocks.iter().enumerate() {
             let high = if FIVE { load32(*block, 16) } else { nibble };
             for k in 0..4 {
                 let q = load32(*block, Self::QS + 32 * k);
@@ -236,9 +236,9 @@ impl<const FIVE: bool, const BYTES: usize> Format for K45<FIVE, BYTES> {
                 if FIVE {
                     w = [fifth(w[0], high, 2 * k), fifth(w[1], high, 2 * k + 1)];
                 }
-                for (to, w) in codes[2 * k..].iter_mut().zip(paired(w)) {
-                    store(to, w);
-                }
+                w = paired(w);
+                store(&mut panel.codes[2 * k][r], w[0]);
+                store(&mut panel.codes[2 * k + 1][r], w[1]);
             }
         }
         Self::unpack_scales::<false>(&blocks, panel);

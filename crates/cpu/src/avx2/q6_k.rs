@@ -285,10 +285,10 @@ impl Format for Q6K {
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn unpack_by_row(strip: &Strip<'_>, s: usize, panel: &mut Panel) {
         let blocks = direct::block_of(strip, s);
-        for (block, to) in blocks.iter().zip(&mut panel.codes) {
+        for (r, block) in blocks.iter().enumerate() {
             for half in 0..2 {
-                for (to, w) in to[4 * half..].iter_mut().zip(row_codes(block, half)) {
-                    store(to, w);
+                for (to, w) in panel.codes[4 * half..].iter_mut().zip(row_codes(block, half)) {
+                    store(&mut to[r], w);
                 }
             }
         }
