@@ -270,6 +270,8 @@ pub(crate) mod avx512;
 mod code_loops;
 pub mod codes;
 #[cfg(target_arch = "x86_64")]
+mod dots;
+#[cfg(target_arch = "x86_64")]
 mod loops;
 #[cfg(target_arch = "x86_64")]
 mod vector;

@@ -10,7 +10,7 @@ use apr_core::backend::KV_BLOCK;
 use super::SHARED;
 use super::codes::{self, Coded, LANES, Pair, Product};
 use super::loops::{Ahead, padded};
-use super::vector::Vector;
+use super::vector::{Operands, Vector};
 
 /// The most vectors that a row of a tile of positions has.
 const MOST: usize = KV_BLOCK / 8;
@@ -87,7 +87,8 @@ unsafe fn tile<V: Vector, P: Put<V>, const R: usize, const C: usize>(
     // SAFETY: the caller's promise: `a` has `R` rows of `n_pairs` pairs, `lda` apart, `b` as many rows, and `c` has `R` rows.
     unsafe {
         let mut sums = [[V::no_ints(); C]; R];
-        for k in 0..n_pairs {
+        let first = V::add_first(&mut sums, &Operands { a, lda, b, ldb, n_pairs, ahead: next, step });
+        for k in first..n_pairs {
             // Into the second-level cache: the first has too few buffers for lines under way.
             _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(step * k).cast());
             let mut of_b = [V::no_ints(); C];

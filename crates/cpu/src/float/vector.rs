@@ -3,8 +3,8 @@
 use std::arch::asm;
 use std::arch::x86_64::*;
 
-use super::body;
 use super::codes::Pair;
+use super::{body, dots};
 
 /// A vector of floats.
 ///
@@ -54,6 +54,27 @@ pub(super) trait Vector: Copy {
     /// `sum` plus both products of each pair of `a` with pair `k` of `b`.
     unsafe fn add_dots(sum: Self::Ints, a: Self::Ints, b: *const Pair, k: usize) -> Self::Ints;
     unsafe fn from_ints(ints: Self::Ints) -> Self;
+    /// Adds the products of a tile's first pairs to its sums, of as many as there is a faster way for than one after another; returns
+    /// how many.
+    #[inline(always)]
+    unsafe fn add_first<const R: usize, const C: usize>(_: &mut [[Self::Ints; C]; R], _: &Operands) -> usize {
+        0
+    }
+}
+
+/// What a tile of a product of codes is made of: `a` `[R, n_pairs]` and `b` `[n_pairs, C * LANES]`.
+pub(super) struct Operands {
+    pub(super) a: *const Pair,
+    /// Distance of the rows of `a`, in pairs.
+    pub(super) lda: usize,
+    pub(super) b: *const Pair,
+    /// Distance of the rows of `b`, in pairs.
+    pub(super) ldb: usize,
+    pub(super) n_pairs: usize,
+    /// What is fetched into the cache with the first pair.
+    pub(super) ahead: *const u8,
+    /// How much further with each of the others, in bytes.
+    pub(super) step: usize,
 }
 
 /// Operations of [`Vector`] that are one intrinsic each.
@@ -198,6 +219,13 @@ impl Vector for __m256 {
     #[inline]
     unsafe fn from_ints(ints: __m256i) -> __m256 {
         _mm256_cvtepi32_ps(ints)
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline]
+    unsafe fn add_first<const R: usize, const C: usize>(sums: &mut [[__m256i; C]; R], of: &Operands) -> usize {
+        // SAFETY: the caller's promise.
+        unsafe { dots::add_eights(sums, of) }
     }
 }
 
