@@ -31,27 +31,32 @@ pub(super) fn interleave(x: &[&Q8Block; LANES], order: Order, to: &mut Lanes<LAN
             }
         }
     }
-    let pairs = transposed(x, |x| &x.scale_pairs);
-    let half_sums = transposed(x, |x| &x.half_sums);
-    let (block_d, block_sum) = (transposed(x, |x| &x.block_d), transposed(x, |x| &x.block_sum));
-    for j in 0..8 {
-        store(&mut to.scale_pairs[j], pairs[j]);
-        store(&mut to.half_sums[j], half_sums[j]);
-        store(&mut to.block_d[j], block_d[j]);
-        store(&mut to.block_sum[j], block_sum[j]);
+    // Weights of one order read no more than this.
+    if order.paired {
+        put(&mut to.scales, transposed_half(x, |x| &x.scales));
+        put(&mut to.sums, transposed_half(x, |x| &x.sums));
+        put(&mut to.scaled_sums, transposed_half(x, |x| &x.scaled_sums));
+    } else {
+        put(&mut to.scale_pairs, transposed(x, |x| &x.scale_pairs));
     }
-    let scales = transposed_half(x, |x| &x.scales);
-    let sums = transposed_half(x, |x| &x.sums);
-    let scaled_sums = transposed_half(x, |x| &x.scaled_sums);
-    for i in 0..4 {
-        store(&mut to.scales[i], scales[i]);
-        store(&mut to.sums[i], sums[i]);
-        store(&mut to.scaled_sums[i], scaled_sums[i]);
+    if !order.paired && !order.offset {
+        put(&mut to.half_sums, transposed(x, |x| &x.half_sums));
+        put(&mut to.block_d, transposed(x, |x| &x.block_d));
+        put(&mut to.block_sum, transposed(x, |x| &x.block_sum));
     }
     to.narrow = true;
     for t in 0..LANES {
         to.d[t] = x[t].d;
         to.narrow &= x[t].narrow;
+    }
+}
+
+/// Writes vectors over the whole of `to`.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn put<T: Plain, const N: usize>(to: &mut [[T; LANES]; N], v: [__m256i; N]) {
+    for (to, v) in to.iter_mut().zip(v) {
+        store(to, v);
     }
 }
 

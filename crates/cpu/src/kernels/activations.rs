@@ -92,7 +92,9 @@ impl Q8Block {
 pub(crate) const LANES: usize = 8;
 
 /// A super-block of `L` tokens, interleaved so that every 32-bit lane of a vector belongs to one token. Fields of the names of
-/// [`Q8Block`]'s are the same numbers, 16-bit ones in pairs of neighbours.
+/// [`Q8Block`]'s are the same numbers, 16-bit ones in pairs of neighbours; those that weights of an [`Order`] do not read are anything.
+///
+/// [`Order`]: super::Order
 #[derive(Clone, Copy, Debug)]
 #[repr(C, align(32))]
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only SIMD kernels interleave tokens"))]
