@@ -9,8 +9,8 @@ use std::arch::x86_64::*;
 use super::tile::{Rows, Sums};
 use crate::kernels::{LANES, Lanes, STRIP};
 
-/// Where dword `$i` of a row is, counted from its first: eight of them are 32 columns, and the next 32 lie behind those of seven rows.
-macro_rules! dword {
+/// Where dword `$i` of a row is, counted from its first: eight are 32 columns, and the next 32 lie behind those of seven other rows.
+macro_rules! place {
     ($i:literal) => {
         concat!("256 * (", $i, " / 8) + 4 * (", $i, " mod 8)")
     };
@@ -31,16 +31,16 @@ macro_rules! four_rows {
             "vpmaddubsw {y3}, {y3}, {x}",
             $(
                 concat!("vmovdqa {x}, [{x0} + 32 * ", $i, "]"),
-                concat!("vpbroadcastd {z}, [{p} + ", dword!($i), "]"),
+                concat!("vpbroadcastd {z}, [{p} + ", place!($i), "]"),
                 "vpmaddubsw {z}, {z}, {x}",
                 "vpaddw {y0}, {y0}, {z}",
-                concat!("vpbroadcastd {z}, [{p} + 32 + ", dword!($i), "]"),
+                concat!("vpbroadcastd {z}, [{p} + 32 + ", place!($i), "]"),
                 "vpmaddubsw {z}, {z}, {x}",
                 "vpaddw {y1}, {y1}, {z}",
-                concat!("vpbroadcastd {z}, [{p} + 64 + ", dword!($i), "]"),
+                concat!("vpbroadcastd {z}, [{p} + 64 + ", place!($i), "]"),
                 "vpmaddubsw {z}, {z}, {x}",
                 "vpaddw {y2}, {y2}, {z}",
-                concat!("vpbroadcastd {z}, [{p} + 96 + ", dword!($i), "]"),
+                concat!("vpbroadcastd {z}, [{p} + 96 + ", place!($i), "]"),
                 "vpmaddubsw {z}, {z}, {x}",
                 "vpaddw {y3}, {y3}, {z}",
             )*
@@ -70,8 +70,8 @@ macro_rules! two_rows {
             $(
                 concat!("vmovdqa {z2}, [{x0} + 32 * ", $i, "]"),
                 concat!("vmovdqa {z3}, [{x1} + 32 * ", $i, "]"),
-                concat!("vpbroadcastd {v}, [{p} + ", dword!($i), "]"),
-                concat!("vpbroadcastd {w}, [{p} + 32 + ", dword!($i), "]"),
+                concat!("vpbroadcastd {v}, [{p} + ", place!($i), "]"),
+                concat!("vpbroadcastd {w}, [{p} + 32 + ", place!($i), "]"),
                 "vpmaddubsw {z0}, {v}, {z2}",
                 "vpmaddubsw {z1}, {v}, {z3}",
                 "vpmaddubsw {z2}, {w}, {z2}",

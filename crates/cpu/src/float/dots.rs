@@ -8,32 +8,7 @@ use std::arch::x86_64::*;
 
 use super::vector::Operands;
 
-/// Pair `$k` of one row with two vectors.
-macro_rules! row {
-    ($k:literal, $row:literal, $y:literal, $z:literal) => {
-        concat!(
-            "vpbroadcastd {t}, [",
-            $row,
-            " + 4 * ",
-            $k,
-            "]\n",
-            "vpmaddwd {u}, {t}, {b0}\n",
-            "vpmaddwd {t}, {t}, {b1}\n",
-            "vpaddd {",
-            $y,
-            "}, {",
-            $y,
-            "}, {u}\n",
-            "vpaddd {",
-            $z,
-            "}, {",
-            $z,
-            "}, {t}\n",
-        )
-    };
-}
-
-/// Pair `$k` of all rows, where `$of_four` is which of four it is.
+/// Pair `$k` of all rows with the two vectors at `$b`.
 macro_rules! pair {
     ($k:literal, $b:literal, $next:literal, $rows:tt) => {
         concat!(
@@ -45,17 +20,26 @@ macro_rules! pair {
     };
     (@rows $k:literal, 4) => {
         concat!(
-            row!($k, "{a}", "s0", "s1"),
-            row!($k, "{a} + {lda}", "s2", "s3"),
-            row!($k, "{a} + 2 * {lda}", "s4", "s5"),
-            row!($k, "{a3}", "s6", "s7"),
+            pair!(@row $k, "{a}", "s0", "s1"),
+            pair!(@row $k, "{a} + {lda}", "s2", "s3"),
+            pair!(@row $k, "{a} + 2 * {lda}", "s4", "s5"),
+            pair!(@row $k, "{a3}", "s6", "s7"),
         )
     };
     (@rows $k:literal, 6) => {
         concat!(
             pair!(@rows $k, 4),
-            row!($k, "{a3} + {lda}", "s8", "s9"),
-            row!($k, "{a3} + 2 * {lda}", "s10", "s11"),
+            pair!(@row $k, "{a3} + {lda}", "s8", "s9"),
+            pair!(@row $k, "{a3} + 2 * {lda}", "s10", "s11"),
+        )
+    };
+    (@row $k:literal, $row:literal, $y:literal, $z:literal) => {
+        concat!(
+            "vpbroadcastd {t}, [", $row, " + 4 * ", $k, "]\n",
+            "vpmaddwd {u}, {t}, {b0}\n",
+            "vpmaddwd {t}, {t}, {b1}\n",
+            "vpaddd {", $y, "}, {", $y, "}, {u}\n",
+            "vpaddd {", $z, "}, {", $z, "}, {t}\n",
         )
     };
 }
