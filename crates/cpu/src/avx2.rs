@@ -24,7 +24,8 @@ use std::arch::x86_64::*;
 use apr_core::qtype::GgmlType;
 
 use crate::kernels::{
-    Isa, Kernels, LANES, LaneSums, Lanes, Order, Out, Panel, PanelScratch, Q8Block, Q8Tokens, STRIP, SUPER, WeightRows,
+    Isa, Kernels, LANES, LaneSums, Lanes, Order, Out, Panel, PanelScratch, Q8Block, Q8Tokens, SPAN, STRIP, SUPER,
+    WeightRows,
 };
 use load::{prefetch, store8};
 use reduce::transpose_floats;
@@ -36,9 +37,6 @@ pub(crate) static KERNELS: Kernels =
 /// Strips that are unpacked at a time: many, so that interleaved tokens are seldom read again, and no more than fit the
 /// first cache beside four groups of tokens.
 const STRIPS: usize = 4;
-
-/// Tokens that are interleaved at a time: no more than fit the second cache.
-const SPAN: usize = 128;
 
 /// Tokens that a strip meets at most while it is decoded.
 const SEVERAL: usize = 8;

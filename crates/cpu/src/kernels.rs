@@ -33,6 +33,10 @@ use crate::avx2::{self, vnni};
 use crate::float::FloatKernels;
 use crate::scalar;
 
+/// Tokens that a call keeps at hand in another form, at most: no more than fit the second cache. What it made of them serves the next call
+/// with the same tokens, so callers with more tokens do well to bring as many at a time.
+pub(crate) const SPAN: usize = 128;
+
 /// An instruction set that kernels are written for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Isa {

@@ -20,12 +20,13 @@ use apr_core::qtype::GgmlType;
 use super::k_quants::K45;
 use super::q6_k::Q6K;
 use super::small::{Nibbles, Q8};
-use super::{Format, Next, SPAN, Strip, float, quantize};
+use super::{Format, Next, Strip, float, quantize};
 use crate::float::FloatKernels;
 use crate::float::avx2::TABLE as AVX2;
 use crate::float::avx512::TABLE as AVX512;
 use crate::kernels::{
-    Isa, Kernels, LANES, LaneSums, MatmulQ8, Out, Panel, PanelScratch, Q8Block, Q8Tokens, STRIP, SUPER, WeightRows,
+    Isa, Kernels, LANES, LaneSums, MatmulQ8, Out, Panel, PanelScratch, Q8Block, Q8Tokens, SPAN, STRIP, SUPER,
+    WeightRows,
 };
 use emulated::Emulated;
 use vectors::{Vectors, Ymm};

@@ -1,14 +1,14 @@
 //! Products with weights: one matrix, or the routed experts of every token.
 //!
-//! Tokens are grouped by expert, so that each expert's weights are read once per step whatever the number of tokens. A task is some
-//! weight rows of one expert with all its tokens; neighbouring tasks read neighbouring rows.
+//! Tokens are grouped by expert, so that each expert's weights come from memory once per step whatever the number of tokens. A task is
+//! some weight rows of one expert with a group of its tokens; neighbouring tasks have the same tokens and neighbouring rows.
 
 use std::ops::Range;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::float::FloatKernels;
-use crate::kernels::{Kernels, PanelScratch, SharedOut};
+use crate::kernels::{Kernels, LANES, PanelScratch, SPAN, SharedOut};
 use crate::pool::Pool;
 use crate::tensor::{CpuIds, CpuTensor, CpuWeight};
 
@@ -26,24 +26,33 @@ pub struct Machine<'a> {
 /// Which slots (token times experts per token, plus place) go to which expert.
 #[derive(Default)]
 pub struct Groups {
-    /// Experts that have slots, most slots first, with their range of `slots`.
-    experts: Vec<(usize, Range<usize>)>,
+    groups: Vec<Group>,
     /// Slots ordered by expert, ascending within one.
     slots: Vec<u32>,
     /// The token of each slot in `slots`.
     tokens: Vec<u32>,
 }
 
+/// Slots of one expert that tasks take together.
+struct Group {
+    expert: usize,
+    /// Of [`Groups::slots`].
+    slots: Range<usize>,
+    /// Whether no group before this one reads the expert's weights.
+    is_first: bool,
+}
+
 impl Groups {
-    /// Groups the slots of a routing by expert.
+    /// Groups the slots of a routing by expert; those with most slots come first.
     pub fn by_expert(&mut self, ids: &CpuIds, n_expert: usize) {
         let mut starts = vec![0usize; n_expert + 1];
         ids.data.iter().for_each(|&e| starts[e as usize + 1] += 1);
         (0..n_expert).for_each(|e| starts[e + 1] += starts[e]);
-        self.experts.clear();
-        self.experts
-            .extend((0..n_expert).map(|e| (e, starts[e]..starts[e + 1])).filter(|(_, slots)| !slots.is_empty()));
-        self.experts.sort_by_key(|(e, slots)| (std::cmp::Reverse(slots.len()), *e));
+        let slots = |e: usize| starts[e]..starts[e + 1];
+        let mut experts: Vec<usize> = (0..n_expert).filter(|&e| !slots(e).is_empty()).collect();
+        experts.sort_by_key(|&e| (std::cmp::Reverse(slots(e).len()), e));
+        self.groups.clear();
+        self.groups.extend(experts.into_iter().flat_map(|e| in_groups(e, slots(e))));
         self.slots.resize(ids.data.len(), 0);
         self.tokens.resize(ids.data.len(), 0);
         for (slot, &e) in ids.data.iter().enumerate() {
@@ -56,8 +65,8 @@ impl Groups {
 
     /// One matrix that every row goes through.
     pub fn one(&mut self, n_rows: usize) {
-        self.experts.clear();
-        self.experts.push((0, 0..n_rows));
+        self.groups.clear();
+        self.groups.extend(in_groups(0, 0..n_rows));
         self.slots.clear();
         self.slots.extend(0..n_rows as u32);
         self.tokens.clone_from(&self.slots);
@@ -65,19 +74,28 @@ impl Groups {
 
     /// Tells that these experts' matrices are about to be read, in the order in which they are.
     pub fn will_need(&self, gate: &CpuWeight, up: &CpuWeight, down: &CpuWeight) {
-        self.experts.iter().for_each(|(e, _)| [gate, up].iter().for_each(|w| w.will_need(*e)));
-        self.experts.iter().for_each(|(e, _)| down.will_need(*e));
+        let experts = || self.groups.iter().filter(|g| g.is_first).map(|g| g.expert);
+        experts().for_each(|e| [gate, up].iter().for_each(|w| w.will_need(e)));
+        experts().for_each(|e| down.will_need(e));
     }
 
-    /// The slots of the `i`-th group.
-    fn slots(&self, i: usize) -> &[u32] {
-        &self.slots[self.experts[i].1.clone()]
+    fn slots(&self, group: &Group) -> &[u32] {
+        &self.slots[group.slots.clone()]
     }
 
-    /// The tokens of the `i`-th group.
-    fn tokens(&self, i: usize) -> &[u32] {
-        &self.tokens[self.experts[i].1.clone()]
+    fn tokens(&self, group: &Group) -> &[u32] {
+        &self.tokens[group.slots.clone()]
     }
+}
+
+/// An expert's slots in groups of [`SPAN`] at most, about as many in each. What a thread makes of a group's tokens then serves all its
+/// tasks of that group, where a larger group would begin again with every task.
+fn in_groups(expert: usize, slots: Range<usize>) -> impl Iterator<Item = Group> {
+    let n_group = slots.len().div_ceil(SPAN).max(1);
+    let size = slots.len().div_ceil(n_group).next_multiple_of(LANES);
+    let Range { start, end } = slots;
+    let group = move |at: usize| Group { expert, slots: at..(at + size).min(end), is_first: at == start };
+    (start..end).step_by(size.max(1)).map(group)
 }
 
 impl Machine<'_> {
@@ -88,25 +106,28 @@ impl Machine<'_> {
     }
 
     /// Calls `f(thread, group, weight rows)` for every group and every range of `n_rows` weight rows.
-    fn each_task(&self, groups: &Groups, n_rows: usize, f: &(dyn Fn(usize, usize, Range<usize>) + Sync)) {
-        let step = self.rows_per_task(n_rows, groups.experts.len().max(1));
+    fn each_task(&self, groups: &Groups, n_rows: usize, f: &(dyn Fn(usize, &Group, Range<usize>) + Sync)) {
+        let groups = &groups.groups;
+        let step = self.rows_per_task(n_rows, groups.len().max(1));
         let per_group = n_rows.div_ceil(step);
-        self.pool.run(groups.experts.len() * per_group, &|thread, task| {
+        self.pool.run(groups.len() * per_group, &|thread, task| {
             let from = task % per_group * step;
-            f(thread, task / per_group, from..(from + step).min(n_rows));
+            f(thread, &groups[task / per_group], from..(from + step).min(n_rows));
         });
     }
 
-    /// `out[out_rows[t], at + rows] = w[mat][rows] x[x_rows[t]]`; `out` is a matrix of `out_cols` columns.
+    /// `out[out_rows[t], at + rows] = w[expert of the group][rows] x[x_rows[t]]`
     fn product(
         &self,
         thread: usize,
-        (w, mat, rows): (&CpuWeight, usize, Range<usize>),
+        (w, group, rows): (&CpuWeight, &Group, Range<usize>),
         (x, x_rows): (&CpuTensor, &[u32]),
         (out, at, out_rows): (SharedOut<'_>, usize, &[u32]),
     ) {
-        let weights = w.rows(mat, rows.clone());
-        self.read_bytes.fetch_add((weights.n_rows() * weights.row_bytes()) as u64, Ordering::Relaxed);
+        let weights = w.rows(group.expert, rows.clone());
+        if group.is_first {
+            self.read_bytes.fetch_add((weights.n_rows() * weights.row_bytes()) as u64, Ordering::Relaxed);
+        }
         // SAFETY: tasks write disjoint cells: other weight rows are other columns, other groups other rows.
         let mut out = unsafe { out.cols(at + rows.start..at + rows.end) };
         if w.is_float() {
@@ -127,7 +148,7 @@ impl Machine<'_> {
         let (groups, n_cols) = (&*groups, out.n_cols());
         let to = SharedOut::new(out.values_mut(), n_cols);
         self.each_task(groups, w.n_rows(), &|thread, g, rows| {
-            self.product(thread, (w, 0, rows), (x, groups.tokens(g)), (to, at, groups.slots(g)));
+            self.product(thread, (w, g, rows), (x, groups.tokens(g)), (to, at, groups.slots(g)));
         });
     }
 
@@ -141,7 +162,7 @@ impl Machine<'_> {
         let to = SharedOut::new(out.values_mut(), w.n_rows());
         self.each_task(groups, w.n_rows(), &|thread, g, rows| {
             let x_rows = if per_slot { groups.slots(g) } else { groups.tokens(g) };
-            self.product(thread, (w, groups.experts[g].0, rows), (x, x_rows), (to, 0, groups.slots(g)));
+            self.product(thread, (w, g, rows), (x, x_rows), (to, 0, groups.slots(g)));
         });
     }
 
@@ -161,9 +182,9 @@ impl Machine<'_> {
         let n_ff = w_gate.n_rows();
         let (to_gate, to_up) = (SharedOut::new(gate.values_mut(), n_ff), SharedOut::new(up.values_mut(), n_ff));
         self.each_task(groups, n_ff, &|thread, g, rows| {
-            let (mat, x_rows, slots) = (groups.experts[g].0, groups.tokens(g), groups.slots(g));
-            self.product(thread, (w_gate, mat, rows.clone()), (x, x_rows), (to_gate, 0, slots));
-            self.product(thread, (w_up, mat, rows.clone()), (x, x_rows), (to_up, 0, slots));
+            let (x_rows, slots) = (groups.tokens(g), groups.slots(g));
+            self.product(thread, (w_gate, g, rows.clone()), (x, x_rows), (to_gate, 0, slots));
+            self.product(thread, (w_up, g, rows.clone()), (x, x_rows), (to_up, 0, slots));
             for &slot in slots {
                 // SAFETY: these cells were written by this task, and no other task reaches them.
                 let (gate, up) =

@@ -10,8 +10,8 @@ use std::marker::PhantomData;
 
 use super::super::direct::super_block;
 use super::super::load::{Plain, broadcast, prefetch};
-use super::super::{self as avx2, Format, Next, SPAN, STRIP};
-use crate::kernels::{Out, PanelScratch, Q8Block, Q8Tokens, WeightRows};
+use super::super::{self as avx2, Format, Next, STRIP};
+use crate::kernels::{Out, PanelScratch, Q8Block, Q8Tokens, SPAN, WeightRows};
 
 /// Rows of a vector.
 const ROWS: usize = 2 * STRIP;
