@@ -41,6 +41,20 @@ fn a_good_model_keeps_every_contract() {
 }
 
 #[test]
+fn a_good_model_keeps_every_contract_on_every_instruction_set() {
+    for isa in ["scalar", "avx2", "avx-vnni", "avx512-vnni"] {
+        let done = apr(["verify", &tiny(), "--isa", isa]);
+        if done.err.contains("this CPU lacks the instruction set") {
+            println!("skipped: needs a CPU with {isa}");
+            continue;
+        }
+        assert_eq!(done.code, Some(0), "{isa}: {done:?}");
+        assert!(done.out.contains(&format!("on cpu ({isa}")), "{}", done.out);
+        assert!(done.out.contains("contracts hold, 0 broken, 0 skipped"), "{isa}: {}", done.out);
+    }
+}
+
+#[test]
 fn json_says_what_was_sampled_measured_and_allowed() {
     let report = apr(["verify", &tiny(), "--json"]).json();
     assert_eq!((&report["schema"], &report["verdict"]), (&"apr.verify/1".into(), &"pass".into()));

@@ -89,6 +89,33 @@ fn chunks_of_a_prefill_and_single_decodes_do_not_matter() {
     }
 }
 
+/// A long prefill takes a context at once, a decode in parts that threads share.
+#[test]
+fn parts_of_a_long_context_do_not_matter() {
+    let tokens = prompt(1080, 10);
+    let last = |isa, n_threads, kv, cut: usize| {
+        let mut run = kv_cpu(isa, n_threads, kv);
+        run.step(&tokens[..cut], 0, 0, &mut none());
+        for at in cut..tokens.len() - 1 {
+            run.step(&tokens[at..=at], at, 0, &mut none());
+        }
+        let from = cut.max(tokens.len() - 1);
+        run.step(&tokens[from..], from, 1, &mut none());
+        run.logits()
+    };
+    for isa in isas() {
+        for kv in [KvType::F32, KvType::F16, KvType::Q8_0] {
+            let mut whole = kv_cpu(isa, 2, kv);
+            whole.step(&tokens, 0, 1, &mut none());
+            let whole = whole.logits();
+            for n_threads in if kv == KvType::F16 { 1..=4 } else { 3..=3 } {
+                let cut = tokens.len() - n_threads;
+                assert_same(&last(isa, n_threads, kv, cut), &whole, &format!("{isa}, {kv}, {n_threads} threads"));
+            }
+        }
+    }
+}
+
 #[test]
 fn single_decodes_do_not_matter_in_any_architecture() {
     for isa in isas() {
