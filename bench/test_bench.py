@@ -4,9 +4,11 @@
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
 import xml.etree.ElementTree as ET
 from importlib.machinery import SourceFileLoader
@@ -177,8 +179,25 @@ class Compare(unittest.TestCase):
                 self.assertNotIn("apr-cli", done.stderr)
             self.assertEqual(wrong.read_bytes(), b"GGUF\xff")
 
+    def test_neighbours_keep_to_a_core_each_while_they_are_wanted(self):
+        children = lambda: Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        last = max(os.sched_getaffinity(0))
+        with script("compare").neighbours(1):
+            (pid,) = children()
+            until = time.monotonic() + 10
+            while os.sched_getaffinity(int(pid)) != {last} and time.monotonic() < until:
+                time.sleep(0.01)
+            self.assertEqual(os.sched_getaffinity(int(pid)), {last})
+        self.assertEqual(children(), [])
+
     def test_wrong_arguments_are_usage(self):
-        for args, word in ((["--workloads", "x"], "no workload"), (["--rounds", "0"], "at least 1"), (["--reps", "0"], "--reps")):
+        for args, word in (
+            (["--workloads", "x"], "no workload"),
+            (["--rounds", "0"], "at least 1"),
+            (["--reps", "0"], "--reps"),
+            (["--neighbours", "100000"], "--neighbours is 100000"),
+            (["--neighbours", "1", "--record"], "a record is of a machine without"),
+        ):
             done = subprocess.run([sys.executable, HERE / "compare", "m.gguf", *args], capture_output=True, text=True)
             self.assertEqual(done.returncode, 2)
             self.assertIn(word, done.stderr)
