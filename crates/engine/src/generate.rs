@@ -17,7 +17,7 @@ use crate::speculate::{NoSpeculation, Speculate, Speculator};
 use crate::trace::served::{ServedTrace, TraceAsk, TraceAskError};
 
 /// Tokens of a prompt that go through the model together. More of them share each expert's weights, fewer keep buffers small.
-pub const PREFILL_CHUNK: usize = 512;
+pub const PREFILL_CHUNK: usize = 1024;
 /// The same of prompts whose every position reaches the output: a row of logits is as long as the vocabulary.
 pub(crate) const LOGITS_CHUNK: usize = 64;
 

@@ -42,8 +42,8 @@ pub fn buffer_bytes(h: &Hparams, n_tokens: usize) -> u64 {
     let (k, n_ff, n_expert) = h.experts.as_ref().map_or((1, h.n_ff, 0), |e| (e.n_expert_used, e.n_ff_exp, e.n_expert));
     // Stream, norm and block output; queries, keys and values; attention; gate and up; each expert's output; routing.
     let floats = 3 * h.n_embd + h.heads.n_qkv() + h.heads.q().len() + 2 * k * n_ff + k * h.n_embd + n_expert + 2 * k;
-    // Inputs of products: one byte a value, and scales.
-    let codes = (h.n_embd + h.heads.q().len() + k * n_ff) * 9 / 8;
+    // Inputs of products: one byte a value, and its share of the scales and sums that kernels read beside it.
+    let codes = (h.n_embd + h.heads.q().len() + k * n_ff) * 7 / 4;
     n_tokens as u64 * (4 * floats + codes) as u64 + 4 * h.n_vocab as u64
 }
 

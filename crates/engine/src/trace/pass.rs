@@ -64,7 +64,7 @@ mod tests {
     fn steps_are_cut_where_wanted_rows_begin_and_end() {
         assert_eq!(chunks(0..3, &[2]), [(0..2, false), (2..3, true)]);
         assert_eq!(chunks(5..9, &[0, 1, 5, 6]), [(5..7, true), (7..9, false)]);
-        assert_eq!(chunks(0..1030, &[]), [(0..512, false), (512..1024, false), (1024..1030, false)]);
+        assert_eq!(chunks(0..2054, &[]), [(0..1024, false), (1024..2048, false), (2048..2054, false)]);
         assert_eq!(chunks(3..3, &[3]), []);
     }
 }

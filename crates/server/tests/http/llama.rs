@@ -1,5 +1,9 @@
 //! What llama.cpp's and vLLM's servers have beside OpenAI's API.
 
+use std::time::Duration;
+
+use apr_server::Settings;
+
 use crate::support::*;
 use serde_json::{Value, json};
 
@@ -306,7 +310,8 @@ fn a_last_token_is_told_with_the_end() {
 
 #[test]
 fn how_far_a_prompt_is_can_be_told() {
-    let server = start();
+    // Steps as short as they get, so that a prompt takes several.
+    let server = start_with(Settings::default(), |limits| limits.step_time = Duration::from_micros(1));
     let n = tokens(&ok(&server, "/tokenize", &json!({"content": "word and word and "}))).len() / 2;
     let prompt = "word and ".repeat(800 / n);
     let body = |fields: Value| {
