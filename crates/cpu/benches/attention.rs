@@ -167,11 +167,10 @@ impl Op {
         backend.kv_reserve(&mut kv, POSITIONS / KV_BLOCK).unwrap();
         let (qkv, out) = (backend.tensor(HEADS.n_qkv(), &[]), backend.tensor(HEADS.n_head * HEADS.head_dim, &[]));
         let x = values(2 * HEADS.head_dim);
-        for p in 0..POSITIONS {
-            for (il, head) in (0..N_LAYER).flat_map(|il| (0..HEADS.n_head_kv).map(move |head| (il, head))) {
-                for part in [Part::Key, Part::Value] {
-                    let x = &x[p % HEADS.head_dim..][..HEADS.head_dim];
-                    kv.store((p / KV_BLOCK) as u32, p % KV_BLOCK, il, part, head, x);
+        for il in 0..N_LAYER {
+            for mut head in kv.heads_mut(0..(POSITIONS / KV_BLOCK) as u32, il) {
+                for (slot, part) in (0..KV_BLOCK).flat_map(|slot| [(slot, Part::Key), (slot, Part::Value)]) {
+                    head.store(slot, part, &x[slot..][..HEADS.head_dim]);
                 }
             }
         }

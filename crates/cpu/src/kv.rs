@@ -48,6 +48,14 @@ pub enum Part {
     Value,
 }
 
+/// One head's keys and values in one block, to be written.
+pub struct HeadMut<'a> {
+    kv_type: KvType,
+    head_dim: usize,
+    /// The tile of keys and the tile of values.
+    tiles: [&'a mut [u8]; 2],
+}
+
 impl KvCache {
     pub fn new(shape: KvShape) -> KvCache {
         assert!(
@@ -103,53 +111,21 @@ impl KvCache {
         at..at + n
     }
 
-    /// Stores one position's key or value of a head.
-    pub fn store(&mut self, block: u32, slot: usize, il: usize, part: Part, head: usize, x: &[f32]) {
-        let (kv_type, range) = (self.shape.kv_type, self.tile_range(il, part, head));
-        let tile = &mut self.block_mut(block)[range];
-        let n = x.len();
-        let at = |i: usize| if part == Part::Key { i * KV_BLOCK + slot } else { slot * n + i };
-        match kv_type {
-            KvType::F32 => {
-                let tile: &mut [f32] = bytemuck::cast_slice_mut(tile);
-                (0..n).for_each(|i| tile[at(i)] = x[i]);
-            }
-            KvType::F16 => {
-                let (tile, units) = tile.split_at_mut(2 * n * KV_BLOCK);
-                let tile: &mut [Pair] = bytemuck::cast_slice_mut(tile);
-                let mut codes = [0; 1024];
-                let codes = &mut codes[..n];
-                let unit = match part {
-                    Part::Key => {
-                        let unit = codes::code_key(x, codes);
-                        codes.as_chunks().0.iter().enumerate().for_each(|(i, pair)| tile[i * KV_BLOCK + slot] = *pair);
-                        unit
-                    }
-                    Part::Value => {
-                        let unit = codes::code_value(x, codes);
-                        codes.iter().enumerate().for_each(|(i, c)| tile[slot / 2 * n + i][slot % 2] = *c);
-                        unit
-                    }
-                };
-                bytemuck::cast_slice_mut(units)[slot] = unit;
-            }
-            KvType::Q8_0 => {
-                let (codes, scales) = tile.split_at_mut(n * KV_BLOCK);
-                let scales: &mut [u16] = bytemuck::cast_slice_mut(scales);
-                for (j, x) in x.chunks_exact(32).enumerate() {
-                    let largest = x.iter().fold(0f32, |m, v| m.max(v.abs()));
-                    // A value that is no number makes NaN of its block, so that it shows.
-                    let finite = x.iter().all(|v| v.is_finite());
-                    let d = if finite { f16::from_f32(largest / 127.0) } else { f16::NAN };
-                    let inverse = if d.to_f32() > 0.0 { 1.0 / d.to_f32() } else { 0.0 };
-                    let scale_at = if part == Part::Key { j * KV_BLOCK + slot } else { slot * (n / 32) + j };
-                    scales[scale_at] = d.to_bits();
-                    for (i, v) in x.iter().enumerate() {
-                        codes[at(32 * j + i)] = (v * inverse).round_ties_even().clamp(-127.0, 127.0) as i8 as u8;
-                    }
-                }
-            }
+    /// What layer `il` keeps in `blocks`, which ascend: all heads of the first block, then of the next.
+    pub fn heads_mut(&mut self, blocks: impl Iterator<Item = u32>, il: usize) -> Vec<HeadMut<'_>> {
+        let KvShape { n_head_kv, head_dim, kv_type, .. } = self.shape;
+        let first = self.tile_range(il, Part::Key, 0);
+        let (n_tile, n_head) = (first.len(), 2 * first.len());
+        let (mut rest, mut n_before) = (&mut self.blocks[..], 0);
+        let mut heads = Vec::new();
+        for block in blocks {
+            let (before, after) = rest.split_at_mut(block as usize + 1 - n_before);
+            let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut before[before.len() - 1]);
+            let of_layer = bytes[first.start..][..n_head_kv * n_head].chunks_exact_mut(n_head);
+            heads.extend(of_layer.map(|tiles| HeadMut { kv_type, head_dim, tiles: tiles.split_at_mut(n_tile).into() }));
+            (rest, n_before) = (after, block as usize + 1);
         }
+        heads
     }
 
     /// The bytes of a head's keys or values in a block.
@@ -189,6 +165,55 @@ impl KvCache {
                     Part::Value => f.widen_values(codes, &room.scales, to),
                 }
                 Tile::Codes(bytemuck::cast_slice(&room.pairs), room.units.first_chunk().expect("a scale per position"))
+            }
+        }
+    }
+}
+
+impl HeadMut<'_> {
+    /// Stores one position's key or value, `[head_dim]`.
+    pub fn store(&mut self, slot: usize, part: Part, x: &[f32]) {
+        let (tile, n) = (&mut *self.tiles[part as usize], self.head_dim);
+        let at = |i: usize| if part == Part::Key { i * KV_BLOCK + slot } else { slot * n + i };
+        match self.kv_type {
+            KvType::F32 => {
+                let tile: &mut [f32] = bytemuck::cast_slice_mut(tile);
+                (0..n).for_each(|i| tile[at(i)] = x[i]);
+            }
+            KvType::F16 => {
+                let (tile, units) = tile.split_at_mut(2 * n * KV_BLOCK);
+                let tile: &mut [Pair] = bytemuck::cast_slice_mut(tile);
+                let mut codes = [0; 1024];
+                let codes = &mut codes[..n];
+                let unit = match part {
+                    Part::Key => {
+                        let unit = codes::code_key(x, codes);
+                        codes.as_chunks().0.iter().enumerate().for_each(|(i, pair)| tile[i * KV_BLOCK + slot] = *pair);
+                        unit
+                    }
+                    Part::Value => {
+                        let unit = codes::code_value(x, codes);
+                        codes.iter().enumerate().for_each(|(i, c)| tile[slot / 2 * n + i][slot % 2] = *c);
+                        unit
+                    }
+                };
+                bytemuck::cast_slice_mut(units)[slot] = unit;
+            }
+            KvType::Q8_0 => {
+                let (codes, scales) = tile.split_at_mut(n * KV_BLOCK);
+                let scales: &mut [u16] = bytemuck::cast_slice_mut(scales);
+                for (j, x) in x.chunks_exact(32).enumerate() {
+                    let largest = x.iter().fold(0f32, |m, v| m.max(v.abs()));
+                    // A value that is no number makes NaN of its block, so that it shows.
+                    let finite = x.iter().all(|v| v.is_finite());
+                    let d = if finite { f16::from_f32(largest / 127.0) } else { f16::NAN };
+                    let inverse = if d.to_f32() > 0.0 { 1.0 / d.to_f32() } else { 0.0 };
+                    let scale_at = if part == Part::Key { j * KV_BLOCK + slot } else { slot * (n / 32) + j };
+                    scales[scale_at] = d.to_bits();
+                    for (i, v) in x.iter().enumerate() {
+                        codes[at(32 * j + i)] = (v * inverse).round_ties_even().clamp(-127.0, 127.0) as i8 as u8;
+                    }
+                }
             }
         }
     }
@@ -246,7 +271,7 @@ mod tests {
             kv.reserve(2).unwrap();
             let x: Vec<f32> = (0..64).map(|i| ((i * 37) % 64) as f32 / 32.0 - 1.0).collect();
             for part in [Part::Key, Part::Value] {
-                kv.store(1, 5, 1, part, 2, &x);
+                kv.heads_mut(std::iter::once(1), 1)[2].store(5, part, &x);
                 let (mut room, mut other) = (Room::default(), Room::default());
                 let tile = kv.tile(f, 1, 1, part, 2, &mut room);
                 for (i, x) in x.iter().enumerate() {

@@ -63,7 +63,6 @@ struct Shared {
     groups: Groups,
     attention: attention::Plan,
     angles: Angles,
-    order: Vec<u32>,
 }
 
 /// Sines and cosines of the last step's positions.
@@ -312,10 +311,10 @@ impl Backend for CpuBackend {
         batch: &Batch,
         _: &mut P,
     ) -> Result<()> {
-        attention::store_kv(kv, qkv.values(), il, heads, batch);
-        out.set_rows(qkv.n_rows());
         let plan = &mut self.shared().attention;
         plan.prepare(batch);
+        attention::store_kv(&self.pool, plan, kv, qkv.values(), il, heads, batch);
+        out.set_rows(qkv.n_rows());
         let layer = attention::Layer { qkv: qkv.values(), kv, il, heads, batch };
         self.read_bytes.fetch_add(plan.read_bytes(&layer), Ordering::Relaxed);
         let machine = attention::Machine { pool: &self.pool, float: self.float, scratch: &self.attention };
@@ -340,9 +339,19 @@ impl Backend for CpuBackend {
         let (n_rows, k) = (r.logits.n_rows(), r.ids.n_cols);
         r.ids.data.resize(n_rows * k, 0);
         r.weights.set_rows(n_rows);
-        let order = &mut self.shared().order;
-        let rows = r.ids.data.chunks_exact_mut(k).zip(r.weights.values_mut().chunks_exact_mut(k));
-        rows.enumerate().for_each(|(i, (ids, weights))| route_row(r.logits.row(i), ids, weights, order));
+        // Waking another thread costs more than a few rows.
+        let per_task = n_rows.div_ceil(4 * self.n_threads()).max(4);
+        let ids = r.ids.data.chunks_mut(per_task * k);
+        let parts: Vec<_> = ids.zip(r.weights.values_mut().chunks_mut(per_task * k)).map(Mutex::new).collect();
+        self.pool.run(parts.len(), &|_, task| {
+            let mut part = parts[task].lock().unwrap_or_else(|e| e.into_inner());
+            let (ids, weights) = &mut *part;
+            let rows = ids.chunks_exact_mut(k).zip(weights.chunks_exact_mut(k));
+            let mut order = Vec::new();
+            rows.enumerate().for_each(|(i, (ids, weights))| {
+                route_row(r.logits.row(task * per_task + i), ids, weights, &mut order);
+            });
+        });
         Ok(())
     }
 

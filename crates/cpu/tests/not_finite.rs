@@ -53,7 +53,7 @@ fn nan_is_not_lost_in_an_8_bit_cache() {
     kv.reserve(1).unwrap();
     let mut x = [1.0f32; 32];
     x[3] = f32::NAN;
-    kv.store(0, 0, 0, Part::Value, 0, &x);
+    kv.heads_mut(std::iter::once(0), 0)[0].store(0, Part::Value, &x);
     let mut room = Room::default();
     let tile = kv.tile(Kernels::detect().float(), 0, 0, Part::Value, 0, &mut room);
     let read: Vec<f32> = (0..32).map(|i| tile.get(Part::Value, 0, i)).collect();

@@ -89,6 +89,8 @@ pub struct Layer<'a> {
 pub struct Plan {
     /// Rows of the batch that one task computes: consecutive, of one sequence.
     rows: Vec<Range<usize>>,
+    /// Block and row of every key and value that the step stores, sorted.
+    stored: Vec<(u32, usize)>,
     /// In a split step: the index in `rows` and the span of each task.
     spans: Vec<(usize, usize)>,
     /// In a split step: where the spans of `rows[i]` begin in `partial`, counted in queries.
@@ -97,21 +99,34 @@ pub struct Plan {
     partial: Vec<f32>,
 }
 
-/// Stores the batch's keys and values in layer `il`. `qkv` is `[n_tokens, n_qkv]`.
-pub fn store_kv(kv: &mut KvCache, qkv: &[f32], il: usize, heads: Heads, batch: &Batch) {
-    for (row, values) in batch.rows().iter().zip(qkv.chunks_exact(heads.n_qkv())) {
-        let (block, slot) = batch.slot(row);
-        for (part, cols) in [(Part::Key, heads.k()), (Part::Value, heads.v())] {
-            for (h, x) in values[cols].chunks_exact(heads.head_dim).enumerate() {
-                kv.store(block, slot, il, part, h, x);
+/// Stores the batch's keys and values in layer `il`: a head and block are a task. `qkv` is `[n_tokens, n_qkv]`.
+pub fn store_kv(pool: &Pool, plan: &Plan, kv: &mut KvCache, qkv: &[f32], il: usize, heads: Heads, batch: &Batch) {
+    let of_blocks: Vec<&[(u32, usize)]> = plan.stored.chunk_by(|a, b| a.0 == b.0).collect();
+    let to: Vec<_> = kv.heads_mut(of_blocks.iter().map(|rows| rows[0].0), il).into_iter().map(Mutex::new).collect();
+    let store = |task: usize| {
+        let (rows, head) = (of_blocks[task / heads.n_head_kv], task % heads.n_head_kv);
+        let mut to = to[task].lock().unwrap_or_else(|e| e.into_inner());
+        for &(_, i) in rows {
+            let slot = batch.rows()[i].position as usize % KV_BLOCK;
+            for (part, cols) in [(Part::Key, heads.k()), (Part::Value, heads.v())] {
+                let x = &qkv[i * heads.n_qkv()..][cols][head * heads.head_dim..][..heads.head_dim];
+                to.store(slot, part, x);
             }
         }
+    };
+    // Waking another thread costs more than a few rows.
+    match plan.stored.len() < ROWS_PER_TASK {
+        true => (0..to.len()).for_each(store),
+        false => pool.run(to.len(), &|_, task| store(task)),
     }
 }
 
 impl Plan {
-    /// Cuts a step into groups of rows.
+    /// Cuts a step into groups of rows, and sorts what it stores by block.
     pub fn prepare(&mut self, batch: &Batch) {
+        self.stored.clear();
+        self.stored.extend(batch.rows().iter().enumerate().map(|(i, row)| (batch.slot(row).0, i)));
+        self.stored.sort_unstable();
         self.rows.clear();
         for (i, row) in batch.rows().iter().enumerate() {
             match self.rows.last_mut() {
