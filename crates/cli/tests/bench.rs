@@ -110,7 +110,7 @@ fn the_table_has_a_line_per_test() {
     for (line, start) in lines.iter().zip(starts) {
         assert!(line.starts_with(start), "{line:?} starts with {start:?}");
     }
-    for word in ["tok/s", "GB/s", "MAC/cycle", "of read", "of int8", "bound by"] {
+    for word in ["tok/s", "MB/token", "GB/s", "MAC/cycle", "of read", "of int8", "bound by"] {
         assert!(lines[1].contains(word), "{word:?} in {:?}", lines[1]);
     }
     assert!(lines[2].contains(" % ") && lines[4].contains(" s ") && lines[4].contains("peak memory "), "{text}");

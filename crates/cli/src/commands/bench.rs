@@ -129,8 +129,8 @@ impl Subject {
     fn head(&self) -> String {
         let w = ActiveWeights::of(&self.hparams);
         let titles = format!(
-            "{:<16} {:>9} {:>8} {:>7} {:>8} {:>8} {:>10} {:>8}  bound by",
-            "test", "tok/s", "±", "GB/s", "of read", "GMAC/s", "MAC/cycle", "of int8"
+            "{:<16} {:>9} {:>8} {:>9} {:>7} {:>8} {:>8} {:>10} {:>8}  bound by",
+            "test", "tok/s", "±", "MB/token", "GB/s", "of read", "GMAC/s", "MAC/cycle", "of int8"
         );
         let (file, layers, head) = (bytes(self.file_bytes), w.layers as f64 / 1e6, w.head as f64 / 1e6);
         format!(
@@ -172,9 +172,9 @@ fn line(r: &BenchResult) -> String {
     let (gb, of_read) = (or_dash(r.gb_per_s().map(|g| format!("{g:.1}"))), or_dash(r.share_of_read().map(percent)));
     let (bound, of_int8) = (or_dash(r.bound().map(|b| b.to_string())), or_dash(r.share_of_int8().map(percent)));
     let per_cycle = or_dash(r.limits.map(|l| format!("{:.2}", l.per_cycle_and_core(r.macs_per_s()))));
-    let gmac = r.macs_per_s() / 1e9;
+    let (mb, gmac) = (or_dash(r.bytes_per_token.map(|b| format!("{:.1}", b as f64 / 1e6))), r.macs_per_s() / 1e9);
     format!(
-        "{:<16} {:>9.2} {:>8.2} {gb:>7} {of_read:>8} {gmac:>8.1} {per_cycle:>10} {of_int8:>8}  {bound}",
+        "{:<16} {:>9.2} {:>8.2} {mb:>9} {gb:>7} {of_read:>8} {gmac:>8.1} {per_cycle:>10} {of_int8:>8}  {bound}",
         r.test.to_string(),
         r.tok_per_s,
         r.spread_tok_per_s

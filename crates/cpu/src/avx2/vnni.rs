@@ -141,7 +141,7 @@ fn matmul<F: Format + Tiles, V: Vectors>(
     out: &mut Out<'_>,
     scratch: &mut PanelScratch,
 ) {
-    if x.len() < F::TILES_FROM.min(DIRECT_BELOW) {
+    if x.len() < DIRECT_BELOW {
         return super::matmul::<F>(w, x, out, scratch);
     }
     for from in (0..x.len()).step_by(SPAN) {
