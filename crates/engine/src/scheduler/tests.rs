@@ -404,7 +404,7 @@ fn a_step_that_nobody_gets_a_token_of_is_long_and_others_are_short() {
     let _long = submit(&mut batcher, &engine, &long_prompt(100));
     assert_eq!(step_tokens(&mut batcher, &mut engine, 10), [256], "the least of a long step");
     assert_eq!(step_tokens(&mut batcher, &mut engine, 60), [300], "five step times");
-    assert_eq!(step_tokens(&mut batcher, &mut engine, 1000), [PREFILL_CHUNK], "the most of any step");
+    assert_eq!(step_tokens(&mut batcher, &mut engine, 1000), [1024], "the most of any step");
     let _short = submit(&mut batcher, &engine, &request((300..350).collect(), 40, 2));
     // The short one ends, and who came first gets a quarter of a step time.
     assert_eq!(step_tokens(&mut batcher, &mut engine, 60), [15, 50]);
