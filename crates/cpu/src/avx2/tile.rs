@@ -119,7 +119,8 @@ fn unsigned_16<const SUMS: usize, const L: usize, const M: usize, const N: usize
 }
 
 /// What one dword of the weights does to every sum, as assembly: `first` starts the sums, `next` adds to them. `groups` of tokens
-/// are operands in memory that meet one row's dword; tokens `alone` are broadcast and meet those of eight rows.
+/// are vectors in memory that meet one row's dword; tokens `alone` are broadcast and meet those of eight rows. `signed` weights
+/// give their signs to the tokens.
 macro_rules! dword {
     (groups first $(($y:ident $x:ident))*) => {
         concat!(
@@ -149,18 +150,59 @@ macro_rules! dword {
               "vpaddw {", stringify!($y), "}, {", stringify!($y), "}, {z}\n",)*
         )
     };
+    (signed first $(($y:ident $x:ident))*) => {
+        concat!(
+            "vpbroadcastd {w}, [{p}]\n",
+            "vpabsb {m}, {w}\n",
+            $("vmovdqa {z}, [{", stringify!($x), "}]\n",
+              "vpsignb {z}, {z}, {w}\n",
+              "vpmaddubsw {z}, {m}, {z}\n",
+              "vpmaddwd {", stringify!($y), "}, {z}, {ones}\n",)*
+        )
+    };
+    (signed next $i:literal $(($y:ident $x:ident))*) => {
+        concat!(
+            "vpbroadcastd {w}, [{p} + 32 * ", $i, "]\n",
+            "vpabsb {m}, {w}\n",
+            $("vmovdqa {z}, [{", stringify!($x), "} + 32 * ", $i, "]\n",
+              "vpsignb {z}, {z}, {w}\n",
+              "vpmaddubsw {z}, {m}, {z}\n",
+              "vpmaddwd {z}, {z}, {ones}\n",
+              "vpaddd {", stringify!($y), "}, {", stringify!($y), "}, {z}\n",)*
+        )
+    };
 }
 
-/// All dwords of a sum.
+/// All dwords of the sums of `N` tokens or groups in the one order in which no sum waits for another. Compilers take the dwords of
+/// one sum after another: an eighth slower, and half as fast where weights are signed.
 macro_rules! dwords {
-    ($kind:ident, $p:ident, $codes:ident, $sums:ident, $of:tt, [$($t:literal $y:ident $x:ident),*], [$($i:literal)*]) => {
+    ($n:expr, $kind:ident, $p:ident, $codes:ident, $sums:ident, $i:tt, $more:tt) => {
+        match $n {
+            1 => dwords!(@of $kind, $p, $codes, $sums, ((y0 x0)), [0 y0 x0], $i, $more),
+            2 => dwords!(@of $kind, $p, $codes, $sums, ((y0 x0)(y1 x1)), [0 y0 x0, 1 y1 x1], $i, $more),
+            3 => dwords!(
+                @of $kind, $p, $codes, $sums, ((y0 x0)(y1 x1)(y2 x2)), [0 y0 x0, 1 y1 x1, 2 y2 x2], $i, $more
+            ),
+            4 => dwords!(
+                @of $kind, $p, $codes, $sums, ((y0 x0)(y1 x1)(y2 x2)(y3 x3)),
+                [0 y0 x0, 1 y1 x1, 2 y2 x2, 3 y3 x3], $i, $more
+            ),
+            5 => dwords!(
+                @of $kind, $p, $codes, $sums, ((y0 x0)(y1 x1)(y2 x2)(y3 x3)(y4 x4)),
+                [0 y0 x0, 1 y1 x1, 2 y2 x2, 3 y3 x3, 4 y4 x4], $i, $more
+            ),
+            n => unreachable!("tiles of {n}"),
+        }
+    };
+    (@of $kind:ident, $p:ident, $codes:ident, $sums:ident, $of:tt, [$($t:literal $y:ident $x:ident),*], [$($i:literal)*],
+     {$($more:tt)*}) => {
         asm!(
             dwords!(@first $kind $of),
             $(dwords!(@next $kind $i $of),)*
             w = out(ymm_reg) _,
-            z = out(ymm_reg) _,
             p = in(reg) $p,
             $($x = in(reg) $codes[$t], $y = out(ymm_reg) $sums[$t],)*
+            $($more)*
             options(pure, readonly, nostack, preserves_flags),
         )
     };
@@ -168,8 +210,7 @@ macro_rules! dwords {
     (@next $kind:ident $i:literal ($($of:tt)*)) => { dword!($kind next $i $($of)*) };
 }
 
-/// [`unsigned_16`] in the one order in which no sum waits for another: compilers take the dwords of one sum after another, an
-/// eighth slower.
+/// [`unsigned_16`] of one row.
 #[target_feature(enable = "avx2")]
 #[inline]
 fn unsigned_16_in_order<const SUMS: usize, const L: usize, const N: usize>(
@@ -189,20 +230,7 @@ fn unsigned_16_in_order<const SUMS: usize, const L: usize, const N: usize>(
         ($kind:ident, $i:tt) => {
             // SAFETY: of the panel's codes, `SUMS` entries of 32 bytes from `p` on are read, aligned as the panel is, or four bytes
             // of each; of a token's or group's codes as many whole entries. Both have them by the assertion.
-            unsafe {
-                match N {
-                    2 => dwords!($kind, p, codes, y, ((y0 x0)(y1 x1)), [0 y0 x0, 1 y1 x1], $i),
-                    3 => dwords!($kind, p, codes, y, ((y0 x0)(y1 x1)(y2 x2)), [0 y0 x0, 1 y1 x1, 2 y2 x2], $i),
-                    4 => dwords!(
-                        $kind, p, codes, y, ((y0 x0)(y1 x1)(y2 x2)(y3 x3)), [0 y0 x0, 1 y1 x1, 2 y2 x2, 3 y3 x3], $i
-                    ),
-                    5 => dwords!(
-                        $kind, p, codes, y, ((y0 x0)(y1 x1)(y2 x2)(y3 x3)(y4 x4)),
-                        [0 y0 x0, 1 y1 x1, 2 y2 x2, 3 y3 x3, 4 y4 x4], $i
-                    ),
-                    _ => unreachable!("tiles of {N}"),
-                }
-            }
+            unsafe { dwords!(N, $kind, p, codes, y, $i, { z = out(ymm_reg) _, }) }
         };
     }
     match (L == LANES, SUMS) {
@@ -213,6 +241,40 @@ fn unsigned_16_in_order<const SUMS: usize, const L: usize, const N: usize>(
         (false, 8) => of!(alone, [1 2 3 4 5 6 7]),
         (false, 4) => of!(alone, [1 2 3]),
         _ => unreachable!("{SUMS} results of maddubs"),
+    }
+    y
+}
+
+/// The sums of block `j` of signed codes. The sign of a weight moves to the activation, whose codes never are -128, and
+/// `128 · 127 · 2` still fits 16 bits.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn signed_32<const L: usize, const N: usize>(w: Rows<'_, L>, x: &[&Lanes<L>; N], j: usize) -> Sums<N> {
+    let ones = _mm256_set1_epi16(1);
+    let mut y = [_mm256_setzero_si256(); N];
+    if L == LANES {
+        assert!(j < 8 && w.r < STRIP);
+        let p = w.panel.codes[j].as_flattened()[4 * w.r..].as_ptr();
+        let mut codes = [p.cast::<i8>(); N];
+        for t in 0..N {
+            codes[t] = x[t].codes[8 * j..].as_ptr().cast();
+        }
+        // SAFETY: of the panel's codes, four bytes of eight entries are read, of a group's as many whole entries, aligned as
+        // groups are. Both have them by the assertion.
+        unsafe {
+            dwords!(N, signed, p, codes, y, [1 2 3 4 5 6 7], {
+                z = out(ymm_reg) _, m = out(ymm_reg) _, ones = in(ymm_reg) ones,
+            });
+        }
+        return y;
+    }
+    for i in 0..8 {
+        let codes = w.of(&w.panel.codes[j][i]);
+        let magnitude = _mm256_abs_epi8(codes);
+        for t in 0..N {
+            let signed = _mm256_sign_epi8(spread(&x[t].codes[8 * j + i]), codes);
+            y[t] = _mm256_add_epi32(y[t], _mm256_madd_epi16(_mm256_maddubs_epi16(magnitude, signed), ones));
+        }
     }
     y
 }
@@ -373,28 +435,18 @@ pub(super) fn times_scale(sum: __m256i, scale_pairs: __m256i) -> __m256i {
     _mm256_mullo_epi32(sum, _mm256_srli_epi32::<16>(scale_pairs))
 }
 
-/// Signed 8-bit codes with a float scale per 32 columns. The sign of a weight moves to the activation, whose codes
-/// never are -128, and `128 · 127 · 2` still fits 16 bits.
+/// Signed 8-bit codes with a float scale per 32 columns. A function of its own, since within its callers it is unrolled for all rows of
+/// a panel and a twentieth slower.
 #[target_feature(enable = "avx2,fma,f16c")]
-#[inline]
+#[inline(never)]
 pub(super) fn blocks_signed<const L: usize, const N: usize>(
     w: Rows<'_, L>,
     n_blocks: usize,
     x: &[&Lanes<L>; N],
     acc: &mut Acc<N>,
 ) {
-    let ones = _mm256_set1_epi16(1);
     for j in 0..n_blocks {
-        let mut sum = [_mm256_setzero_si256(); N];
-        for i in 0..8 {
-            let codes = w.of(&w.panel.codes[j][i]);
-            let magnitude = _mm256_abs_epi8(codes);
-            for t in 0..N {
-                let signed = _mm256_sign_epi8(spread(&x[t].codes[8 * j + i]), codes);
-                let y = _mm256_madd_epi16(_mm256_maddubs_epi16(magnitude, signed), ones);
-                sum[t] = _mm256_add_epi32(sum[t], y);
-            }
-        }
+        let sum = signed_32(w, x, j);
         add_blocks(w, j, x, &sum, acc);
     }
 }
