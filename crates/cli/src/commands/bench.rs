@@ -159,8 +159,19 @@ impl Subject {
 /// What the CPU calls itself; the name of its architecture where it has none.
 fn cpu_model() -> String {
     let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let name = text.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
-    name.map_or(std::env::consts::ARCH.to_string(), |(_, name)| name.trim().to_string())
+    cpu_of(&text).unwrap_or(std::env::consts::ARCH.to_string())
+}
+
+/// The name in a `/proc/cpuinfo` with family and model, since CPUs of two generations may both be called "AMD EPYC".
+fn cpu_of(cpuinfo: &str) -> Option<String> {
+    let of = |field| cpuinfo.lines().filter_map(|line| line.split_once(':')).find(|(name, _)| name.trim() == field);
+    let name = of("model name")?.1.trim();
+    match (of("cpu family"), of("model")) {
+        (Some((_, family)), Some((_, model))) => {
+            Some(format!("{name} (family {}, model {})", family.trim(), model.trim()))
+        }
+        _ => Some(name.to_string()),
+    }
 }
 
 fn percent(share: f64) -> String {
@@ -207,4 +218,20 @@ fn limits_entry(l: &Limits) -> Value {
         "read_gb_per_s": l.read_gb_per_s, "int8_gmac_per_s": l.int8_macs_per_s / 1e9,
         "int8_mac_per_cycle_per_core": l.per_cycle_and_core(l.int8_macs_per_s), "clock_ghz": l.clock_hz / 1e9,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::cpu_of;
+
+    #[test]
+    fn two_generations_of_one_name_are_told_apart() {
+        let cpuinfo = |model: u8| {
+            format!("processor\t: 0\ncpu family\t: 25\nmodel\t\t: {model}\nmodel name\t: AMD EPYC\nstepping\t: 1\n")
+        };
+        assert_eq!(cpu_of(&cpuinfo(1)).unwrap(), "AMD EPYC (family 25, model 1)");
+        assert_eq!(cpu_of(&cpuinfo(17)).unwrap(), "AMD EPYC (family 25, model 17)");
+        assert_eq!(cpu_of("processor : 0\nmodel name : Cortex\n").unwrap(), "Cortex");
+        assert_eq!(cpu_of("processor : 0\n"), None);
+    }
 }
