@@ -164,14 +164,13 @@ fn cpu_model() -> String {
 
 /// The name in a `/proc/cpuinfo` with family and model, since CPUs of two generations may both be called "AMD EPYC".
 fn cpu_of(cpuinfo: &str) -> Option<String> {
-    let of = |field| cpuinfo.lines().filter_map(|line| line.split_once(':')).find(|(name, _)| name.trim() == field);
-    let name = of("model name")?.1.trim();
-    match (of("cpu family"), of("model")) {
-        (Some((_, family)), Some((_, model))) => {
-            Some(format!("{name} (family {}, model {})", family.trim(), model.trim()))
-        }
-        _ => Some(name.to_string()),
-    }
+    let fields = || cpuinfo.lines().filter_map(|line| line.split_once(':'));
+    let of = |field| fields().find_map(|(name, value)| (name.trim() == field).then_some(value.trim()));
+    let name = of("model name")?;
+    Some(match (of("cpu family"), of("model")) {
+        (Some(family), Some(model)) => format!("{name} (family {family}, model {model})"),
+        _ => name.to_string(),
+    })
 }
 
 fn percent(share: f64) -> String {
